@@ -1,0 +1,140 @@
+"""Every exception of dask_serve, with the HTTP status it becomes and whether trying again is safe.
+
+::
+
+    ServeError
+    ├── ConfigError                (ValueError)    an option or a declaration is wrong
+    ├── NotRunningError                            dask_serve does not run on this cluster
+    ├── ApplicationNotFoundError   (KeyError)      no application, deployment or route of that name
+    ├── DeploymentFailedError                      replicas could not be started
+    ├── StartTimeoutError          (TimeoutError)  replicas are still not up after the time given
+    └── RequestError                               one request failed, and not by user code
+        ├── MethodNotFoundError    (AttributeError)
+        ├── PayloadError           (TypeError)     an argument or a result cannot be sent
+        ├── DeploymentUnavailableError             nothing is there that could answer
+        ├── BackPressureError                      refused: too many requests wait already
+        ├── RequestTimeoutError    (TimeoutError)  the request's deadline passed
+        ├── RequestCancelledError                  the caller cancelled it
+        ├── ReplicaLostError                       the worker died with the request or its result
+        └── UserCodeError                          stands for an exception that cannot be pickled
+
+What user code raises arrives as itself and is none of these.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ApplicationNotFoundError",
+    "BackPressureError",
+    "ConfigError",
+    "DeploymentFailedError",
+    "DeploymentUnavailableError",
+    "MethodNotFoundError",
+    "NotRunningError",
+    "PayloadError",
+    "ReplicaLostError",
+    "RequestCancelledError",
+    "RequestError",
+    "RequestTimeoutError",
+    "ServeError",
+    "StartTimeoutError",
+    "UserCodeError",
+]
+
+
+class ServeError(Exception):
+    """The root of the tree.
+
+    Attributes
+    ----------
+    status : int
+        The HTTP status that an answer made from this error carries.
+    retryable : bool
+        True where the request was certainly not executed, so that trying again is safe.
+    """
+
+    status: int = 500
+    retryable: bool = False
+
+    def __str__(self) -> str:
+        # KeyError, one of the bases below, would print the repr of the message.
+        return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(ServeError, ValueError):
+    """An option or a declaration is wrong; the message names it, its value and the repair."""
+
+
+class NotRunningError(ServeError):
+    """dask_serve does not run on this cluster (or was shut down)."""
+
+    status = 503
+
+
+class ApplicationNotFoundError(ServeError, KeyError):
+    """There is no application, deployment or route of that name; the message lists those there are."""
+
+    status = 404
+
+
+class DeploymentFailedError(ServeError):
+    """Replicas could not be started; the message holds the reason, tracebacks as text included."""
+
+    status = 503
+
+
+class StartTimeoutError(ServeError, TimeoutError):
+    """An application was not running after the time given; the message says what is missing."""
+
+    status = 503
+
+
+class RequestError(ServeError):
+    """One request failed, and not by an exception of user code."""
+
+
+class MethodNotFoundError(RequestError, AttributeError):
+    """The deployment has no such method; the message lists those it has."""
+
+    status = 404
+    retryable = False
+
+
+class PayloadError(RequestError, TypeError):
+    """An argument or a result cannot be serialised; only the call that carries it fails."""
+
+
+class DeploymentUnavailableError(RequestError):
+    """The deployment has failed or was deleted: nothing is there that could answer."""
+
+    status = 503
+    retryable = True
+
+
+class BackPressureError(RequestError):
+    """Refused before it was executed, because too many requests wait already."""
+
+    status = 503
+    retryable = True
+
+
+class RequestTimeoutError(RequestError, TimeoutError):
+    """The request's deadline passed; the message says where it was at that moment."""
+
+    status = 504
+
+
+class RequestCancelledError(RequestError):
+    """The caller cancelled the request, or went away."""
+
+    status = 499
+
+
+class ReplicaLostError(RequestError):
+    """The worker process that ran the request, or held its result, is gone."""
+
+    status = 502
+
+
+class UserCodeError(RequestError):
+    """Stands for an exception of user code that cannot be pickled; the message holds its traceback."""

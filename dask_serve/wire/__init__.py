@@ -1,0 +1,1 @@
+"""The wire: frames, headers, payloads, authentication and the connection that carries them."""

@@ -1,0 +1,249 @@
+"""One authenticated, multiplexed connection: frames in both directions, writes coalesced per loop tick."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from . import auth
+from .frames import MAX_BODY, Buffer, Frame, FrameError, FrameReader, encode_frame
+from .messages import VERSIONS, Hello, Kind, Proof, decode_hello, decode_proof, encode
+
+__all__ = ["HANDSHAKE_TIMEOUT", "CallerConnection", "Connection", "DoorConnection"]
+
+logger = logging.getLogger("distributed.serve.wire")
+
+#: Seconds a peer has to prove itself.
+HANDSHAKE_TIMEOUT = 5.0
+#: Until it has, it may send no larger frame than this.
+_STRANGER_LIMIT = 4096
+#: Buffers at least this long are written by themselves, all smaller ones are joined.
+_JOIN_BELOW = 32 * 1024
+
+FrameHandler = Callable[[Any, Frame], None]
+
+
+class Connection(asyncio.Protocol):
+    """What both ends share; `CallerConnection` and `DoorConnection` differ in the handshake.
+
+    Attributes
+    ----------
+    ready : bool
+        The peer has proved itself. Frames sent earlier wait until then.
+    closed : bool
+        Nothing more will come or go.
+    heard : float
+        Monotonic time of the last byte from the peer.
+    """
+
+    def __init__(self, secret: bytes, on_frame: FrameHandler, on_lost: Callable[[Any], None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.transport: asyncio.Transport | None = None
+        self.ready = False
+        self.closed = False
+        self.paused = False
+        self.heard = time.monotonic()
+        self.peer: object = None
+        self._secret = secret
+        self._nonce = auth.new_nonce()
+        self._on_frame = on_frame
+        self._on_lost = on_lost
+        self._reader = FrameReader(_STRANGER_LIMIT)
+        self._out: list[Buffer] = []
+        self._flush_is_due = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    # ------------------------------------------------------------------ sending
+
+    def send(self, kind: int, request: int, header: bytes, parts: Sequence[Buffer] = ()) -> None:
+        """Queue one frame; all frames of one loop tick leave in one write. A closed connection drops it."""
+        if self.closed:
+            return
+        encode_frame(kind, request, header, parts, self._out)
+        if not self._flush_is_due and self.ready and not self.paused:
+            self._flush_is_due = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_is_due = False
+        out = self._out
+        if self.transport is None or self.closed or not out:
+            return
+        self._out = []
+        if len(out) == 1:
+            self.transport.write(out[0])
+            return
+        start = 0
+        for i, buffer in enumerate(out):
+            if len(buffer) >= _JOIN_BELOW:
+                if i > start:
+                    self.transport.write(b"".join(out[start:i]))
+                self.transport.write(buffer)
+                start = i + 1
+        if start < len(out):
+            self.transport.write(b"".join(out[start:]) if start else b"".join(out))
+
+    def pause_writing(self) -> None:
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        self.paused = False
+        self._flush()
+
+    # ------------------------------------------------------------------ receiving
+
+    def data_received(self, data: bytes) -> None:
+        self.heard = time.monotonic()
+        try:
+            for frame in self._reader.feed(data):
+                if self.closed:
+                    return
+                if self.ready:
+                    self._on_frame(self, frame)
+                else:
+                    self._handshake(frame)
+        except (FrameError, msgspec.DecodeError) as error:
+            self._refuse(str(error))
+
+    def _handshake(self, frame: Frame) -> None:
+        raise NotImplementedError
+
+    def _welcome(self) -> None:
+        """The peer has proved itself."""
+        self.ready = True
+        self._reader.limit = MAX_BODY
+        if self._timer is not None:
+            self._timer.cancel()
+        self._flush()
+
+    def _refuse(self, why: str) -> None:
+        logger.warning("Closed the connection with %s: %s", self.peer, why)
+        self.abort()
+
+    # ------------------------------------------------------------------ life
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.peer = transport.get_extra_info("peername")
+        self._timer = self.loop.call_later(HANDSHAKE_TIMEOUT, self._refuse, "it did not prove itself in time")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        was_closed, self.closed = self.closed, True
+        self._out.clear()
+        if not was_closed:
+            self._on_lost(self)
+
+    def abort(self) -> None:
+        """Close at once; what was queued is dropped, and ``on_lost`` is called."""
+        if self.closed:
+            return
+        self.closed = True
+        self._out.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self.transport is not None:
+            self.transport.abort()
+        self._on_lost(self)
+
+    def close(self) -> None:
+        """Close after what was queued is written; ``on_lost`` follows."""
+        if not self.closed and self.transport is not None:
+            self._flush()
+            self.transport.close()
+
+
+class CallerConnection(Connection):
+    """The end that dialled.
+
+    Parameters
+    ----------
+    process : str
+        The incarnation that must answer; another one is refused.
+    on_ready : callable
+        Called once the door has proved itself.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        process: str,
+        on_frame: FrameHandler,
+        on_ready: Callable[[Any], None],
+        on_lost: Callable[[Any], None],
+    ) -> None:
+        super().__init__(secret, on_frame, on_lost)
+        self._process = process
+        self._on_ready = on_ready
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        assert self.transport is not None
+        hello: list[Buffer] = []
+        encode_frame(Kind.HELLO, 0, encode(Hello(list(VERSIONS), self._nonce)), (), hello)
+        self.transport.write(hello[0])
+
+    def _handshake(self, frame: Frame) -> None:
+        if frame.kind != Kind.HELLO:
+            return self._refuse(f"it began with a frame of kind {frame.kind}")
+        hello = decode_hello(frame.header)
+        if hello.process != self._process:
+            return self._refuse(f"process {hello.process} answered where {self._process} was expected")
+        if len(hello.nonce) != auth.NONCE_SIZE or not auth.same(
+            hello.proof, auth.door_proof(self._secret, self._nonce, hello.nonce, hello.process)
+        ):
+            return self._refuse("it does not know the cluster's secret")
+        if hello.versions[:1] not in [[version] for version in VERSIONS]:
+            return self._refuse(f"it speaks versions {hello.versions} of the wire, this side {list(VERSIONS)}")
+        assert self.transport is not None
+        proof: list[Buffer] = []
+        encode_frame(
+            Kind.PROOF, 0, encode(Proof(auth.caller_proof(self._secret, self._nonce, hello.nonce))), (), proof
+        )
+        self.transport.write(proof[0])
+        self._welcome()
+        self._on_ready(self)
+
+
+class DoorConnection(Connection):
+    """The end that listened.
+
+    Parameters
+    ----------
+    process : str
+        This process's incarnation.
+    """
+
+    def __init__(
+        self, secret: bytes, process: str, on_frame: FrameHandler, on_lost: Callable[[Any], None]
+    ) -> None:
+        super().__init__(secret, on_frame, on_lost)
+        self._process = process
+        self._caller_nonce = b""
+
+    def _handshake(self, frame: Frame) -> None:
+        if frame.kind == Kind.HELLO and not self._caller_nonce:
+            hello = decode_hello(frame.header)
+            version = next((v for v in VERSIONS if v in hello.versions), None)
+            if version is None or len(hello.nonce) != auth.NONCE_SIZE:
+                return self._refuse(f"it speaks versions {hello.versions} of the wire, this side {list(VERSIONS)}")
+            self._caller_nonce = hello.nonce
+            proof = auth.door_proof(self._secret, hello.nonce, self._nonce, self._process)
+            answer: list[Buffer] = []
+            encode_frame(Kind.HELLO, 0, encode(Hello([version], self._nonce, self._process, proof)), (), answer)
+            assert self.transport is not None
+            self.transport.write(answer[0])
+        elif frame.kind == Kind.PROOF and self._caller_nonce:
+            expected = auth.caller_proof(self._secret, self._caller_nonce, self._nonce)
+            if not auth.same(decode_proof(frame.header).proof, expected):
+                return self._refuse("it does not know the cluster's secret")
+            self._welcome()
+        else:
+            self._refuse(f"it sent a frame of kind {frame.kind} before it proved itself")

@@ -1,0 +1,168 @@
+"""Frames without I/O: bytes in, frames out, and back.
+
+One frame on the wire::
+
+    body length  u64 | request id u32 | header length u32 | payload parts u16 | kind u8
+    header       msgpack, its type given by the kind (`messages`)
+    part lengths u64 each, for all payload parts but the last (which takes the rest)
+    payload      the parts, one behind the other
+
+Numbers are little-endian. Nothing here looks into a header or a payload.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ["Buffer", "Frame", "FrameError", "FrameReader", "encode_frame"]
+
+Buffer = bytes | bytearray | memoryview
+
+_HEAD = struct.Struct("<QIIHB")
+_HEAD_SIZE = _HEAD.size
+_PART = struct.Struct("<Q")
+
+#: Bodies above this are received into a buffer of their own instead of being joined from pieces.
+_LARGE = 64 * 1024
+#: No body may claim more than this (64 GiB): a guard against garbage, not a tuning knob.
+MAX_BODY = 1 << 36
+
+
+class FrameError(Exception):
+    """The bytes are no frame of ours; the connection that sent them has to be closed."""
+
+
+class Frame(NamedTuple):
+    """One frame: what it is, what it belongs to, and what it carries."""
+
+    kind: int
+    request: int
+    header: bytes
+    #: Payload parts. Parts after the first are writable, so that arrays made on them are too.
+    parts: list[Buffer]
+
+
+def encode_frame(kind: int, request: int, header: bytes, parts: Sequence[Buffer], out: list[Buffer]) -> int:
+    """Append one frame's buffers to ``out`` (payload parts uncopied) and return its size in bytes."""
+    count = len(parts)
+    if count == 0:
+        size = len(header)
+        out.append(_HEAD.pack(size, request, len(header), 0, kind) + header)
+        return size + _HEAD_SIZE
+    if count == 1:
+        part = parts[0]
+        size = len(header) + len(part)
+        out.append(_HEAD.pack(size, request, len(header), 1, kind) + header)
+        out.append(part)
+        return size + _HEAD_SIZE
+    lengths = b"".join([_PART.pack(len(part)) for part in parts[:-1]])
+    size = len(header) + len(lengths) + sum(map(len, parts))
+    out.append(_HEAD.pack(size, request, len(header), count, kind) + header + lengths)
+    out.extend(parts)
+    return size + _HEAD_SIZE
+
+
+class FrameReader:
+    """Cut a byte stream into frames, wherever the network cut it.
+
+    Attributes
+    ----------
+    limit : int
+        The largest body accepted, in bytes; small until the peer has proved who it is.
+    """
+
+    __slots__ = ("_body", "_filled", "_head", "_rest", "limit")
+
+    def __init__(self, limit: int = MAX_BODY) -> None:
+        self.limit = limit
+        self._rest = b""
+        # A large body under way: its head, its buffer and how much of that is filled.
+        self._head: tuple[int, int, int, int, int] | None = None
+        self._body = bytearray()
+        self._filled = 0
+
+    def feed(self, data: bytes) -> list[Frame]:
+        """Take the next bytes and return the frames that are complete now.
+
+        Raises
+        ------
+        FrameError
+            The bytes break the format; frames before the break are lost with the connection.
+        """
+        frames: list[Frame] = []
+        start = 0
+        if self._head is not None:
+            start = self._fill(data, frames)
+            if self._head is not None:
+                return frames
+        elif self._rest:
+            data = self._rest + data
+        end = len(data)
+        while end - start >= _HEAD_SIZE:
+            head = _HEAD.unpack_from(data, start)
+            size = head[0]
+            if size > self.limit or head[2] + 8 * (head[3] - 1) > size:
+                raise FrameError(f"a frame of kind {head[4]} claims a body of {size} bytes")
+            begin = start + _HEAD_SIZE
+            stop = begin + size
+            if stop > end:
+                if size > _LARGE:
+                    self._head, self._body, self._filled = head, bytearray(size), end - begin
+                    self._body[: end - begin] = memoryview(data)[begin:end]
+                    start = end
+                break
+            frames.append(_cut_small(head, data, begin, stop))
+            start = stop
+        self._rest = bytes(data[start:]) if start < end else b""
+        return frames
+
+    def _fill(self, data: bytes, frames: list[Frame]) -> int:
+        """Fill the large body; return how many bytes of ``data`` it took."""
+        assert self._head is not None
+        size = self._head[0]
+        take = min(size - self._filled, len(data))
+        self._body[self._filled : self._filled + take] = data if take == len(data) else memoryview(data)[:take]
+        self._filled += take
+        if self._filled == size:
+            frames.append(_cut_large(self._head, self._body))
+            self._head, self._body = None, bytearray()
+        return take
+
+
+def _cut_small(head: tuple[int, int, int, int, int], data: bytes, begin: int, stop: int) -> Frame:
+    _, request, header_size, count, kind = head
+    at = begin + header_size
+    header = bytes(data[begin:at])
+    if count == 0:
+        return Frame(kind, request, header, [])
+    if count == 1:
+        return Frame(kind, request, header, [data[at:stop]])
+    bounds = [at + 8 * (count - 1), *_part_ends(data, at, count, stop)]
+    parts: list[Buffer] = [data[bounds[0] : bounds[1]]]
+    parts.extend(bytearray(data[bounds[i] : bounds[i + 1]]) for i in range(1, count))
+    return Frame(kind, request, header, parts)
+
+
+def _cut_large(head: tuple[int, int, int, int, int], body: bytearray) -> Frame:
+    size, request, header_size, count, kind = head
+    view = memoryview(body)
+    header = bytes(view[:header_size])
+    if count <= 1:
+        return Frame(kind, request, header, [view[header_size:]] if count else [])
+    bounds = [header_size + 8 * (count - 1), *_part_ends(body, header_size, count, size)]
+    return Frame(kind, request, header, [view[bounds[i] : bounds[i + 1]] for i in range(count)])
+
+
+def _part_ends(data: bytes | bytearray, at: int, count: int, stop: int) -> list[int]:
+    """Return where each part ends."""
+    ends = []
+    end = at + 8 * (count - 1)
+    for i in range(count - 1):
+        end += _PART.unpack_from(data, at + 8 * i)[0]
+        if end > stop:
+            raise FrameError(f"payload part {i} ends {end - stop} bytes behind its frame")
+        ends.append(end)
+    ends.append(stop)
+    return ends

@@ -1,0 +1,167 @@
+"""What frames say: the kinds, and the header of each.
+
+Headers are msgpack arrays: a field may be added at the end with a default, and a version that does not know it skips it. A
+request's first frame is a CALL (or FETCH); it is answered exactly once: by RESULT, ERROR, FULL or DRAINING, or by CHUNKs and an
+END (or ERROR).
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+__all__ = ["Call", "Chunk", "Failure", "Hello", "HttpHead", "Kind", "Proof", "ReplicaName", "Reply", "Want", "encode"]
+
+#: The wire's versions that this code speaks, the preferred one first.
+VERSIONS: Final = (1,)
+
+
+class Kind:
+    """The kinds of frames. Plain integers: they are compared on the request path."""
+
+    HELLO: Final = 1
+    PROOF: Final = 2
+    CALL: Final = 3
+    RESULT: Final = 4
+    ERROR: Final = 5
+    FULL: Final = 6
+    CHUNK: Final = 7
+    END: Final = 8
+    WINDOW: Final = 9
+    CANCEL: Final = 10
+    WANT: Final = 11
+    CREDIT: Final = 12
+    RETURN: Final = 13
+    DRAINING: Final = 14
+    PING: Final = 15
+    PONG: Final = 16
+    FETCH: Final = 17
+    RELEASE: Final = 18
+
+
+class Hello(Struct, array_like=True, gc=False):
+    """First frame of each side, before anybody is trusted."""
+
+    versions: list[int]
+    nonce: bytes
+    #: The listener's incarnation; empty from the dialler.
+    process: str = ""
+    #: The listener's proof; empty from the dialler, who sends it as PROOF.
+    proof: bytes = b""
+
+
+class Proof(Struct, array_like=True, gc=False):
+    """The dialler's proof."""
+
+    proof: bytes
+
+
+class HttpHead(Struct, array_like=True, gc=False):
+    """The head of an HTTP request, as ASGI has it."""
+
+    method: str
+    path: str
+    root_path: str
+    query: bytes
+    headers: list[tuple[bytes, bytes]]
+    scheme: str
+    http_version: str
+    client: tuple[str, int] | None
+    server: tuple[str, int | None] | None
+
+
+class Call(Struct, array_like=True, gc=False):
+    """One request. Its payload: pickled arguments, or the body of an HTTP request."""
+
+    replica: str
+    method: str
+    request_id: str
+    #: Seconds that remain until the deadline; None: no deadline. Relative, because clocks differ.
+    remaining: float | None
+    #: Sent on a credit of this replica.
+    credit: bool
+    #: Set for HTTP; None: a call from Python.
+    http: HttpHead | None = None
+    #: Refs among the arguments: where their values are (process, door, name in its store).
+    attachments: list[tuple[str, str, str]] = []
+
+
+class Reply(Struct, array_like=True, gc=False):
+    """Header of RESULT, FULL, DRAINING and END: the replica's load, and what kind of answer it is."""
+
+    #: Requests admitted by the replica at this moment, this one taken off.
+    running: int = 0
+    #: Sum of the WANTs it knows.
+    wanted: int = 0
+    #: Credits granted to the receiver with this answer.
+    credits: int = 0
+    #: The value stays in the process's store under this name; empty: it is in the payload.
+    stored: str = ""
+    #: Bytes of the stored value.
+    nbytes: int = 0
+    #: HTTP status; 0 for calls from Python.
+    status: int = 0
+    headers: list[tuple[bytes, bytes]] = []
+
+
+class Failure(Struct, array_like=True, gc=False):
+    """Header of ERROR. Its payload, if any: the pickled exception of user code."""
+
+    running: int
+    wanted: int
+    credits: int
+    #: Name of a class in `dask_serve.exceptions`, or "" for an exception of user code.
+    error: str
+    #: For people: the message, or the traceback of user code as text.
+    message: str
+    #: True once a part of the answer was sent.
+    started: bool = False
+
+
+class Chunk(Struct, array_like=True, gc=False):
+    """A piece of a streamed answer; the first one of an HTTP answer carries its head."""
+
+    status: int = 0
+    headers: list[tuple[bytes, bytes]] = []
+
+
+class Window(Struct, array_like=True, gc=False):
+    """How many bytes of a stream the receiver has consumed and will take again."""
+
+    nbytes: int
+
+
+class Want(Struct, array_like=True, gc=False):
+    """A level: how many requests wait at this router, and for how many seconds the oldest has."""
+
+    replica: str
+    count: int
+    oldest: float
+
+
+class ReplicaName(Struct, array_like=True, gc=False):
+    """Header of CREDIT and RETURN, and of a DRAINING that answers no call."""
+
+    replica: str
+
+
+class Names(Struct, array_like=True, gc=False):
+    """Header of FETCH and RELEASE: names in the process's store."""
+
+    names: list[str]
+
+
+encode = msgspec.msgpack.Encoder().encode
+
+decode_hello = msgspec.msgpack.Decoder(Hello).decode
+decode_proof = msgspec.msgpack.Decoder(Proof).decode
+decode_call = msgspec.msgpack.Decoder(Call).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode
+decode_failure = msgspec.msgpack.Decoder(Failure).decode
+decode_chunk = msgspec.msgpack.Decoder(Chunk).decode
+decode_window = msgspec.msgpack.Decoder(Window).decode
+decode_want = msgspec.msgpack.Decoder(Want).decode
+decode_replica = msgspec.msgpack.Decoder(ReplicaName).decode
+decode_names = msgspec.msgpack.Decoder(Names).decode

@@ -1,0 +1,152 @@
+"""Payloads of calls from Python: pickle protocol 5 with the buffers out of band, cloudpickle where pickle cannot.
+
+Each payload is serialised by itself, so that a bad argument fails its own call and no other. Buffers are copied
+when they are sent: after ``handle.remote(array)`` the caller may write into the array again.
+
+Objects that stand for values elsewhere (refs, Dask futures) are left out of the pickle: `attached(index)` stands in
+for each, and `loads` is given their values.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import io
+import pickle
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cloudpickle
+
+from ..exceptions import PayloadError, UserCodeError
+from .frames import Buffer
+
+__all__ = ["dump_exception", "dumps", "load_exception", "loads", "size_of"]
+
+#: A frame has at most this many payload parts; more buffers than that are pickled in band.
+_MAX_PARTS = 65_000
+
+Reducers = dict[type, Callable[[Any], tuple[Any, ...]]]
+
+_values = threading.local()
+
+
+def attached(index: int) -> Any:
+    """Stand in a pickle for the value of attachment ``index``; called by `loads` alone."""
+    return _values.current[index]
+
+
+def dumps(obj: object, reducers: Reducers | None = None) -> list[Buffer]:
+    """Serialise ``obj``.
+
+    Parameters
+    ----------
+    obj : object
+        Anything that pickle or cloudpickle can serialise.
+    reducers : dict of type to callable, optional
+        How objects of exactly these types are reduced (as in `copyreg`).
+
+    Returns
+    -------
+    list of bytes-like
+        The pickle, then its out-of-band buffers.
+
+    Raises
+    ------
+    PayloadError
+        Neither can serialise it; the message is theirs.
+    """
+    try:
+        parts = _dump(pickle.Pickler, obj, reducers)
+        # Pickle takes what __main__ defines by reference, and the worker's __main__ is another one.
+        if b"__main__" not in parts[0]:
+            return parts
+    except Exception:  # noqa: S110 - whatever pickle stumbles over, cloudpickle may manage
+        pass
+    try:
+        return _dump(cloudpickle.Pickler, obj, reducers)
+    except Exception as error:
+        raise PayloadError(f"cannot be pickled: {type(error).__name__}: {error}") from error
+
+
+def _dump(kind: Any, obj: object, reducers: Reducers | None) -> list[Buffer]:
+    file = io.BytesIO()
+    buffers: list[pickle.PickleBuffer] = []
+    pickler = kind(file, protocol=5, buffer_callback=buffers.append)
+    if reducers:
+        pickler.dispatch_table = {**getattr(pickler, "dispatch_table", copyreg.dispatch_table), **reducers}
+    pickler.dump(obj)
+    if not buffers:
+        return [file.getvalue()]
+    if len(buffers) > _MAX_PARTS:
+        return _dump_in_band(kind, obj, reducers)
+    parts: list[Buffer] = [file.getvalue()]
+    parts.extend(_copy(buffer) for buffer in buffers)
+    return parts
+
+
+def _dump_in_band(kind: Any, obj: object, reducers: Reducers | None) -> list[Buffer]:
+    file = io.BytesIO()
+    pickler = kind(file, protocol=5)
+    if reducers:
+        pickler.dispatch_table = {**getattr(pickler, "dispatch_table", copyreg.dispatch_table), **reducers}
+    pickler.dump(obj)
+    return [file.getvalue()]
+
+
+def _copy(buffer: pickle.PickleBuffer) -> bytearray:
+    with buffer.raw() as view:
+        return bytearray(view)
+
+
+def loads(parts: Sequence[Buffer], values: Sequence[Any] = ()) -> Any:
+    """Rebuild what `dumps` serialised; ``values`` are those of its attachments, in their order."""
+    if not values:
+        return pickle.loads(parts[0], buffers=parts[1:])
+    outer = getattr(_values, "current", ())
+    _values.current = values
+    try:
+        return pickle.loads(parts[0], buffers=parts[1:])
+    finally:
+        _values.current = outer
+
+
+def size_of(parts: Sequence[Buffer]) -> int:
+    """Bytes of a payload."""
+    return sum(map(len, parts))
+
+
+def dump_exception(error: BaseException) -> tuple[str, list[Buffer]]:
+    """Serialise an exception of user code: its traceback as text, and itself (nothing if it cannot be pickled)."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    try:
+        parts = dumps(error)
+        # Many exceptions pickle and then fail to unpickle (arguments that __init__ does not take).
+        if not isinstance(loads(parts), BaseException):
+            return text, []
+    except Exception:
+        return text, []
+    return text, parts
+
+
+def load_exception(text: str, parts: Sequence[Buffer]) -> BaseException:
+    """Rebuild an exception of user code: a new object each time, with the remote traceback as its cause."""
+    error: Any = None
+    if parts:
+        try:
+            error = loads(parts)
+        except Exception:
+            error = None
+    if not isinstance(error, BaseException):
+        lines = text.strip().splitlines()
+        return UserCodeError(f"{lines[-1] if lines else 'user code failed'}\n\nIn the replica:\n{text}")
+    error.__cause__ = RemoteTraceback(text)
+    return error
+
+
+class RemoteTraceback(Exception):
+    """The cause of an exception that came from a replica: its traceback there, as text."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
