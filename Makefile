@@ -1,0 +1,72 @@
+# Every target sets up what it needs, once, in .venv. Python 3.10 or newer and make are enough.
+#
+#   make demo          start a cluster, serve a model, ask it, stop        (KEEP=1: stay up until Ctrl-C)
+#   make test          lint, types, import contracts and the quick tests   (ARGS="-k router": passed to pytest)
+#   make test-all      the same with the slow tests
+#   make test-oldest   the tests with the oldest distributed that is promised, in .venv-oldest
+#   make bench         the benchmarks, several minutes                     (ARGS="--quick")
+#   make clean         remove environments and caches
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+RUN := $(VENV)/bin/python
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+METADATA := setup.py pyproject.toml
+OLDEST := 2025.9.0
+
+.PHONY: help demo test test-all test-oldest lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/.examples
+	@$(RUN) -m examples.demo $(if $(KEEP),--keep) $(ARGS)
+
+test: lint
+	$(RUN) -m pytest $(ARGS)
+
+test-all: lint
+	$(RUN) -m pytest -m "" $(ARGS)
+
+test-oldest:
+	@$(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/.oldest
+	.venv-oldest/bin/python -m pytest -m "" $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.dev
+	@$(RUN) -m benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call install,what,stamp): pip prints hundreds of lines; show a dot for each package instead, and keep its errors.
+define install
+	@printf 'Installing %s into $(VENV), once, a minute or two: ' '$(1)'; rm -f $(2); \
+	{ $(PIP) install --editable '.[$(1)]' $(3) && touch $(2); } \
+	  | while read -r word rest; do if [ "$$word" = Collecting ]; then printf .; fi; done; \
+	if [ -f $(2) ]; then echo ' done'; else echo ' failed (see above)'; exit 1; fi
+endef
+
+$(VENV)/.examples: $(VENV)/pyvenv.cfg $(METADATA)
+	$(call install,examples,$@)
+
+$(VENV)/.dev: $(VENV)/pyvenv.cfg $(METADATA)
+	$(call install,dev,$@)
+
+$(VENV)/.oldest: $(VENV)/pyvenv.cfg $(METADATA)
+	$(call install,dev,$@,dask==$(OLDEST) distributed==$(OLDEST))
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and \
+	  "dask_serve needs Python 3.10 or newer, $(PYTHON) is %d.%d: make PYTHON=/path/to/python3.11" % v[:2])'
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "No virtual environment could be made (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }

@@ -1,0 +1,72 @@
+"""Metadata of the distribution: all of it is here, ``pyproject.toml`` only configures tools."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def read_version() -> str:
+    """Read the version from the package's source, because importing it would need its dependencies."""
+    source = (HERE / "dask_serve" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__(?:: \w+)? = "([^"]+)"$', source, re.MULTILINE)
+    if found is None:
+        raise RuntimeError('dask_serve/__init__.py has no line of the form: __version__ = "1.2.3"')
+    return found.group(1)
+
+
+INSTALL = [
+    "dask>=2025.9.0",
+    "distributed>=2025.9.0",  # the older release that the tests run with: `make test-oldest`
+    "starlette>=0.45",
+    "uvicorn[standard]>=0.34",
+    "msgspec>=0.19",
+    "click>=8.1",
+    "cloudpickle>=3.0",
+]
+
+EXTRAS = {
+    "dashboard": ["bokeh>=3.1"],
+    "examples": ["scikit-learn>=1.4", "bokeh>=3.1"],
+    "docs": ["mkdocs>=1.6"],
+    "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "httpx>=0.27", "numpy>=1.26"],
+    "lint": ["ruff>=0.9", "mypy>=1.14", "import-linter>=2.1"],
+}
+EXTRAS["dev"] = sorted({*EXTRAS["examples"], *EXTRAS["test"], *EXTRAS["lint"]})
+
+setup(
+    name="dask-serve",
+    version=read_version(),
+    description="Online serving of Python models on a Dask cluster",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The dask_serve developers",
+    license="BSD-3-Clause",
+    keywords=["dask", "serving", "machine learning", "http", "actors"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Framework :: Dask",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Internet :: WWW/HTTP :: HTTP Servers",
+        "Topic :: System :: Distributed Computing",
+    ],
+    python_requires=">=3.10",
+    packages=find_packages(include=["dask_serve", "dask_serve.*"]),
+    package_data={"dask_serve": ["py.typed", "*.yaml"]},
+    zip_safe=False,
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+    entry_points={"dask_cli": ["serve = dask_serve.cli:serve"]},
+)
