@@ -1,0 +1,120 @@
+"""Online serving of Python models on a Dask cluster.
+
+The idiom is ``import dask_serve as serve``. Names are looked up when they are first used: a proxy process imports
+parts of this package and must not pay for Dask.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import (
+        delete,
+        get_app_handle,
+        get_deployment_handle,
+        run,
+        shutdown,
+        start,
+        status,
+        url,
+    )
+    from .context import get_replica_context, get_request_context
+    from .deployment import Application, Deployment, deployment
+    from .exceptions import (
+        ApplicationNotFoundError,
+        BackPressureError,
+        ConfigError,
+        DeploymentFailedError,
+        DeploymentUnavailableError,
+        MethodNotFoundError,
+        NotRunningError,
+        PayloadError,
+        ReplicaLostError,
+        RequestCancelledError,
+        RequestError,
+        RequestTimeoutError,
+        ServeError,
+        StartTimeoutError,
+        UserCodeError,
+    )
+    from .handle import DeploymentHandle
+    from .response import DeploymentResponse
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Application",
+    "ApplicationNotFoundError",
+    "BackPressureError",
+    "ConfigError",
+    "Deployment",
+    "DeploymentFailedError",
+    "DeploymentHandle",
+    "DeploymentResponse",
+    "DeploymentUnavailableError",
+    "MethodNotFoundError",
+    "NotRunningError",
+    "PayloadError",
+    "ReplicaLostError",
+    "RequestCancelledError",
+    "RequestError",
+    "RequestTimeoutError",
+    "ServeError",
+    "StartTimeoutError",
+    "UserCodeError",
+    "__version__",
+    "delete",
+    "deployment",
+    "get_app_handle",
+    "get_deployment_handle",
+    "get_replica_context",
+    "get_request_context",
+    "run",
+    "shutdown",
+    "start",
+    "status",
+    "url",
+]
+
+_MODULES = {
+    "api": ("delete", "get_app_handle", "get_deployment_handle", "run", "shutdown", "start", "status", "url"),
+    "context": ("get_replica_context", "get_request_context"),
+    "deployment": ("Application", "Deployment", "deployment"),
+    "handle": ("DeploymentHandle",),
+    "response": ("DeploymentResponse",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None and name in __all__:
+        home = "exceptions"
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """Keeps ``serve.deployment`` the decorator, although a submodule has the same name."""
+
+    @property
+    def deployment(self) -> Any:
+        return importlib.import_module(".deployment", __name__).deployment
+
+    @deployment.setter
+    def deployment(self, submodule: types.ModuleType) -> None:
+        """Importing a submodule binds it here; that must not hide the decorator."""
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,1 @@
+"""The HTTP proxies: processes of their own that import neither Dask nor distributed."""

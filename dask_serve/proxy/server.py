@@ -1,0 +1,173 @@
+"""The server of a proxy process: uvicorn's, with a shutdown that fails no request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from .protocol import ProxyProtocol, ProxyState
+
+__all__ = ["ProxyServer", "make_config", "serve"]
+
+logger = logging.getLogger("dask_serve.proxy")
+
+#: Seconds an idle connection may stay open in a server that drains, so that a request already on its way is served.
+IDLE_GRACE = 0.5
+#: Seconds between two looks at the connections of a server that drains.
+SWEEP = 0.02
+#: Seconds that cancelled requests get to say so.
+CANCEL_GRACE = 1.0
+
+
+def make_config(app: Any, *, protocol: type[ProxyProtocol] = ProxyProtocol, lifespan: str = "on") -> uvicorn.Config:
+    """Return uvicorn's settings for ``app``, the same in every proxy."""
+    return uvicorn.Config(
+        app,
+        http=protocol,
+        lifespan=lifespan,  # type: ignore[arg-type]
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_keep_alive=75,
+    )
+
+
+class ProxyServer(uvicorn.Server):
+    """Serves until it is told to drain.
+
+    Parameters
+    ----------
+    config : uvicorn.Config
+        See `make_config`.
+    drain_timeout : float
+        Seconds that requests in flight get when the server stops.
+    idle_grace : float
+        Seconds that idle connections stay open when the server stops.
+    on_started, on_draining : callable, optional
+        Called without arguments when connections are accepted, and when the server begins to stop.
+    """
+
+    server_state: ProxyState
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        drain_timeout: float = 20.0,
+        idle_grace: float = IDLE_GRACE,
+        on_started: Callable[[], None] | None = None,
+        on_draining: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.server_state = ProxyState()
+        self.drain_timeout = drain_timeout
+        self.idle_grace = idle_grace
+        self._on_started = on_started
+        self._on_draining = on_draining
+
+    def drain(self) -> None:
+        """Begin to stop; a second call, as by a second SIGTERM, no longer waits for requests in flight."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        if self._on_started is not None:
+            self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # 1. Tell first: who supervises can start a successor on the same socket while this one drains.
+        if self._on_draining is not None:
+            self._on_draining()
+        # 2. From here on each response ends its connection.
+        self.server_state.draining = True
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, ProxyProtocol):
+                connection.drain()
+            else:
+                connection.shutdown()  # a WebSocket: 1012, service restart
+        # 3. Accept what the kernel has queued, then no more.
+        await self._stop_accepting(sockets or [])
+        # 4. Wait for requests in flight, closing idle connections after their grace.
+        await self._until_drained()
+        # 5. Cut off what is left.
+        await self._cancel_rest()
+        # 6. The application's own end.
+        await self.lifespan.shutdown()
+
+    async def _stop_accepting(self, sockets: list[socket.socket]) -> None:
+        loop = asyncio.get_running_loop()
+        # asyncio's own loop loses connections that are accepted but not yet made when the server closes; so first it
+        # stops to look, then they are made. uvloop makes them at once, and has no reader for the listener.
+        await asyncio.sleep(0)
+        if isinstance(loop, asyncio.SelectorEventLoop):
+            for sock in sockets:
+                loop.remove_reader(sock.fileno())
+            for _ in range(5):
+                await asyncio.sleep(0)
+        for server in self.servers:
+            server.close()
+        for sock in sockets:
+            sock.close()
+
+    async def _until_drained(self) -> None:
+        state = self.server_state
+        deadline = time.monotonic() + self.drain_timeout
+        idle_since: dict[ProxyProtocol, float] = {}
+        while (state.connections or state.tasks) and not self.force_exit:
+            now = time.monotonic()
+            if now >= deadline:
+                return
+            idle = {c for c in state.connections if isinstance(c, ProxyProtocol) and c.idle}
+            idle_since = {connection: idle_since.get(connection, now) for connection in idle}
+            for connection, since in idle_since.items():
+                if now - since >= self.idle_grace:
+                    connection.transport.close()
+            await asyncio.sleep(SWEEP)
+
+    async def _cancel_rest(self) -> None:
+        tasks = set(self.server_state.tasks)
+        if tasks:
+            logger.warning("%d requests were still in flight when the proxy had to stop; cancelled", len(tasks))
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks, timeout=CANCEL_GRACE)
+        for connection in list(self.server_state.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Let SIGTERM drain and ignore SIGINT, which belongs to the session that Ctrl-C was typed in."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            signal.SIGTERM: signal.signal(signal.SIGTERM, self.handle_exit),
+            signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        }
+        try:
+            yield
+        finally:
+            # uvicorn would raise the signal again here: a drained proxy ends with exit code 0.
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.drain()
+
+
+async def serve(app: Any, sock: socket.socket, **options: Any) -> None:
+    """Serve an ASGI application on a listening socket until SIGTERM; ``options`` are those of `ProxyServer`."""
+    await ProxyServer(make_config(app), **options).serve(sockets=[sock])
