@@ -1,0 +1,64 @@
+"""Measure everything, and write ``benchmarks/results.md``: ``python -m benchmarks [--quick] [--only http,handle]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from distributed import Client
+
+from . import door, handle_calls, http_noop, memory
+from .load import generator
+from .processes import cluster
+from .table import Row, page
+
+PARTS = ("http", "handle", "memory", "door")
+RESULTS = Path(__file__).parent / "results.md"
+
+
+def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
+    """Measure one part after the other; each but the first two has a cluster of its own."""
+    if "http" in parts or "handle" in parts:
+        with cluster() as running, Client(running.address, set_as_default=False) as client:
+            if "http" in parts:
+                yield from http_noop.rows(running, client, pairs, seconds)
+            if "handle" in parts:
+                yield from handle_calls.rows(running, client, pairs, seconds)
+    if "memory" in parts:
+        yield from memory.rows(pairs)
+    if "door" in parts:
+        with cluster() as running, Client(running.address, set_as_default=False) as client:
+            yield from door.rows(client, pairs, seconds)
+
+
+def main() -> int:
+    """Parse, measure, write; the exit code is 0 whatever the figures."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one pair of a second each: does it work?")
+    parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs (5)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement (2)")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--output", type=Path, help="instead of benchmarks/results.md; --quick and --only write none")
+    options = parser.parse_args()
+    parts = options.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    pairs, seconds = (1, 1.0) if options.quick else (options.pairs, options.seconds)
+
+    rows = []
+    for row in measure(parts, pairs, seconds):
+        print(row.line(), file=sys.stderr, flush=True)
+        rows.append(row)
+    text = page(rows, pairs=pairs, seconds=seconds, generator=generator())
+    whole = not options.quick and set(parts) == set(PARTS)
+    if output := options.output or (RESULTS if whole else None):
+        output.write_text(text, encoding="utf-8")
+        print(f"Written to {output}", file=sys.stderr)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

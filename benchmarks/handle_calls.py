@@ -1,0 +1,120 @@
+"""Calls through a Python handle beside Dask's own actor calls, straight to the worker, on the same cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import Any
+
+import psutil
+from distributed import Client
+
+import dask_serve as serve
+
+from .apps import NoOp
+from .dask_actor import Echo
+from .processes import Clock, Cluster
+from .table import Row, Sample, interleave
+
+IN_FLIGHT = (1, 50, 1000)
+
+
+def watch(cluster: Cluster) -> Clock:
+    """Start a clock for who takes part in a call."""
+    return Clock({"caller": psutil.Process(), "worker": cluster.worker, "scheduler": cluster.scheduler})
+
+
+def synchronous(call: Callable[[int], Any], in_flight: int, cluster: Cluster, seconds: float) -> Sample:
+    """Issue ``in_flight`` calls, wait for the result of each, and again."""
+    clock, begun, count = watch(cluster), time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        for ref in [call(number) for number in range(in_flight)]:
+            ref.result()
+        count += in_flight
+    took = time.perf_counter() - begun
+    return Sample(1e3 * took / count if in_flight == 1 else count / took, clock.per_request(count))
+
+
+async def concurrent(call: Callable[[int], Awaitable[Any]], in_flight: int, cluster: Cluster, seconds: float) -> Sample:
+    """Keep ``in_flight`` calls going, each from a coroutine that calls again when it is answered."""
+    clock, begun = watch(cluster), time.perf_counter()
+
+    async def caller() -> int:
+        count = 0
+        while time.perf_counter() - begun < seconds:
+            await call(count)
+            count += 1
+        return count
+
+    count = sum(await asyncio.gather(*[caller() for _ in range(in_flight)]))
+    took = time.perf_counter() - begun
+    return Sample(count / took, clock.per_request(count))
+
+
+def rows(cluster: Cluster, client: Client, pairs: int, seconds: float) -> Iterator[Row]:
+    """Measure synchronous callers, then those in an event loop."""
+    handle = serve.run(NoOp.bind(), name="handle", route_prefix="/handle", client=client)
+    yield from synchronous_rows(handle, cluster, pairs, seconds)
+    yield from asyncio_rows(handle, cluster, pairs, seconds)
+    serve.delete("handle", client=client)
+
+
+def synchronous_rows(handle: serve.DeploymentHandle, cluster: Cluster, pairs: int, seconds: float) -> Iterator[Row]:
+    """Compare callers in a plain thread."""
+    # Dask looks for the default client when it makes the proxy of an actor.
+    with Client(cluster.address, direct_to_workers=True) as direct:
+        actor = direct.submit(Echo, actor=True).result()
+        for in_flight in IN_FLIGHT:
+            ours = partial(synchronous, handle.echo.remote, in_flight, cluster, seconds)
+            theirs = partial(synchronous, actor.echo, in_flight, cluster, seconds)
+            samples = interleave(pairs, ours, theirs)
+            if in_flight == 1:
+                yield Row("Handle, synchronous, one after the other, latency", "ms", *samples, most=0.35)
+            else:
+                yield Row(f"Handle, synchronous, {in_flight} in flight", "calls/s", *samples)
+
+
+def asyncio_rows(handle: serve.DeploymentHandle, cluster: Cluster, pairs: int, seconds: float) -> Iterator[Row]:
+    """Compare callers in one event loop, which lives as long as the comparison."""
+    with asyncio.Runner() if hasattr(asyncio, "Runner") else LoopRunner() as runner:
+        direct = runner.run(open_client(cluster.address))
+        try:
+            actor = runner.run(make_actor(direct))
+            for in_flight in IN_FLIGHT:
+
+                def measure(call: Callable[[int], Awaitable[Any]], in_flight: int = in_flight) -> Sample:
+                    return runner.run(concurrent(call, in_flight, cluster, seconds))
+
+                samples = interleave(pairs, partial(measure, handle.echo.remote), partial(measure, actor.echo))
+                what = "one after the other" if in_flight == 1 else f"{in_flight} in flight"
+                least = 12.0 if in_flight == 50 else None
+                yield Row(f"Handle, asyncio, {what}", "calls/s", *samples, least=least)
+        finally:
+            runner.run(direct.close())
+
+
+async def open_client(address: str) -> Client:
+    """Connect in the running loop, straight to the workers."""
+    return await Client(address, asynchronous=True, direct_to_workers=True)
+
+
+async def make_actor(client: Client) -> Any:
+    """Make the actor that is compared."""
+    return await client.submit(Echo, actor=True)
+
+
+class LoopRunner:
+    """What ``asyncio.Runner`` does, for Python 3.10."""
+
+    def __enter__(self) -> LoopRunner:
+        self.loop = asyncio.new_event_loop()
+        return self
+
+    def run(self, coroutine: Any) -> Any:
+        """Run a coroutine in the loop."""
+        return self.loop.run_until_complete(coroutine)
+
+    def __exit__(self, *error: object) -> None:
+        self.loop.close()

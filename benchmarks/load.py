@@ -1,0 +1,149 @@
+"""Load over HTTP/1.1 with kept connections: wrk where it is installed, else a bare asyncio client, its own process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+from urllib.parse import urlsplit
+
+UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one run of the generator saw."""
+
+    requests: int
+    seconds: float
+    median_s: float
+    failed: int
+
+    @property
+    def rate(self) -> float:
+        """Requests a second."""
+        return self.requests / self.seconds
+
+
+def generator() -> str:
+    """Tell which generator is used here."""
+    return "wrk" if shutil.which("wrk") else "benchmarks/load.py"
+
+
+def drive(url: str, connections: int, seconds: float) -> Load:
+    """Send GET requests as fast as they are answered, one at a time on each of ``connections``."""
+    if wrk := shutil.which("wrk"):
+        command = [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency", url]
+        return parse_wrk(run(command))
+    command = [sys.executable, str(Path(__file__)), url, str(connections), str(seconds)]
+    return Load(**json.loads(run(command)))
+
+
+def run(command: list[str]) -> str:
+    """Run a generator and return what it prints."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr or done.stdout}")
+    return done.stdout
+
+
+def parse_wrk(text: str) -> Load:
+    """Read wrk's report."""
+    total = re.search(r"(\d+) requests in ([\d.]+)(\w+)", text)
+    median = re.search(r"50%\s+([\d.]+)(us|ms|s|m)", text)
+    if total is None or median is None:
+        raise RuntimeError(f"wrk said something else than expected: {text}")
+    failed = sum(map(int, re.findall(r"Non-2xx or 3xx responses: (\d+)", text)))
+    for line in re.findall(r"Socket errors: (.*)", text):
+        failed += sum(map(int, re.findall(r"\d+", line)))
+    return Load(int(total[1]), float(total[2]) * UNITS[total[3]], float(median[1]) * UNITS[median[2]], failed)
+
+
+class Connection(asyncio.Protocol):
+    """One kept connection that asks again as soon as it is answered."""
+
+    def __init__(self, request: bytes, latencies: list[float], failures: list[str]) -> None:
+        self.request = request
+        self.latencies = latencies
+        self.failures = failures
+        self.buffer = b""
+        self.sent = 0.0
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask for the first time."""
+        self.transport = cast("asyncio.Transport", transport)
+        self.ask()
+
+    def ask(self) -> None:
+        """Send the request."""
+        assert self.transport is not None
+        self.sent = time.perf_counter()
+        self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        """Count an answer once it is whole; answers must tell their length."""
+        self.buffer += data
+        end = self.buffer.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        head = self.buffer[:end].lower()
+        length = int(head.split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
+        if len(self.buffer) < end + 4 + length:
+            return
+        if not head.startswith(b"http/1.1 2"):
+            self.failures.append(head[:40].decode())
+        self.buffer = b""
+        self.latencies.append(time.perf_counter() - self.sent)
+        self.ask()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Take a connection that the server closed as a failure."""
+        if exc is not None:
+            self.failures.append(repr(exc))
+
+
+async def ask(url: str, connections: int, seconds: float) -> Load:
+    """Be the generator."""
+    parts = urlsplit(url)
+    request = f"GET {parts.path or '/'} HTTP/1.1\r\nhost: {parts.netloc}\r\n\r\n".encode()
+    latencies: list[float] = []
+    failures: list[str] = []
+    loop = asyncio.get_running_loop()
+    begun = time.perf_counter()
+    protocols = []
+    for _ in range(connections):
+        _, protocol = await loop.create_connection(
+            lambda: Connection(request, latencies, failures), parts.hostname, parts.port
+        )
+        protocols.append(protocol)
+    await asyncio.sleep(seconds)
+    done, took, failed = list(latencies), time.perf_counter() - begun, len(failures)
+    for protocol in protocols:
+        if protocol.transport is not None:
+            protocol.transport.abort()
+    return Load(len(done), took, statistics.median(done) if done else float("inf"), failed)
+
+
+def main() -> None:
+    """Run as a process of its own: ``load.py URL CONNECTIONS SECONDS`` prints a `Load` as JSON."""
+    url, connections, seconds = sys.argv[1:]
+    try:
+        import uvloop
+
+        runner = uvloop.run
+    except ImportError:
+        runner = asyncio.run
+    print(json.dumps(asdict(runner(ask(url, int(connections), float(seconds))))))
+
+
+if __name__ == "__main__":
+    main()

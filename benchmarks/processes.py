@@ -1,0 +1,136 @@
+"""The processes that are measured, each with its CPU time."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+DEADLINE = 30.0
+
+
+def spawn(*arguments: str, **options: object) -> subprocess.Popen[str]:
+    """Start a Python process that finds this repository's packages and ends with a plain SIGTERM."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End a process that `spawn` started."""
+    process.terminate()
+    try:
+        process.wait(DEADLINE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One scheduler and one worker process, without a nanny, so that their pids are known."""
+
+    address: str
+    scheduler: psutil.Process
+    worker: psutil.Process
+
+    def proxies(self) -> list[psutil.Process]:
+        """Return the HTTP proxies, children of the scheduler."""
+        children = self.scheduler.children(recursive=True)
+        return [child for child in children if "dask_serve.proxy" in child.cmdline()]
+
+
+@contextmanager
+def cluster() -> Iterator[Cluster]:
+    """Start a scheduler and a worker by Dask's own commands; 4 threads, no dashboard."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "scheduler.json"
+        dask = ["-m", "dask"]
+        common = ["--host", "127.0.0.1", "--no-dashboard"]
+        quiet = {"stderr": subprocess.DEVNULL, "cwd": folder}
+        scheduler = spawn(
+            *dask, "scheduler", *common, "--port", "0", "--scheduler-file", str(file), "--no-show", **quiet
+        )
+        try:
+            address = wait_for_address(file, scheduler)
+            worker = spawn(
+                *dask, "worker", address, *common, "--no-nanny", "--nthreads", "4", "--memory-limit", "0", **quiet
+            )
+            try:
+                yield Cluster(address, psutil.Process(scheduler.pid), psutil.Process(worker.pid))
+            finally:
+                stop(worker)
+        finally:
+            stop(scheduler)
+
+
+def wait_for_address(file: Path, process: subprocess.Popen[str]) -> str:
+    """Return the address that a scheduler writes into its file."""
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            return str(json.loads(file.read_text())["address"])
+        except (FileNotFoundError, ValueError):
+            time.sleep(0.05)
+    raise RuntimeError(f"the scheduler did not start within {DEADLINE:g} s (exit code {process.poll()})")
+
+
+@contextmanager
+def bare_uvicorn() -> Iterator[tuple[str, psutil.Process]]:
+    """Start the server without dask_serve; its address and process."""
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+        port = listener.getsockname()[1]
+        process = spawn("-m", "benchmarks.bare_uvicorn", str(listener.fileno()), pass_fds=[listener.fileno()])
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != "ready":
+            raise RuntimeError(f"uvicorn did not start (exit code {process.poll()})")
+        yield f"http://127.0.0.1:{port}/", psutil.Process(process.pid)
+    finally:
+        stop(process)
+
+
+class Clock:
+    """CPU seconds that processes spend while it runs.
+
+    Parameters
+    ----------
+    processes : dict of str to psutil.Process
+        What to watch, by the name in the table. Children that end meanwhile count as "load".
+    """
+
+    def __init__(self, processes: dict[str, psutil.Process]) -> None:
+        self.processes = processes
+        self.begun = self.read()
+
+    def read(self) -> dict[str, float]:
+        """Return CPU seconds so far."""
+        spent = {name: sum(process.cpu_times()[:2]) for name, process in self.processes.items()}
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return {**spent, "load": children.ru_utime + children.ru_stime}
+
+    def per_request(self, requests: int) -> dict[str, float]:
+        """Return CPU microseconds a request since the clock was made."""
+        now = self.read()
+        spent = {name: 1e6 * (now[name] - self.begun[name]) / max(requests, 1) for name in now}
+        return {name: value for name, value in spent.items() if value > 0 or name != "load"}
