@@ -66,6 +66,7 @@ class EmbeddedCluster:
         self._error: dict[str, str] | None = None
         self._workers: set[str] = set()
         self._started = threading.Event()
+        self._drained = threading.Event()
         self._gone = threading.Event()
         self._lock = threading.Lock()
         self._closing = False
@@ -150,10 +151,13 @@ class EmbeddedCluster:
             if self._closing or os.getpid() != self._owner:
                 return
             self._closing = True
+        began = time.monotonic()
         try:
-            with contextlib.suppress(OSError):
-                self._lifeline.sendall(json.dumps({"close": timeout}).encode() + b"\n")
-            self._gone.wait(timeout + HOST_MARGIN)
+            self._send(drain=timeout)
+            self._drained.wait(timeout)
+            self._close_clients()
+            self._send(close=True)
+            self._gone.wait(max(0.0, began + timeout + HOST_MARGIN - time.monotonic()))
         finally:
             self.kill()
 
@@ -175,6 +179,20 @@ class EmbeddedCluster:
         state = f"{len(self._workers)} workers" if self.alive else "closed"
         return f"<EmbeddedCluster {self.scheduler_address}, {state}>"
 
+    def _send(self, **message: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._lifeline.sendall(json.dumps(message).encode() + b"\n")
+
+    def _close_clients(self) -> None:
+        """Close this session's clients of the cluster, which would try to reconnect for half a minute."""
+        from distributed import Client
+
+        for client in list(Client._instances):
+            scheduler = getattr(client, "scheduler", None)
+            if scheduler is not None and scheduler.address == self.scheduler_address and not client.asynchronous:
+                with contextlib.suppress(Exception):
+                    client.close(timeout=2)
+
     def _listen(self) -> None:
         """Take the host's events until it is gone (runs in a thread)."""
         with contextlib.suppress(OSError), self._lifeline.makefile("rb") as lines:
@@ -182,6 +200,7 @@ class EmbeddedCluster:
                 self._handle(json.loads(line))
         self._gone.set()
         self._started.set()
+        self._drained.set()
         if not self._closing and self.scheduler_address:
             self._sweep(HOST_MARGIN)
             code = self._process.returncode
@@ -192,6 +211,8 @@ class EmbeddedCluster:
         event = message["event"]
         if event == "directory":
             self._directory = message["directory"]
+        elif event == "drained":
+            self._drained.set()
         elif event == "error":
             self._error = message
             self._started.set()

@@ -1,8 +1,8 @@
 """The host of an embedded cluster: one process with the scheduler, the controller and the workers' supervisor.
 
 It talks with its session over the lifeline, in lines of JSON. To the session: ``scheduler`` (it listens),
-``worker`` (one registered), ``worker-ended``, ``error``. From the session: ``{"close": seconds}``; the end of file
-means the same, for a session that was killed.
+``worker`` (one registered), ``worker-ended``, ``drained``, ``error``. From the session: ``{"drain": seconds}``, and
+``{"close": true}`` once it has closed its clients. The end of file means both, for a session that was killed.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ __all__ = ["main"]
 ORPHAN_CLOSE = 30.0
 #: Seconds of a close that are kept for the workers, after the service was drained.
 WORKERS_CLOSE = 5.0
+#: Seconds that the session may take to close its clients.
+CLIENTS_CLOSE = 3.0
 #: Seconds between two looks at how many workers the controller would like.
 GROW_EVERY = 0.25
 
@@ -77,6 +79,7 @@ class Host:
         self._socket = lifeline
         self._writer: asyncio.StreamWriter | None = None
         self._stop = asyncio.Event()
+        self._released = asyncio.Event()
         self._close_timeout = ORPHAN_CLOSE
 
     def report(self, **event: Any) -> None:
@@ -125,9 +128,13 @@ class Host:
     async def _listen(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(ConnectionError):
             while line := await reader.readline():
-                self._close_timeout = json.loads(line)["close"]
+                message = json.loads(line)
+                self._close_timeout = message.get("drain", self._close_timeout)
                 self._stop.set()
+                if "close" in message:
+                    self._released.set()
         self._stop.set()
+        self._released.set()
 
     async def _until_closed(self, scheduler: Scheduler) -> None:
         """Wait until somebody else closes the scheduler (``client.shutdown()``)."""
@@ -154,6 +161,10 @@ class Host:
             budget = max(self._close_timeout - WORKERS_CLOSE, self._close_timeout / 2)
             with contextlib.suppress(asyncio.TimeoutError, OSError):
                 await asyncio.wait_for(self._drain(self.scheduler), budget)
+            self.report(event="drained")
+            # Clients that lose their scheduler fill the terminal with attempts to find it again.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._released.wait(), CLIENTS_CLOSE)
         await self.workers.close(min(max(deadline - loop.time(), 0.1), WORKERS_CLOSE))
         if self.scheduler is not None:
             with contextlib.suppress(asyncio.TimeoutError):

@@ -14,6 +14,8 @@ from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils import format_dashboard_link
 
+from .dashboard import has_bokeh, load_on_demand
+
 __all__ = ["start_scheduler"]
 
 
@@ -48,9 +50,11 @@ async def start_scheduler(dashboard_address: str | None, preload: str, report: C
     scheduler = Scheduler(
         host="127.0.0.1",
         port=0,
-        dashboard=dashboard_address is not None,
+        dashboard=dashboard_address is not None and not has_bokeh(),
         dashboard_address=_free_address(dashboard_address or "127.0.0.1:0"),
     )
+    if dashboard_address is not None and has_bokeh():
+        load_on_demand(scheduler)
     scheduler.add_plugin(_Arrivals(report))
     if preload not in dask.config.get("distributed.scheduler.preload"):
         result = setup(scheduler)
