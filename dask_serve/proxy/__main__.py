@@ -117,7 +117,8 @@ class Process:
             self._lifeline.send_latest(wire.STATS, msgspec.msgpack.encode(stats))
 
     def _stats(self) -> dict[str, Any]:
-        assert self._server is not None and self._service is not None
+        assert self._server is not None
+        assert self._service is not None
         state = self._server.server_state
         stats = {
             "requests": state.total_requests,
@@ -158,9 +159,7 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 def main() -> None:
     """Parse the two file descriptors and serve."""
     if len(sys.argv) != 3 or not all(argument.isdigit() for argument in sys.argv[1:]):
-        sys.exit(
-            "a proxy process is started by the controller: python -m dask_serve.proxy <listening fd> <lifeline fd>"
-        )
+        sys.exit("usage, by the controller only: python -m dask_serve.proxy <listening fd> <lifeline fd>")
     run(int(sys.argv[1]), int(sys.argv[2]))
 
 
