@@ -1,0 +1,417 @@
+"""Shipping user code by value, and the revision that names it.
+
+What a deployment consists of, its class or function with the bound arguments, becomes one opaque blob of bytes.
+The application's own modules travel inside it, so that workers need not have the files and a changed file is
+really new code on a worker that has seen the old one. Only the replica's process ever opens the blob.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import importlib.machinery
+import inspect
+import io
+import pickle
+import sys
+import sysconfig
+import threading
+import types
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cloudpickle
+from dask.utils import format_bytes
+from distributed import Future
+from msgspec import Struct
+
+from .exceptions import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+__all__ = ["LARGE", "Packed", "bound_handle", "own_modules", "pack", "resolved_key", "unpack"]
+
+#: Bound arguments that make more bytes than this are warned about.
+LARGE = 10_000_000
+
+#: Packages that are never the application's own, wherever they lie (an editable install, a checkout).
+FOREIGN = frozenset({"dask_serve", "distributed", "dask"})
+
+#: What replaces an object while it is pickled: a callable that workers can import, and its arguments.
+Reducers = dict[type, "Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]]"]
+
+#: Registration of modules with cloudpickle is process-wide, so that only one pack may be at work.
+_lock = threading.RLock()
+
+
+class Packed(Struct, frozen=True):
+    """A deployment's code and bound arguments, ready to travel."""
+
+    blob: bytes
+    #: Dask keys of the futures among the bound arguments; `unpack` wants their values.
+    keys: list[str]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the blob."""
+        return len(self.blob)
+
+
+# -- placeholders ------------------------------------------------------------------------------------------------------
+
+
+class _Unpacking(threading.local):
+    values: Mapping[str, Any] | None = None
+    handle: Callable[[str, str], Any] | None = None
+
+
+_unpacking = _Unpacking()
+
+
+def resolved_key(key: str) -> Any:
+    """Stand in a blob for a Dask future, and become its value in `unpack`."""
+    values = _unpacking.values
+    if values is None or key not in values:
+        raise LookupError(f"the value of the Dask future {key!r}, which is a bound argument, was not fetched")
+    return values[key]
+
+
+def bound_handle(app: str, deployment: str) -> Any:
+    """Stand in a blob for a bound application, and become the handle of its deployment in `unpack`.
+
+    The blob does not hold the scheduler's address: workers may know it by another name than the session does.
+    """
+    if _unpacking.handle is not None:
+        return _unpacking.handle(app, deployment)
+    from .handle import DeploymentHandle
+
+    return DeploymentHandle(app, deployment)
+
+
+_MODULE_INTERNALS = frozenset({"__builtins__", "__cached__", "__loader__", "__spec__"})
+
+
+def _make_module(name: str) -> types.ModuleType:
+    return types.ModuleType(name)
+
+
+def _module_setstate(module: types.ModuleType, state: dict[str, Any]) -> None:
+    vars(module).update(state, __builtins__=builtins)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(self, file: Any, reducers: Reducers) -> None:
+        super().__init__(file, protocol=5)
+        self._reducers = reducers
+        self.keys: dict[str, None] = {}
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduce = self._reducers.get(type(obj))
+        if reduce is not None:
+            return reduce(obj)
+        if isinstance(obj, Future):
+            if not isinstance(obj.key, str):
+                raise pickle.PicklingError(
+                    f"a Dask future with the key {obj.key!r} (a part of a collection) cannot be bound; bind "
+                    "`client.compute(collection)` or `client.scatter(value)`"
+                )
+            self.keys[obj.key] = None
+            return resolved_key, (obj.key,)
+        if isinstance(obj, types.ModuleType) and cloudpickle.cloudpickle._is_registered_pickle_by_value(obj):
+            # In two steps, unlike cloudpickle's way, because modules that import each other form circles.
+            state = {name: value for name, value in vars(obj).items() if name not in _MODULE_INTERNALS}
+            return _make_module, (obj.__name__,), state, None, None, _module_setstate
+        return super().reducer_override(obj)
+
+
+# -- the application's own modules -------------------------------------------------------------------------------------
+
+
+def own_modules() -> list[types.ModuleType]:
+    """Modules whose files lie under the working directory or beside the main program, and are no installed package."""
+    roots = _roots()
+    found = []
+    for module in list(sys.modules.values()):
+        if not isinstance(module, types.ModuleType) or module.__name__ == "__main__":
+            continue
+        if sys.modules.get(module.__name__) is not module or module.__name__.partition(".")[0] in FOREIGN:
+            continue
+        # Through the dictionary, because modules that load lazily do so at the first attribute.
+        file = vars(module).get("__file__")
+        if isinstance(file, str) and file.endswith(tuple(importlib.machinery.SOURCE_SUFFIXES)) and _own(file, roots):
+            found.append(module)
+    return found
+
+
+def _roots() -> frozenset[str]:
+    roots = set()
+    with contextlib.suppress(OSError):
+        roots.add(str(Path.cwd()))
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    if main:
+        roots.add(str(Path(main).absolute().parent))
+    return frozenset(roots)
+
+
+@functools.lru_cache(maxsize=8192)
+def _own(file: str, roots: frozenset[str]) -> bool:
+    path = Path(file).absolute()
+    if not any(path.is_relative_to(root) for root in roots):
+        return False
+    if {"site-packages", "dist-packages"} & set(path.parts):
+        return False
+    return not any(path.is_relative_to(directory) for directory in _library_directories())
+
+
+@functools.cache
+def _library_directories() -> tuple[str, ...]:
+    paths = sysconfig.get_paths()
+    return tuple({str(Path(paths[name]).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+
+
+@contextlib.contextmanager
+def _by_value() -> Iterator[None]:
+    with _lock:
+        before = cloudpickle.list_registry_pickle_by_value()
+        mine = [module for module in own_modules() if module.__name__ not in before]
+        try:
+            for module in mine:
+                cloudpickle.register_pickle_by_value(module)
+            yield
+        finally:
+            after = cloudpickle.list_registry_pickle_by_value()
+            for module in mine:
+                if module.__name__ in after:
+                    cloudpickle.unregister_pickle_by_value(module)
+
+
+# -- pack and unpack ---------------------------------------------------------------------------------------------------
+
+
+def pack(
+    target: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    where: str = "the deployment",
+    reducers: Reducers | None = None,
+) -> Packed:
+    """Pickle a deployment's class or function with its bound arguments, code of own modules included.
+
+    Parameters
+    ----------
+    target : class or function
+        What replicas run.
+    args, kwargs : tuple, dict
+        Bound arguments. Dask futures in them, however deep, travel as their keys.
+    where : str
+        What is being packed, for messages.
+    reducers : dict, optional
+        What to put in place of objects of certain types.
+
+    Raises
+    ------
+    ConfigError
+        Something cannot be pickled; the message says which attribute, argument or global variable.
+
+    Warns
+    -----
+    UserWarning
+        Bound arguments make 10 MB or more.
+    """
+    kwargs = dict(kwargs or {})
+    reducers = reducers or {}
+    with _by_value():
+        buffer = io.BytesIO()
+        pickler = _Pickler(buffer, reducers)
+        try:
+            pickler.dump((target, args, kwargs))
+        except Exception as error:  # __reduce__ of user code raises what it likes
+            raise ConfigError(_explain(target, args, kwargs, reducers, where, error)) from error
+        packed = Packed(blob=buffer.getvalue(), keys=list(pickler.keys))
+        if packed.nbytes >= LARGE:
+            _warn_large(target, args, kwargs, reducers, where)
+    return packed
+
+
+def unpack(
+    blob: bytes,
+    values: Mapping[str, Any] | None = None,
+    handle: Callable[[str, str], Any] | None = None,
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Open what `pack` made.
+
+    Parameters
+    ----------
+    blob : bytes
+        `Packed.blob`.
+    values : dict, optional
+        Values of `Packed.keys`.
+    handle : callable, optional
+        Makes the handle of a bound application from the names of application and deployment.
+
+    Returns
+    -------
+    target, args, kwargs
+        The class or function and its bound arguments.
+    """
+    before = _unpacking.values, _unpacking.handle
+    _unpacking.values, _unpacking.handle = values or {}, handle
+    try:
+        target, args, kwargs = pickle.loads(blob)
+    finally:
+        _unpacking.values, _unpacking.handle = before
+    return target, args, kwargs
+
+
+# -- what went wrong, and what is large --------------------------------------------------------------------------------
+
+
+class _Counter(io.RawIOBase):
+    """A file that keeps nothing but the number of bytes."""
+
+    size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.size += size
+        return size
+
+
+def _measure(obj: Any, reducers: Reducers) -> int:
+    counter = _Counter()
+    _Pickler(counter, reducers).dump(obj)
+    return counter.size
+
+
+def _named_arguments(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    try:
+        parameters = [p for p in inspect.signature(target).parameters.values() if p.kind in _POSITIONAL]
+    except (TypeError, ValueError):
+        parameters = []
+    for index, value in enumerate(args):
+        name = f" ({parameters[index].name!r})" if index < len(parameters) else ""
+        yield f"bound argument {index}{name}", value
+    for key, value in kwargs.items():
+        yield f"bound argument {key!r}", value
+
+
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def _warn_large(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], reducers: Reducers, where: str) -> None:
+    sizes = [(_measure(value, reducers), label) for label, value in _named_arguments(target, args, kwargs)]
+    total = sum(size for size, _ in sizes)
+    if total < LARGE:
+        return
+    size, label = max(sizes)
+    warnings.warn(
+        f"{where}: bound arguments of {format_bytes(total)} travel through the scheduler (the largest is {label}, "
+        f"{format_bytes(size)}). Put them on the cluster first and bind the future: "
+        "`.bind(client.scatter(value))`; or load them in `__init__` from a path that workers can read.",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def _explain(
+    target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], reducers: Reducers, where: str, error: Exception
+) -> str:
+    parts: list[tuple[str, Any]] = [*_named_arguments(target, args, kwargs)]
+    kind = "class" if isinstance(target, type) else "function"
+    parts.append((f"{kind} {getattr(target, '__name__', '')}", target))
+    for label, value in parts:
+        reason = _failure(value, reducers)
+        if reason is not None:
+            path, culprit, reason = _blame(label, value, reason, reducers)
+            return (
+                f"{where} cannot be sent to the workers: {path}, a {type(culprit).__module__}."
+                f"{type(culprit).__qualname__}, cannot be pickled ({_first_line(reason)}). Create it in `__init__`, "
+                "which runs on the worker, instead of in the class, the module or the arguments of `.bind()`."
+            )
+    return f"{where} cannot be sent to the workers: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _failure(obj: Any, reducers: Reducers) -> Exception | None:
+    try:
+        _measure(obj, reducers)
+    except Exception as error:  # noqa: BLE001  # as in pack
+        return error
+    return None
+
+
+def _blame(path: str, obj: Any, reason: Exception, reducers: Reducers) -> tuple[str, Any, Exception]:
+    """Follow what cannot be pickled down to the innermost object that has a name."""
+    seen = {id(obj)}
+    deeper = True
+    while deeper:
+        deeper = False
+        for label, child in _children(obj):
+            if id(child) in seen:
+                continue
+            failure = _failure(child, reducers)
+            if failure is not None:
+                seen.add(id(child))
+                path, obj, reason, deeper = path + label, child, failure, True
+                break
+    return path, obj, reason
+
+
+def _children(obj: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(obj, (staticmethod, classmethod)):
+        return [("", obj.__func__)]
+    if isinstance(obj, property):
+        return [("", part) for part in (obj.fget, obj.fset, obj.fdel) if part is not None]
+    if isinstance(obj, types.MethodType):
+        return [(" of its instance", obj.__self__)]
+    if isinstance(obj, types.FunctionType):
+        return _function_children(obj)
+    if isinstance(obj, type):
+        own = [(f", attribute {name!r}", value) for name, value in vars(obj).items() if name not in _CLASS_INTERNALS]
+        return own + [(f", base class {base.__name__}", base) for base in obj.__bases__ if base is not object]
+    if isinstance(obj, dict):
+        return [(f", item {key!r}", value) for key, value in obj.items()]
+    if isinstance(obj, (list, tuple, set, frozenset)):
+        return [(f", item {index}", value) for index, value in enumerate(obj)]
+    if isinstance(obj, types.ModuleType):
+        return [(f", variable {name!r}", value) for name, value in vars(obj).items() if not name.startswith("__")]
+    return _attributes(obj)
+
+
+_CLASS_INTERNALS = frozenset({"__dict__", "__weakref__"})
+
+
+def _attributes(obj: Any) -> list[tuple[str, Any]]:
+    names = list(getattr(obj, "__dict__", {}))
+    for kind in type(obj).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+    found = []
+    for name in names:
+        with contextlib.suppress(AttributeError):
+            found.append((f", attribute {name!r}", getattr(obj, name)))
+    return found
+
+
+def _function_children(function: types.FunctionType) -> list[tuple[str, Any]]:
+    found = [(", default of an argument", value) for value in function.__defaults__ or ()]
+    variables = inspect.getclosurevars(function)
+    found += [(f", closure variable {name!r}", value) for name, value in variables.nonlocals.items()]
+    # Globals that only an inner function uses travel too; cloudpickle finds them in the nested code.
+    names = cloudpickle.cloudpickle._extract_code_globals(function.__code__)
+    found += [
+        (f", global variable {name!r}", function.__globals__[name]) for name in names if name in function.__globals__
+    ]
+    if hasattr(function, "__wrapped__"):
+        found.append((", wrapped function", function.__wrapped__))
+    return found

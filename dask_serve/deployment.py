@@ -1,0 +1,344 @@
+"""Declaring what to serve: the decorator, deployments, and applications bound from them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, overload
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from .config import DeploymentOptions, build_options, change_options
+from .exceptions import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .handle import DeploymentHandle
+
+__all__ = ["Application", "Deployment", "deployment"]
+
+#: Attributes of a handle, which hide a method of the same name.
+RESERVED = ("remote", "options", "deployment_name", "app_name")
+
+#: Spellings of Ray Serve, and options of other systems, with what to write here.
+_ELSEWHERE = {
+    "ray_actor_options": 'use threads= for CPUs and resources={"GPU": 1} for what else a replica takes',
+    "max_concurrent_queries": "use max_ongoing_requests=",
+    "max_replicas_per_node": "use max_replicas_per_worker=",
+    "num_gpus": 'use resources={"GPU": 1}, and start workers with --resources "GPU=1"',
+    "num_cpus": "use threads=",
+    "gpus": 'use resources={"GPU": 1}, and start workers with --resources "GPU=1"',
+    "memory": 'use resources={"memory": 4e9}, and start workers with --resources "memory=16e9"',
+    "runtime_env": "install packages where the workers start; the modules of your working directory travel by "
+    "themselves",
+    "placement_group_bundles": "use workers=, resources= or max_replicas_per_worker= to say where replicas may run",
+    "autoscaling_config": "automatic scaling is not there yet: set num_replicas=",
+    "graceful_shutdown_wait_loop_s": "leave it out: a replica ends as soon as nothing runs on it",
+    "func_or_class": "give the class or function to the decorator: serve.deployment(...)(Model)",
+    "init_args": "give arguments to .bind()",
+    "init_kwargs": "give arguments to .bind()",
+    "route_prefix": "give it to serve.run(app, route_prefix=...)",
+}
+
+
+class Deployment:
+    """A class or function with options, ready to be bound into an application.
+
+    Made by the `deployment` decorator; never changed afterwards.
+
+    Attributes
+    ----------
+    name : str
+        Name of the deployment within its application.
+    func_or_class : class or function
+        What replicas run.
+    """
+
+    __slots__ = ("__weakref__", "_options", "func_or_class", "name")
+
+    def __init__(self, func_or_class: Any, name: str, options: DeploymentOptions) -> None:
+        self.func_or_class = func_or_class
+        self.name = check_name(name, "a deployment")
+        self._options = options
+
+    @property
+    def num_replicas(self) -> int:
+        """How many replicas to keep ready."""
+        return self._options.num_replicas
+
+    @property
+    def max_ongoing_requests(self) -> int:
+        """How many requests one replica runs at the same time."""
+        return self._options.max_ongoing_requests
+
+    @property
+    def user_config(self) -> Any:
+        """What the replicas' ``reconfigure`` gets."""
+        return self._options.user_config
+
+    @property
+    def all_options(self) -> DeploymentOptions:
+        """Every option."""
+        return self._options
+
+    def options(
+        self,
+        *,
+        name: str | UnsetType = UNSET,
+        num_replicas: int | UnsetType = UNSET,
+        max_ongoing_requests: int | UnsetType = UNSET,
+        threads: int | UnsetType = UNSET,
+        max_queued_requests: int | UnsetType | None = UNSET,
+        user_config: Any = UNSET,
+        resources: dict[str, float] | UnsetType = UNSET,
+        workers: list[str] | UnsetType = UNSET,
+        max_replicas_per_worker: int | UnsetType | None = UNSET,
+        graceful_shutdown_timeout_s: float | UnsetType = UNSET,
+        request_timeout_s: float | UnsetType | None = UNSET,
+        version: str | UnsetType | None = UNSET,
+        **unknown: Any,
+    ) -> Deployment:
+        """Return a copy with some options changed; see `DeploymentOptions` for their meaning."""
+        given = _given(locals())
+        chosen = self.name if isinstance(name, UnsetType) else name
+        where = f"deployment {chosen!r}"
+        return Deployment(self.func_or_class, chosen, _checked(change_options(self._options, given, where), where))
+
+    def bind(self, *args: Any, **kwargs: Any) -> Application:
+        """Bind the arguments of the constructor.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            What ``__init__`` gets on each replica. Applications among them, also inside lists, tuples,
+            sets, dicts and dataclasses, arrive as handles; Dask futures arrive as their values.
+
+        Returns
+        -------
+        Application
+            For `serve.run`, or to be bound into another deployment.
+        """
+        if not isinstance(self.func_or_class, type) and (args or kwargs):
+            raise ConfigError(
+                f"deployment {self.name!r} is a function, which has no constructor that could take arguments of "
+                ".bind(); make it a class with __init__ and __call__"
+            )
+        _check_arguments(self, args, kwargs)
+        return Application(self, args, kwargs)
+
+    def get_handle(self, sync: bool = True, app_name: str | None = None) -> DeploymentHandle:
+        """Return a handle of this deployment where it runs.
+
+        Parameters
+        ----------
+        sync : bool, default True
+            False: ``handle.remote`` is awaited for the ref.
+        app_name : str, optional
+            Needed where several applications have a deployment of this name.
+
+        Raises
+        ------
+        ApplicationNotFoundError
+            It does not run, or several of its name do; the message lists the candidates.
+        """
+        from .session import find_handle
+
+        return find_handle(self.name, app_name, sync=sync)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError(
+            f"deployment {self.name!r} cannot be called or instantiated here: bind its arguments with "
+            f"`{self.name}.bind(...)` and deploy that with `serve.run(...)`"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Deployment {self.name!r}, {self.num_replicas} replica{'s' * (self.num_replicas != 1)}>"
+
+
+class Application:
+    """A deployment with bound arguments, which may hold other applications. Made by `Deployment.bind`."""
+
+    __slots__ = ("__weakref__", "args", "deployment", "kwargs")
+
+    def __init__(self, deployment: Deployment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.deployment = deployment
+        self.args = args
+        self.kwargs = kwargs
+
+    @property
+    def name(self) -> str:
+        """Name of the ingress deployment."""
+        return self.deployment.name
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"an Application has no attribute {name!r}: it answers requests once `handle = serve.run(app)` has "
+            "deployed it, or, when bound into another deployment, as the handle that arrives in its __init__"
+        )
+
+    def __repr__(self) -> str:
+        return f"<Application of deployment {self.deployment.name!r}>"
+
+
+@overload
+def deployment(func_or_class: Callable[..., Any], /) -> Deployment: ...
+
+
+@overload
+def deployment(
+    *,
+    name: str | UnsetType = UNSET,
+    num_replicas: int | UnsetType = UNSET,
+    max_ongoing_requests: int | UnsetType = UNSET,
+    threads: int | UnsetType = UNSET,
+    max_queued_requests: int | UnsetType | None = UNSET,
+    user_config: Any = UNSET,
+    resources: dict[str, float] | UnsetType = UNSET,
+    workers: list[str] | UnsetType = UNSET,
+    max_replicas_per_worker: int | UnsetType | None = UNSET,
+    graceful_shutdown_timeout_s: float | UnsetType = UNSET,
+    request_timeout_s: float | UnsetType | None = UNSET,
+    version: str | UnsetType | None = UNSET,
+    **unknown: Any,
+) -> Callable[[Callable[..., Any]], Deployment]: ...
+
+
+def deployment(
+    func_or_class: Callable[..., Any] | None = None,
+    /,
+    *,
+    name: str | UnsetType = UNSET,
+    num_replicas: int | UnsetType = UNSET,
+    max_ongoing_requests: int | UnsetType = UNSET,
+    threads: int | UnsetType = UNSET,
+    max_queued_requests: int | UnsetType | None = UNSET,
+    user_config: Any = UNSET,
+    resources: dict[str, float] | UnsetType = UNSET,
+    workers: list[str] | UnsetType = UNSET,
+    max_replicas_per_worker: int | UnsetType | None = UNSET,
+    graceful_shutdown_timeout_s: float | UnsetType = UNSET,
+    request_timeout_s: float | UnsetType | None = UNSET,
+    version: str | UnsetType | None = UNSET,
+    **unknown: Any,
+) -> Deployment | Callable[[Callable[..., Any]], Deployment]:
+    """Declare a class or a function as a deployment.
+
+    Works bare and with options, on classes, ``def`` and ``async def``. A function is the deployment's
+    ``__call__``. See `DeploymentOptions` for the meaning of the options.
+
+    Parameters
+    ----------
+    name : str, optional
+        Default: the name of the class or function.
+
+    Examples
+    --------
+    >>> import dask_serve as serve
+    >>> @serve.deployment(num_replicas=2)
+    ... class Model:
+    ...     def __init__(self, path): ...
+    ...     def predict(self, x): ...
+    >>> app = Model.bind("weights.bin")
+
+    Raises
+    ------
+    ConfigError
+        An option is unknown or out of range, or a public method has a name that handles use themselves.
+    """
+    given = _given(locals())
+
+    def decorate(target: Callable[..., Any]) -> Deployment:
+        _check_target(target)
+        chosen = target.__name__ if isinstance(name, UnsetType) else name
+        where = f"deployment {chosen!r}"
+        options = _checked(build_options(DeploymentOptions, given, where), where)
+        return Deployment(target, chosen, options)
+
+    if func_or_class is None:
+        # What is wrong with the options is said at the line that has them.
+        build_options(DeploymentOptions, given, "@serve.deployment")
+        return decorate
+    return decorate(func_or_class)
+
+
+# -- validation --------------------------------------------------------------------------------------------------------
+
+
+def _given(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Pick the options that were given out of a function's parameters, and refuse those that mean nothing here."""
+    unknown = parameters["unknown"]
+    for name in unknown:
+        if name in _ELSEWHERE:
+            raise ConfigError(f"@serve.deployment has no option {name!r}: {_ELSEWHERE[name]}")
+    if parameters["num_replicas"] == "auto":
+        raise ConfigError('num_replicas="auto" is not there yet: give a number')
+    fields = {name: parameters[name] for name in DeploymentOptions.__struct_fields__}
+    return {name: value for name, value in fields.items() if value is not UNSET} | unknown
+
+
+def _checked(options: DeploymentOptions, where: str) -> DeploymentOptions:
+    try:
+        msgspec.msgpack.encode(options.user_config)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: option 'user_config' must be JSON-able (None, bool, numbers, str, list, dict): {error}"
+        ) from None
+    return options
+
+
+def check_name(name: Any, what: str) -> str:
+    """Return ``name``, or raise `ConfigError` where it cannot be the name of ``what``."""
+    if not isinstance(name, str) or not name or "/" in name or "#" in name:
+        raise ConfigError(f'the name of {what} must be a non-empty str without "/" and "#", not {name!r}')
+    return name
+
+
+def _check_target(target: Any) -> None:
+    if isinstance(target, (Deployment, Application)):
+        raise ConfigError(f"{target!r} is a deployment already; change its options with .options(...)")
+    if not isinstance(target, type) and not inspect.isroutine(target):
+        raise ConfigError(
+            f"@serve.deployment takes a class or a function, not {target!r}; an object that exists already is best "
+            "built in the __init__ of a class"
+        )
+    if isinstance(target, type):
+        for name in RESERVED:
+            if callable(getattr(target, name, None)):
+                raise ConfigError(
+                    f"class {target.__name__}: no method may be called {name!r}, because handles have an attribute "
+                    f"of that name; rename it, e.g. to {'get_' + name if name != 'remote' else 'call_remote'!r}"
+                )
+
+
+def _check_arguments(deployment: Deployment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Say at the line of .bind() what each replica would say later."""
+    try:
+        signature = inspect.signature(deployment.func_or_class)
+    except (TypeError, ValueError):
+        return
+    if not isinstance(deployment.func_or_class, type):
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(
+            f"the arguments of {deployment.name}.bind(...) do not fit the constructor "
+            f"{deployment.func_or_class.__name__}{signature}: {error}"
+        ) from None
+
+
+def methods(target: Any) -> list[str]:
+    """List what can be called on a replica, ``__call__`` included."""
+    if not isinstance(target, type):
+        return ["__call__"]
+    found = ["__call__"] if any("__call__" in vars(base) for base in target.__mro__) else []
+    for name in dir(target):
+        if name.startswith("_"):
+            continue
+        value = inspect.getattr_static(target, name)
+        if not isinstance(value, (property, type)) and callable(getattr(target, name, None)):
+            found.append(name)
+    return found
