@@ -1,0 +1,339 @@
+"""Does what the plan says: places, starts, drains and reconfigures replicas, and hears what became of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from distributed import Client, wait
+from distributed.protocol import to_serialize
+
+from ..policy.lifecycle import ENDS
+from ..policy.placement import Need, place, wanted_workers
+from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
+from .registry import Registry, Replica, settings_of
+from .workers import WorkerViews
+
+if TYPE_CHECKING:
+    from distributed.scheduler import Scheduler
+
+__all__ = ["Reconciler", "replica_class"]
+
+logger = logging.getLogger("dask_serve.controller")
+
+#: How often to look again at what raises no event: paused workers, busy task threads, keys under way.
+RECHECK = 1.0
+#: How long an actor may take to be made before its status says what it waits for.
+QUEUED_AFTER = 0.5
+#: Seconds beyond the graceful time before a replica that does not answer is dropped.
+DRAIN_GRACE = 2.0
+RECONFIGURE_TIMEOUT = 60.0
+#: The name under which the controller holds Dask keys.
+HOLDER = "dask-serve"
+
+
+def replica_class() -> type:
+    """Return the actor class of replicas, imported late: this process needs nothing else of its package."""
+    from ..replica.actor import Replica as Actor
+
+    return Actor
+
+
+class Reconciler:
+    """Brings the observed state to the desired one, in one task.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+        The scheduler this runs in.
+    registry : Registry
+        What is desired and observed.
+    on_change : callable
+        Called after each change of the registry.
+    """
+
+    def __init__(self, scheduler: Scheduler, registry: Registry, on_change: Callable[[], None]) -> None:
+        self.scheduler = scheduler
+        self.registry = registry
+        self.workers = WorkerViews(scheduler, registry)
+        self._on_change = on_change
+        self._client: Client | None = None
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._held: set[str] = set()
+
+    # -- life
+
+    async def run(self, client: Client) -> None:
+        """Reconcile until cancelled; ``client`` owns the actors."""
+        self._client = client
+        while True:
+            self._wake.clear()
+            try:
+                wake_at = self._step(time.monotonic())
+            except Exception:
+                logger.exception("reconciling failed; trying again in %s s", RECHECK)
+                wake_at = time.monotonic() + RECHECK
+            timeout = None if wake_at is None else max(wake_at - time.monotonic(), 0.001)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), timeout)
+
+    def wake(self) -> None:
+        """Publish what changed and look for what is to be done."""
+        self.registry.tidy()
+        self._on_change()
+        self._wake.set()
+
+    async def close(self) -> None:
+        """End all tasks; replicas go when Dask lets go of them."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def wanted_workers(self) -> int:
+        """Return how many workers an adaptive cluster should have for our replicas."""
+        return wanted_workers(self.workers.views(), sum(number for number, _ in self.registry.unplaced.values()))
+
+    # -- events
+
+    def reported_ready(self, replica: Replica, door: str, process: str) -> None:
+        """A replica answers from now on."""
+        if replica.state in ENDS:
+            return
+        replica.door, replica.process, replica.message = door, process, ""
+        if replica.move("ready") == "ready":
+            self.registry.attempts.pop((replica.deployment, replica.spec.revision), None)
+        self.wake()
+
+    def reported_failed(self, replica: Replica, error: str) -> None:
+        """A replica could not be started, or gave up."""
+        if replica.state in ENDS:
+            return
+        if replica.move("failed") == "failed":
+            message = f"replica {replica.id} on worker {replica.worker} failed:\n{error.rstrip()}"
+            logger.warning("%s", message)
+            self.registry.count_failure(replica, message, time.monotonic())
+            self.workers.note_failure(replica)
+            _release(replica)
+        self.wake()
+
+    def reported_draining(self, replica: Replica) -> None:
+        """A replica stops, of itself when nobody asked: then its worker is about to go."""
+        if replica.state in ("starting", "ready"):
+            self.workers.doom(replica.worker)
+            replica.message = "its worker is closing"
+            replica.move("drain")
+        self.wake()
+
+    def ended(self, replica: Replica) -> None:
+        """A replica is no more."""
+        if replica.state not in ENDS:
+            replica.move("stopped")
+            _release(replica)
+        self.wake()
+
+    def lost_worker(self, worker: str) -> None:
+        """A worker is gone, and its replicas with it."""
+        self.workers.forget(worker)
+        self._lose(self.registry.on_worker(worker))
+
+    def restarted(self) -> None:
+        """Dask has forgotten all tasks and is about to restart all workers."""
+        for worker in self.scheduler.workers:
+            self.workers.doom(worker)
+        self._held.clear()
+        self._lose(list(self.registry.replicas.values()))
+
+    def _lose(self, replicas: list[Replica]) -> None:
+        for replica in replicas:
+            if replica.state not in ENDS:
+                logger.warning("replica %s is lost with its worker %s", replica.id, replica.worker)
+                replica.move("lost")
+                _release(replica)
+        self.wake()
+
+    # -- one round
+
+    def _step(self, now: float) -> float | None:
+        registry = self.registry
+        registry.tidy()
+        late = self._hold_keys()
+        registry.unplaced = {}
+        todo = plan(registry.wanted(), registry.seen(), registry.attempts, now)
+        registry.failed = todo.failed
+        for action in todo.actions:
+            self._do(action, now)
+        pending = [r for r in registry.replicas.values() if r.state == "starting" and not r.submitted]
+        for replica in pending:
+            replica.message = self._waits_for(replica, now)
+        self._on_change()
+        wakes = [] if todo.wake_at is None else [todo.wake_at]
+        if pending:
+            wakes.append(now + QUEUED_AFTER)
+        if late or registry.unplaced:
+            wakes.append(now + RECHECK)
+        return min(wakes, default=None)
+
+    def _do(self, action: Action, now: float) -> None:
+        if isinstance(action, Start):
+            self._start(action, now)
+        elif isinstance(action, Stop):
+            self._stop(self.registry.replicas[action.replica])
+        elif isinstance(action, Reconfigure):
+            self._reconfigure(self.registry.replicas[action.replica])
+
+    def _start(self, action: Start, now: float) -> None:
+        found = self.registry.spec_of(action.deployment, action.revision)
+        if found is None:
+            return
+        app, spec = found
+        options = spec.options
+        need = Need(
+            threads=options.threads,
+            resources=options.resources,
+            workers=options.workers,
+            max_replicas_per_worker=options.max_replicas_per_worker,
+        )
+        choice = place(need, self.workers.views(action.deployment, action.revision))
+        if choice.worker is None:
+            number, _ = self.registry.unplaced.get(action.deployment, (0, ""))
+            self.registry.unplaced[action.deployment] = (number + 1, choice.reason)
+            return
+        replica = Replica(app, spec, choice.worker, now)
+        self.registry.replicas[replica.id] = replica
+        self._submit(replica)
+
+    def _submit(self, replica: Replica) -> None:
+        assert self._client is not None
+        spec = {
+            "id": replica.id,
+            "app": replica.app,
+            "deployment": replica.spec.name,
+            "revision": replica.spec.revision,
+            "keys": replica.spec.keys,
+            "options": msgspec.msgpack.encode(replica.spec.options),
+        }
+        replica.future = self._client.submit(
+            replica_class(),
+            spec,
+            actor=True,
+            workers=[replica.worker],
+            allow_other_workers=False,
+            key=replica.key,
+            pure=False,
+        )
+        self._spawn(self._watch(replica))
+
+    async def _watch(self, replica: Replica) -> None:
+        """Wait until Dask made the actor; what user code does then is told by `serve_report`."""
+        future = replica.future
+        with suppress(Exception):
+            await wait([future])
+        if replica.future is not future or replica.state in ENDS:
+            return
+        if future.status == "finished":
+            replica.submitted = True
+            if replica.state == "starting":
+                replica.message = "its constructor runs"
+            self.wake()
+        elif future.status == "error":
+            self.reported_failed(replica, _explain(await future.exception(), replica.worker))
+        else:
+            self._lose([replica])
+
+    def _waits_for(self, replica: Replica, now: float) -> str:
+        worker = self.scheduler.workers.get(replica.worker)
+        if worker is None or now - replica.started_at < QUEUED_AFTER:
+            return replica.message
+        if len(worker.processing) > worker.nthreads:
+            threads = "its only thread is" if worker.nthreads == 1 else f"all its {worker.nthreads} threads are"
+            return f"queued on worker {worker.address}: {threads} busy with other tasks"
+        return f"worker {worker.address} is loading it"
+
+    def _stop(self, replica: Replica) -> None:
+        replica.message = ""
+        replica.move("drain")
+        self._spawn(self._drain(replica))
+
+    async def _drain(self, replica: Replica) -> None:
+        limit = replica.spec.options.graceful_shutdown_timeout_s
+        if replica.submitted:
+            try:
+                await self._call(replica, "drain", limit, timeout=limit + DRAIN_GRACE)
+            except asyncio.TimeoutError:
+                logger.warning("replica %s did not drain within %s s; dropping it", replica.id, limit + DRAIN_GRACE)
+            except Exception as error:
+                if replica.state not in ENDS:
+                    logger.warning("replica %s could not be drained: %r", replica.id, error)
+        self.ended(replica)
+
+    def _reconfigure(self, replica: Replica) -> None:
+        found = self.registry.spec_of(replica.deployment, replica.spec.revision)
+        if found is not None:
+            replica.spec = found[1]
+            # Noted at once: a `reconfigure` of user code that raises is told, not repeated.
+            replica.settings = settings_of(replica.spec.options)
+            self._spawn(self._send_options(replica))
+
+    async def _send_options(self, replica: Replica) -> None:
+        options = msgspec.msgpack.encode(replica.spec.options)
+        try:
+            await self._call(replica, "reconfigure", options, timeout=RECONFIGURE_TIMEOUT)
+            replica.message = ""
+        except Exception as error:
+            logger.warning("replica %s could not be reconfigured: %r", replica.id, error)
+            replica.message = f"its reconfigure failed: {type(error).__name__}: {error}"
+        self.wake()
+
+    async def _call(self, replica: Replica, method: str, argument: Any, timeout: float) -> None:
+        """Call a control method of a replica.
+
+        This is the operation behind Dask's ``Actor`` proxy. The proxy itself would bind to whatever client or worker it
+        finds in this process, and hides a failed call behind a future that nobody sets.
+        """
+        assert self._client is not None
+        worker = self._client.rpc(replica.worker)
+        call = worker.actor_execute(actor=replica.key, function=method, args=[to_serialize(argument)], kwargs={})
+        answer = await asyncio.wait_for(call, timeout)
+        if answer["status"] != "OK":
+            raise answer["exception"]
+
+    # -- inside
+
+    def _hold_keys(self) -> bool:
+        """Keep the data alive that bound arguments refer to; return whether some of it is not known yet."""
+        wanted = self.registry.keys()
+        gone = self._held - wanted
+        if gone:
+            self._held -= gone
+            self.scheduler.client_releases_keys(list(gone), client=HOLDER)
+        # A key may come later than the application: it travels on another connection.
+        known = {key for key in wanted - self._held if key in self.scheduler.tasks}
+        if known:
+            self._held |= known
+            self.scheduler.client_desires_keys(known, client=HOLDER)
+        return bool(wanted - self._held)
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _release(replica: Replica) -> None:
+    future, replica.future = replica.future, None
+    if future is not None:
+        future.release()
+
+
+def _explain(error: BaseException | None, worker: str) -> str:
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, ImportError) and "dask_serve" in str(error):
+        return f"{text}\ndask_serve is not installed on worker {worker}: run `pip install dask-serve` there"
+    return text

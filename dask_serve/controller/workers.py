@@ -1,0 +1,72 @@
+"""The scheduler's workers as placement sees them, with what our replicas booked on each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from distributed.core import Status
+
+from ..policy.placement import WorkerView
+from .registry import Registry, Replica
+
+if TYPE_CHECKING:
+    from distributed.scheduler import Scheduler
+
+__all__ = ["WorkerViews"]
+
+
+class WorkerViews:
+    """Makes `WorkerView` s, and remembers what the scheduler does not tell."""
+
+    def __init__(self, scheduler: Scheduler, registry: Registry) -> None:
+        self._scheduler = scheduler
+        self._registry = registry
+        #: Workers that are about to close though the scheduler does not say so yet.
+        self._doomed: set[str] = set()
+        #: Failed starts by (worker, revision).
+        self._failures: Counter[tuple[str, str]] = Counter()
+
+    def doom(self, worker: str) -> None:
+        """Place nothing more on a worker."""
+        self._doomed.add(worker)
+
+    def forget(self, worker: str) -> None:
+        """A worker left; one that comes at its address is another one."""
+        self._doomed.discard(worker)
+        for key in [key for key in self._failures if key[0] == worker]:
+            del self._failures[key]
+
+    def note_failure(self, replica: Replica) -> None:
+        """Prefer other workers for this revision from now on."""
+        self._failures[replica.worker, replica.spec.revision] += 1
+
+    def hosting(self) -> set[str]:
+        """Return the addresses of the workers that hold replicas."""
+        return {replica.worker for replica in self._registry.replicas.values()}
+
+    def views(self, deployment: str = "", revision: str = "") -> list[WorkerView]:
+        """Return all workers, with the counts that concern one deployment and revision."""
+        views = []
+        for address, worker in self._scheduler.workers.items():
+            ours = self._registry.on_worker(address)
+            booked: Counter[str] = Counter()
+            for replica in ours:
+                booked.update(replica.spec.options.resources)  # type: ignore[arg-type]
+            views.append(
+                WorkerView(
+                    address=address,
+                    name=str(worker.name),
+                    host=worker.host,
+                    nthreads=worker.nthreads,
+                    running=worker.status == Status.running and address not in self._doomed,
+                    busy=len(worker.processing),
+                    resources=worker.resources,
+                    booked=booked,
+                    threads=sum(replica.spec.options.threads for replica in ours),
+                    replicas=sum(replica.deployment == deployment for replica in ours),
+                    total=len(ours),
+                    failures=self._failures[address, revision],
+                )
+            )
+        return views

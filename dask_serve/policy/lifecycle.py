@@ -1,0 +1,50 @@
+"""The life of a replica, as a table of moves.
+
+::
+
+    starting ──ready──► ready ──drain──► draining ──stopped──► gone
+        │                 │
+        ├──failed──► failed ◄──failed──┤      its constructor, or it itself, gave up
+        └──lost────► lost ◄───lost─────┘      its worker went away
+
+`gone`, `failed` and `lost` are ends: a replica never comes back from them, another takes its place.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+__all__ = ["ENDS", "MOVES", "Event", "State", "advance"]
+
+State = Literal["starting", "ready", "draining", "gone", "failed", "lost"]
+Event = Literal["ready", "drain", "stopped", "failed", "lost"]
+
+#: ``{state: {event: next state}}``. A pair that is missing cannot happen.
+MOVES: dict[State, dict[Event, State]] = {
+    "starting": {"ready": "ready", "drain": "draining", "stopped": "lost", "failed": "failed", "lost": "lost"},
+    # A replica that stops unasked goes with its worker: to those who need it, it is lost.
+    "ready": {"ready": "ready", "drain": "draining", "stopped": "lost", "failed": "failed", "lost": "lost"},
+    # A constructor may end, well or badly, after the replica was told to stop; a worker may announce
+    # the same drain that the controller asked for. Nothing of this needs a replacement.
+    "draining": {"ready": "draining", "drain": "draining", "failed": "draining", "stopped": "gone", "lost": "gone"},
+    "gone": {},
+    "failed": {},
+    "lost": {},
+}
+
+#: States without a way on.
+ENDS: frozenset[State] = frozenset(state for state, moves in MOVES.items() if not moves)
+
+
+def advance(state: State, event: Event) -> State:
+    """Return the state after ``event``.
+
+    Raises
+    ------
+    ValueError
+        When ``event`` cannot happen in ``state``.
+    """
+    try:
+        return MOVES[state][event]
+    except KeyError:
+        raise ValueError(f"a replica that is {state!r} cannot take the event {event!r}") from None

@@ -1,0 +1,139 @@
+"""Which worker a new replica goes to.
+
+Dask forgets the resources of an actor once its constructor returned, so the sums are done here, on what the
+controller booked itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+
+__all__ = ["Need", "Placement", "WorkerView", "place", "wanted_workers"]
+
+
+class Need(Struct, frozen=True, kw_only=True):
+    """What one replica asks of its worker."""
+
+    threads: int = 1
+    resources: dict[str, float] = {}
+    #: Names or addresses; empty means any worker.
+    workers: Sequence[str] = ()
+    max_replicas_per_worker: int | None = None
+
+
+class WorkerView(Struct, frozen=True, kw_only=True):
+    """One worker, as placement sees it."""
+
+    address: str
+    name: str
+    host: str
+    nthreads: int
+    #: False while the worker is paused, closing or about to be restarted.
+    running: bool = True
+    #: Task threads that run something of Dask's at this moment.
+    busy: int = 0
+    #: What the worker has in all.
+    resources: Mapping[str, float] = {}
+    #: What our replicas on it have taken.
+    booked: Mapping[str, float] = {}
+    #: Threads of our replicas on it.
+    threads: int = 0
+    #: Replicas of the deployment in question.
+    replicas: int = 0
+    #: Replicas of any deployment.
+    total: int = 0
+    #: Failed starts of the revision in question on it.
+    failures: int = 0
+
+
+class Placement(Struct, frozen=True):
+    """A worker's address, or the reason why there is none."""
+
+    worker: str | None
+    reason: str = ""
+
+
+def place(need: Need, workers: Sequence[WorkerView]) -> Placement:
+    """Choose a worker, or say exactly what is missing.
+
+    Hard limits first: named workers, running ones, ``max_replicas_per_worker``, resources. Among what is left the
+    replica goes where this revision failed least, to the host and then the worker with the fewest replicas of its
+    deployment, then to free task threads (a new actor waits in line as any task does), then to the worker whose
+    threads our replicas use least.
+    """
+    if not workers:
+        return Placement(None, "no workers are connected")
+    left = [w for w in workers if _named(need, w)]
+    if not left:
+        names = ", ".join(map(repr, need.workers))
+        return Placement(None, f"no worker is named {names} (workers: {_list(workers)})")
+    named, left = left, [w for w in left if w.running]
+    if not left:
+        return Placement(None, f"no worker is running: all are paused or closing (workers: {_list(named)})")
+    limit = need.max_replicas_per_worker
+    fits, left = left, [w for w in left if limit is None or w.replicas < limit]
+    if not left:
+        return Placement(
+            None, f"every worker holds max_replicas_per_worker={limit} replicas already (workers: {_list(fits)})"
+        )
+    few, left = left, [w for w in left if _has_resources(need, w)]
+    if not left:
+        asked = ", ".join(f"{name}={amount:g}" for name, amount in sorted(need.resources.items()))
+        return Placement(None, f"no worker has resources {asked} free (workers: {_list(few, need.resources)})")
+    on_host: dict[str, int] = {}
+    for worker in workers:
+        on_host[worker.host] = on_host.get(worker.host, 0) + worker.replicas
+
+    def cost(worker: WorkerView) -> tuple[float | str, ...]:
+        crowded = worker.busy >= worker.nthreads
+        load = (worker.threads + need.threads) / max(worker.nthreads, 1)
+        return (worker.failures, on_host[worker.host], worker.replicas, crowded, load, worker.total, worker.address)
+
+    return Placement(min(left, key=cost).address)
+
+
+def wanted_workers(workers: Sequence[WorkerView], unplaced: int) -> int:
+    """Return how many workers an adaptive cluster should have for our replicas.
+
+    At least those that hold some; more when replicas could not be placed, or when their threads exceed the
+    threads there are. Without any worker one is asked for first: what it is like tells how many more.
+    """
+    if not workers:
+        return 1 if unplaced else 0
+    nthreads = sum(w.nthreads for w in workers)
+    excess = sum(w.threads for w in workers) - nthreads
+    more = unplaced + (-(-excess * len(workers) // max(nthreads, 1)) if excess > 0 else 0)
+    return len(workers) + more if more else sum(1 for w in workers if w.total)
+
+
+def _named(need: Need, worker: WorkerView) -> bool:
+    return not need.workers or worker.address in need.workers or worker.name in need.workers
+
+
+def _has_resources(need: Need, worker: WorkerView) -> bool:
+    return all(
+        # A tolerance, because 0.1 is booked and given back many times.
+        worker.resources.get(name, 0) - worker.booked.get(name, 0) >= amount - 1e-9
+        for name, amount in need.resources.items()
+    )
+
+
+def _list(workers: Sequence[WorkerView], resources: Mapping[str, float] = {}) -> str:
+    shown = [_describe(w, resources) for w in sorted(workers, key=lambda w: w.address)[:5]]
+    if len(workers) > len(shown):
+        shown.append(f"and {len(workers) - len(shown)} more")
+    return ", ".join(shown)
+
+
+def _describe(worker: WorkerView, resources: Mapping[str, float]) -> str:
+    text = worker.address if worker.name == worker.address else f"{worker.name} at {worker.address}"
+    if not resources:
+        return text
+    parts = []
+    for name in sorted(resources):
+        total = worker.resources.get(name, 0)
+        booked = worker.booked.get(name, 0)
+        parts.append(f"{name}: {total - booked:g} of {total:g} free" if total else f"no {name}")
+    return f"{text} ({', '.join(parts)})"
