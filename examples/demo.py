@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import logging
 import sys
 import threading
 import time
@@ -30,21 +31,24 @@ INK = " .:-=+*#@"
 
 
 class Steps:
-    """Says what is going on, and how long it took."""
-
-    def __init__(self) -> None:
-        self.begun: float | None = None
+    """Says what is going on, and how long it took; dask_serve's own messages come in between."""
 
     def begin(self, text: str) -> None:
-        if self.begun is not None:
-            print("not done")
-        print(f"{text} ... ", end="", flush=True)
+        print(f"{text} ...", flush=True)
         self.begun = time.monotonic()
 
     def done(self, text: str = "done") -> None:
-        assert self.begun is not None
-        print(f"{text} ({time.monotonic() - self.begun:.1f} s)", flush=True)
-        self.begun = None
+        print(f"    {text} after {time.monotonic() - self.begun:.1f} s", flush=True)
+
+
+def show_messages() -> None:
+    """Print what dask_serve logs where it has no terminal to show its progress on."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("    %(name)s: %(message)s"))
+    logger = logging.getLogger("dask_serve")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def draw(image: np.ndarray) -> list[str]:
@@ -100,6 +104,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="stay up until Ctrl-C")
     keep = parser.parse_args().keep
     steps = Steps()
+    show_messages()
     _, images, _, labels = split()
     right = 0.0
     try:
