@@ -256,7 +256,7 @@ _clusters: weakref.WeakSet[EmbeddedCluster] = weakref.WeakSet()
 def _spawn(options: dict[str, Any]) -> tuple[subprocess.Popen[bytes], socket.socket]:
     ours, theirs = socket.socketpair()
     with theirs:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             python_command("dask_serve.launcher.host", str(theirs.fileno()), json.dumps(options)),
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),

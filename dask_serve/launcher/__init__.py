@@ -8,7 +8,6 @@ started it: the end of file on it means that this one is gone, however it died.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ def python_command(module: str, *arguments: str) -> list[str]:
     ``python -m`` would put the working directory first, where a file of the user's may hide a module of the
     standard library; ``PYTHONPATH`` would reach the programs that user code starts.
     """
-    path = [entry or os.getcwd() for entry in sys.path if isinstance(entry, str)]
+    path = [entry or str(Path.cwd()) for entry in sys.path if isinstance(entry, str)]
     home = str(Path(__file__).parents[2])
     if home not in path:
         path.append(home)

@@ -10,8 +10,8 @@ import importlib
 import importlib.util
 from typing import Any
 
+import tornado.web
 from distributed import Scheduler
-from tornado import web
 
 __all__ = ["has_bokeh", "load_on_demand"]
 
@@ -37,15 +37,16 @@ def load_on_demand(scheduler: Scheduler) -> None:
 
     def find_or_load(request: Any, **kwargs: Any) -> Any:
         handler = find_handler(request, **kwargs)
-        unknown = handler is None or issubclass(handler.handler_class, web.ErrorHandler)
-        if unknown or request.path == "/individual-plots.json":  # the list of its pages, for Dask's JupyterLab extension
+        unknown = handler is None or issubclass(handler.handler_class, tornado.web.ErrorHandler)
+        # Dask's JupyterLab extension asks first for the list of pages, which is empty without the dashboard.
+        if unknown or request.path == "/individual-plots.json":
             return application.get_handler_delegate(request, _LoadFirst, {"load": load})
         return handler
 
     application.find_handler = find_or_load
 
 
-class _LoadFirst(web.RequestHandler):  # type: ignore[misc]
+class _LoadFirst(tornado.web.RequestHandler):
     """Load the dashboard, then send the browser to the same address again."""
 
     def initialize(self, load: Any) -> None:

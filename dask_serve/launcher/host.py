@@ -100,7 +100,7 @@ class Host:
             self.workers.grow(self.n_workers)
             await asyncio.sleep(0)
             await self._serve()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the session raises it
             self.report(event="error", text=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
         finally:
             await self._close()

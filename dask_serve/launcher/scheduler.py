@@ -19,7 +19,7 @@ from .dashboard import has_bokeh, load_on_demand
 __all__ = ["start_scheduler"]
 
 
-class _Arrivals(SchedulerPlugin):  # type: ignore[misc]
+class _Arrivals(SchedulerPlugin):
     """Report workers as they register."""
 
     name = "dask-serve-arrivals"

@@ -31,19 +31,17 @@ def main(lifeline: str) -> None:
     from distributed.compatibility import asyncio_run
     from distributed.config import get_loop_factory
 
-    with open(int(lifeline), "rb", buffering=0) as stream:
-        line = _read_line(stream.fileno())
-        if not line:
-            return
-        message = json.loads(line)
-        orphaned = threading.Event()
-        watch = threading.Thread(
-            target=_watch, args=(stream.fileno(), message["directory"], orphaned), name="dask-serve-lifeline", daemon=True
-        )
-        watch.start()
-        asyncio_run(_run(message["worker"]), loop_factory=get_loop_factory())
-        if orphaned.is_set():
-            shutil.rmtree(message["directory"], ignore_errors=True)
+    fd = int(lifeline)
+    line = _read_line(fd)
+    if not line:
+        return
+    message = json.loads(line)
+    orphaned = threading.Event()
+    arguments = (fd, message["directory"], orphaned)
+    threading.Thread(target=_watch, args=arguments, name="dask-serve-lifeline", daemon=True).start()
+    asyncio_run(_run(message["worker"]), loop_factory=get_loop_factory())
+    if orphaned.is_set():
+        shutil.rmtree(message["directory"], ignore_errors=True)
 
 
 def _read_line(fd: int) -> bytes:
