@@ -27,10 +27,11 @@ from dask.utils import format_bytes
 from distributed import Future
 from msgspec import Struct
 
+from .blame import blame
 from .exceptions import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 __all__ = ["LARGE", "Packed", "bound_handle", "own_modules", "pack", "resolved_key", "unpack"]
 
@@ -102,7 +103,7 @@ def _module_setstate(module: types.ModuleType, state: dict[str, Any]) -> None:
     vars(module).update(state, __builtins__=builtins)
 
 
-class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _Pickler(cloudpickle.Pickler):
     def __init__(self, file: Any, reducers: Reducers) -> None:
         super().__init__(file, protocol=5)
         self._reducers = reducers
@@ -230,7 +231,9 @@ def pack(
         try:
             pickler.dump((target, args, kwargs))
         except Exception as error:  # __reduce__ of user code raises what it likes
-            raise ConfigError(_explain(target, args, kwargs, reducers, where, error)) from error
+            raise ConfigError(
+                f"{where} cannot be sent to the workers: {_explain(target, args, kwargs, reducers, error)}"
+            ) from error
         packed = Packed(blob=buffer.getvalue(), keys=list(pickler.keys))
         if packed.nbytes >= LARGE:
             _warn_large(target, args, kwargs, reducers, where)
@@ -321,7 +324,7 @@ def _warn_large(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], r
 
 
 def _explain(
-    target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], reducers: Reducers, where: str, error: Exception
+    target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], reducers: Reducers, error: Exception
 ) -> str:
     parts: list[tuple[str, Any]] = [*_named_arguments(target, args, kwargs)]
     kind = "class" if isinstance(target, type) else "function"
@@ -329,13 +332,13 @@ def _explain(
     for label, value in parts:
         reason = _failure(value, reducers)
         if reason is not None:
-            path, culprit, reason = _blame(label, value, reason, reducers)
+            path, culprit, reason = blame(label, value, reason, lambda child: _failure(child, reducers))
             return (
-                f"{where} cannot be sent to the workers: {path}, a {type(culprit).__module__}."
-                f"{type(culprit).__qualname__}, cannot be pickled ({_first_line(reason)}). Create it in `__init__`, "
-                "which runs on the worker, instead of in the class, the module or the arguments of `.bind()`."
+                f"{path}, a {type(culprit).__module__}.{type(culprit).__qualname__}, cannot be pickled "
+                f"({_first_line(reason)}). Create it in `__init__`, which runs on the worker, instead of in the "
+                "class, the module or the arguments of `.bind()`."
             )
-    return f"{where} cannot be sent to the workers: {_first_line(error)}"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:
@@ -348,70 +351,3 @@ def _failure(obj: Any, reducers: Reducers) -> Exception | None:
     except Exception as error:  # noqa: BLE001  # as in pack
         return error
     return None
-
-
-def _blame(path: str, obj: Any, reason: Exception, reducers: Reducers) -> tuple[str, Any, Exception]:
-    """Follow what cannot be pickled down to the innermost object that has a name."""
-    seen = {id(obj)}
-    deeper = True
-    while deeper:
-        deeper = False
-        for label, child in _children(obj):
-            if id(child) in seen:
-                continue
-            failure = _failure(child, reducers)
-            if failure is not None:
-                seen.add(id(child))
-                path, obj, reason, deeper = path + label, child, failure, True
-                break
-    return path, obj, reason
-
-
-def _children(obj: Any) -> Iterable[tuple[str, Any]]:
-    if isinstance(obj, (staticmethod, classmethod)):
-        return [("", obj.__func__)]
-    if isinstance(obj, property):
-        return [("", part) for part in (obj.fget, obj.fset, obj.fdel) if part is not None]
-    if isinstance(obj, types.MethodType):
-        return [(" of its instance", obj.__self__)]
-    if isinstance(obj, types.FunctionType):
-        return _function_children(obj)
-    if isinstance(obj, type):
-        own = [(f", attribute {name!r}", value) for name, value in vars(obj).items() if name not in _CLASS_INTERNALS]
-        return own + [(f", base class {base.__name__}", base) for base in obj.__bases__ if base is not object]
-    if isinstance(obj, dict):
-        return [(f", item {key!r}", value) for key, value in obj.items()]
-    if isinstance(obj, (list, tuple, set, frozenset)):
-        return [(f", item {index}", value) for index, value in enumerate(obj)]
-    if isinstance(obj, types.ModuleType):
-        return [(f", variable {name!r}", value) for name, value in vars(obj).items() if not name.startswith("__")]
-    return _attributes(obj)
-
-
-_CLASS_INTERNALS = frozenset({"__dict__", "__weakref__"})
-
-
-def _attributes(obj: Any) -> list[tuple[str, Any]]:
-    names = list(getattr(obj, "__dict__", {}))
-    for kind in type(obj).__mro__:
-        slots = vars(kind).get("__slots__", ())
-        names += [slots] if isinstance(slots, str) else slots
-    found = []
-    for name in names:
-        with contextlib.suppress(AttributeError):
-            found.append((f", attribute {name!r}", getattr(obj, name)))
-    return found
-
-
-def _function_children(function: types.FunctionType) -> list[tuple[str, Any]]:
-    found = [(", default of an argument", value) for value in function.__defaults__ or ()]
-    variables = inspect.getclosurevars(function)
-    found += [(f", closure variable {name!r}", value) for name, value in variables.nonlocals.items()]
-    # Globals that only an inner function uses travel too; cloudpickle finds them in the nested code.
-    names = cloudpickle.cloudpickle._extract_code_globals(function.__code__)
-    found += [
-        (f", global variable {name!r}", function.__globals__[name]) for name in names if name in function.__globals__
-    ]
-    if hasattr(function, "__wrapped__"):
-        found.append((", wrapped function", function.__wrapped__))
-    return found

@@ -269,7 +269,7 @@ def deployment(
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
     """Pick the options that were given out of a function's parameters, and refuse those that mean nothing here."""
-    unknown = parameters["unknown"]
+    unknown: dict[str, Any] = parameters["unknown"]
     for name in unknown:
         if name in _ELSEWHERE:
             raise ConfigError(f"@serve.deployment has no option {name!r}: {_ELSEWHERE[name]}")

@@ -1,0 +1,393 @@
+"""What a session does: run, look at and end applications.
+
+Every function takes ``client=None``, which means Dask's current client. With an asynchronous client every function
+returns an awaitable, with any other it blocks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import threading
+from typing import TYPE_CHECKING, Any
+
+import dask
+from dask.utils import parse_timedelta
+from distributed import Client
+from msgspec import UNSET, UnsetType
+
+from .config import HTTPOptions, build_options
+from .controller.status import ServeStatus, decode_status
+from .deploy import Progress, deploy, ensure_controller, start_proxies
+from .deployment import Application, Deployment
+from .exceptions import ConfigError, NotRunningError, ServeError
+from .graph import build
+from .session import ask, current_client, current_worker, find_handle, make_handle, not_running, probe
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
+    from types import TracebackType
+
+    from .embedded import EmbeddedCluster
+    from .handle import DeploymentHandle
+
+__all__ = ["delete", "get_app_handle", "get_deployment_handle", "run", "shutdown", "start", "status", "url"]
+
+_ELSEWHERE = {
+    "blocking": "a script that should stay up ends with `signal.pause()`, or is started by `dask serve run module:app`",
+    "logging_config": "configure the loggers `dask_serve` and `distributed`, as everywhere in Dask",
+    "proxy_location": "proxies run beside the scheduler; num_proxies= says how many",
+    "location": "proxies run beside the scheduler; num_proxies= says how many",
+    "detached": "leave it out: applications outlive the session that deployed them on a cluster of yours",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """The client, and maybe the cluster, that this module made."""
+
+    client: Client
+    cluster: EmbeddedCluster | None
+
+
+_made: _Made | None = None
+_making = threading.Lock()
+
+
+# -- the public functions ----------------------------------------------------------------------------------------------
+
+
+def run(
+    target: Application,
+    name: str = "default",
+    route_prefix: str | None = "/",
+    *,
+    wait: bool = True,
+    timeout: float | str | None = None,
+    client: Client | None = None,
+    host: str | UnsetType = UNSET,
+    port: int | UnsetType | None = UNSET,
+    **unknown: Any,
+) -> Any:
+    """Deploy an application, or update the one of that name, and return its handle.
+
+    Without a Dask client in scope, and without ``scheduler-address`` in Dask's configuration, this starts a
+    cluster on this machine and a default client, which end with the session or with `shutdown`.
+
+    Parameters
+    ----------
+    target : Application
+        What `Deployment.bind` returned.
+    name : str, default "default"
+        Name of the application. Applications of other names are left alone.
+    route_prefix : str or None, default "/"
+        Where HTTP finds it. None: not over HTTP.
+    wait : bool, default True
+        Return once all replicas are ready.
+    timeout : float or str, optional
+        How long to wait, in seconds or as Dask parses it (``"2 min"``). By default there is no limit, and messages
+        say what is waited for. The application stays deployed when the time is over.
+    client : distributed.Client, optional
+        The cluster to use.
+    host, port : str, int, optional
+        Where proxies listen; see `start`.
+
+    Returns
+    -------
+    DeploymentHandle
+        Of the ingress deployment. As a context manager it deletes the application at the end, and ends the
+        embedded cluster if this call made it. With an asynchronous client: an awaitable, and an
+        asynchronous context manager, for the handle.
+
+    Raises
+    ------
+    ConfigError
+        ``target`` was not bound or cannot be sent to workers, or a route or port is taken.
+    DeploymentFailedError
+        Replicas could not be started; the message holds the original traceback.
+    StartTimeoutError
+        Not ready after ``timeout``; the message says what is missing.
+    """
+    timeout = unknown.pop("timeout_s", timeout)
+    _refuse(unknown, "serve.run")
+    _refuse_inside("serve.run")
+    options = build_options(HTTPOptions, {"host": host, "port": port}, "serve.run")
+    explicit = [option for option, value in (("host", host), ("port", port)) if value is not UNSET]
+    built = build(_bound(target), name, route_prefix)
+    seconds = None if timeout is None else parse_timedelta(timeout, "s")
+    say = Progress()
+    used, made = _ensure_client(client, say)
+
+    async def begin(on_exit: Callable[[], None] | None) -> DeploymentHandle:
+        await deploy(used, built, (options, explicit), wait=wait, timeout=seconds, say=say)
+        extra = {} if on_exit is None else {"on_exit": on_exit}
+        return make_handle(name, built.spec.ingress, address=used.scheduler.addr, client=used, **extra)
+
+    if used.asynchronous:
+        return _Running(lambda: begin(None), lambda: delete(name, client=used))
+    return used.sync(begin, shutdown if made else lambda: delete(name, client=used))
+
+
+def start(
+    *,
+    host: str | UnsetType = UNSET,
+    port: int | UnsetType | None = UNSET,
+    num_proxies: int | UnsetType = UNSET,
+    request_timeout_s: float | UnsetType = UNSET,
+    body_limit: int | UnsetType = UNSET,
+    drain_timeout_s: float | UnsetType = UNSET,
+    client: Client | None = None,
+    **unknown: Any,
+) -> Any:
+    """Start the controller and the proxies; `run` does it as well.
+
+    On a service that runs it changes what can be changed, and the error names what cannot. See `HTTPOptions` for the
+    options. A busy default port gives the next free one with a warning; a busy explicit port is an error.
+
+    Returns
+    -------
+    str
+        Where HTTP is served, e.g. ``http://127.0.0.1:8000``.
+    """
+    given = {
+        "host": host,
+        "port": port,
+        "num_proxies": num_proxies,
+        "request_timeout_s": request_timeout_s,
+        "body_limit": body_limit,
+        "drain_timeout_s": drain_timeout_s,
+    }
+    given = {option: value for option, value in given.items() if value is not UNSET}
+    # Ray's spelling.
+    given.update(unknown.pop("http_options", None) or {})
+    _refuse({**unknown, **given}, "serve.start")
+    _refuse_inside("serve.start")
+    options = build_options(HTTPOptions, {**unknown, **given}, "serve.start")
+    used, _ = _ensure_client(client, Progress())
+
+    async def begin() -> str:
+        await ensure_controller(used)
+        return await start_proxies(used, options, list(given))
+
+    return used.sync(begin)
+
+
+def status(client: Client | None = None) -> Any:
+    """Return what runs on the cluster and how it fares.
+
+    Returns
+    -------
+    ServeStatus
+        Without applications, and with a message, where dask_serve does not run.
+    """
+    used = _existing_client(client)
+
+    async def get() -> ServeStatus:
+        answer = await probe(used.scheduler, "serve_status")
+        if answer is None:
+            return ServeStatus(message="dask_serve does not run on this cluster")
+        return decode_status(answer["status"])
+
+    return used.sync(get)
+
+
+def url(client: Client | None = None) -> Any:
+    """Return where HTTP is served, e.g. ``http://127.0.0.1:8000``.
+
+    Raises
+    ------
+    NotRunningError
+        HTTP is not served on this cluster.
+    """
+    used = _existing_client(client)
+
+    async def get() -> str:
+        found = decode_status((await ask(used.scheduler, "serve_status"))["status"])
+        if not found.url:
+            raise NotRunningError(f"HTTP is not served: call serve.start(). {found.message}".rstrip())
+        return found.url
+
+    return used.sync(get)
+
+
+def delete(name: str, client: Client | None = None) -> Any:
+    """Delete an application, once its replicas have finished what they run.
+
+    Raises
+    ------
+    ApplicationNotFoundError
+        There is none of that name; the message lists those there are.
+    """
+    _refuse_inside("serve.delete")
+    used = _existing_client(client)
+
+    async def end() -> None:
+        await ask(used.scheduler, "serve_delete", app=name)
+
+    return used.sync(end)
+
+
+def shutdown(client: Client | None = None) -> Any:
+    """End all applications and the proxies on the cluster; nothing happens where none run.
+
+    The embedded cluster, and the client, that `run` or `start` made end with it. Other clusters go on.
+    """
+    _refuse_inside("serve.shutdown")
+    used = current_client(client)
+    if used is None:
+        return _close_made()
+
+    async def end() -> None:
+        await probe(used.scheduler, "serve_shutdown")
+
+    ours = _made is not None and used is _made.client
+    if not ours:
+        return used.sync(end)
+    try:
+        # It may be gone already; what is left of it must go all the same.
+        with contextlib.suppress(OSError):
+            used.sync(end)
+    finally:
+        _close_made()
+    return None
+
+
+def get_app_handle(name: str = "default", client: Client | None = None) -> Any:
+    """Return the handle of an application's ingress deployment.
+
+    Raises
+    ------
+    ApplicationNotFoundError
+        There is none of that name; the message lists those there are.
+    """
+    return find_handle(None, name, client=client)
+
+
+def get_deployment_handle(deployment_name: str, app_name: str | None = None, client: Client | None = None) -> Any:
+    """Return the handle of a deployment.
+
+    Parameters
+    ----------
+    deployment_name : str
+        Its name.
+    app_name : str, optional
+        Needed where several applications have a deployment of that name. In a replica, its own comes first.
+
+    Raises
+    ------
+    ApplicationNotFoundError
+        There is none of that name, or several; the message lists the candidates.
+    """
+    return find_handle(deployment_name, app_name, client=client)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _bound(target: Any) -> Application:
+    if isinstance(target, Application):
+        return target
+    if isinstance(target, Deployment):
+        raise ConfigError(
+            f"serve.run takes a bound deployment: write serve.run({target.name}.bind(...)), with the arguments of the "
+            "constructor, if any, in .bind()"
+        )
+    if isinstance(target, type) or callable(target):
+        name = getattr(target, "__name__", "Model")
+        raise ConfigError(
+            f"serve.run takes a bound deployment, and {name} is not declared as one: decorate it with "
+            f"@serve.deployment and write serve.run({name}.bind(...))"
+        )
+    raise ConfigError(f"serve.run takes what `.bind()` of a deployment returns, not {target!r}")
+
+
+def _refuse(unknown: dict[str, Any], where: str) -> None:
+    for name in unknown:
+        if name in _ELSEWHERE:
+            raise ConfigError(f"{where} has no option {name!r}: {_ELSEWHERE[name]}")
+    if unknown and where == "serve.run":
+        raise ConfigError(
+            f"serve.run has no option {next(iter(unknown))!r}; options of a deployment go to "
+            "@serve.deployment or .options(), those of HTTP to serve.start()"
+        )
+
+
+def _refuse_inside(where: str) -> None:
+    if current_worker() is not None:
+        raise ServeError(
+            f"{where} does not work inside a replica or a Dask task: call it in a session. Here, "
+            "serve.get_app_handle(name) and serve.get_deployment_handle(name) reach what runs already; deployments "
+            "that belong together are bound into each other with .bind()"
+        )
+
+
+# -- clients -----------------------------------------------------------------------------------------------------------
+
+
+def _existing_client(client: Client | None) -> Client:
+    used = current_client(client)
+    if used is not None:
+        return used
+    if dask.config.get("scheduler-address", None) is None:
+        not_running("here, as far as can be seen: there is no Dask client")
+    return _ensure_client(None, Progress())[0]
+
+
+def _ensure_client(client: Client | None, say: Callable[[str], None]) -> tuple[Client, bool]:
+    """Return the client to use, and whether an embedded cluster was made for it."""
+    global _made
+    with _making:
+        used = current_client(client)
+        if used is not None:
+            return used, False
+        address = dask.config.get("scheduler-address", None)
+        if address is not None:
+            _made = _Made(Client(address), None)
+            return _made.client, False
+        from .embedded import EmbeddedCluster
+
+        cluster = EmbeddedCluster.start(progress=say)
+        try:
+            _made = _Made(Client(cluster.scheduler_address), cluster)
+        except BaseException:
+            cluster.close()
+            raise
+        # Registered last, it runs first: a client whose scheduler leaves would try to reconnect, and complain.
+        atexit.register(_close_made)
+        return _made.client, True
+
+
+def _close_made() -> None:
+    global _made
+    made, _made = _made, None
+    if made is None:
+        return
+    atexit.unregister(_close_made)
+    try:
+        made.client.close()
+    finally:
+        if made.cluster is not None:
+            made.cluster.close()
+
+
+# -- the awaitable of `run` --------------------------------------------------------------------------------------------
+
+
+class _Running:
+    """What `run` returns with an asynchronous client: awaited, or entered with ``async with``, it is the handle."""
+
+    def __init__(self, begin: Callable[[], Awaitable[DeploymentHandle]], end: Callable[[], Awaitable[None]]) -> None:
+        self._begin = begin
+        self._end = end
+
+    def __await__(self) -> Generator[Any, None, DeploymentHandle]:
+        return self._begin().__await__()
+
+    async def __aenter__(self) -> DeploymentHandle:
+        return await self._begin()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._end()

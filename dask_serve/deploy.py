@@ -1,0 +1,156 @@
+"""Bringing an application to the controller, installing that first if need be, and waiting until it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+from distributed.protocol import to_serialize
+
+from .controller.status import ApplicationStatus, decode_status
+from .exceptions import DeploymentFailedError, NotRunningError, StartTimeoutError
+from .session import ask, probe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from distributed import Client
+
+    from .config import HTTPOptions
+    from .graph import Built
+
+__all__ = ["Progress", "deploy", "ensure_controller", "start_proxies"]
+
+logger = logging.getLogger("dask_serve")
+
+#: Seconds one long poll may take.
+POLL = 30.0
+
+
+async def ensure_controller(client: Client) -> None:
+    """Install the controller in the scheduler where there is none."""
+    if await probe(client.scheduler, "serve_status") is not None:
+        return
+    from .controller.plugin import Controller
+
+    try:
+        await client.register_plugin(Controller())
+    except ImportError as error:
+        raise NotRunningError(
+            f"the scheduler at {client.scheduler.addr} cannot import dask_serve ({error}): install it there, in the "
+            "environment that `dask scheduler` runs in, with `pip install dask-serve`, in the version of this session; "
+            "the workers need it too"
+        ) from error
+
+
+async def start_proxies(client: Client, options: HTTPOptions, explicit: list[str]) -> str:
+    """Start the proxies, or change their options; return the URL."""
+    answer = await ask(
+        client.scheduler, "serve_start", options=msgspec.msgpack.encode(options), explicit=sorted(explicit)
+    )
+    return str(answer["url"])
+
+
+async def deploy(
+    client: Client,
+    built: Built,
+    proxies: tuple[HTTPOptions, list[str]],
+    *,
+    wait: bool,
+    timeout: float | None,
+    say: Callable[[str], None],
+) -> None:
+    """Bring an application to the cluster, and wait until it runs.
+
+    Parameters
+    ----------
+    client : Client
+        Of the cluster; this runs on its loop.
+    built : Built
+        The application.
+    proxies : tuple
+        HTTP options, and the names of those that the user gave.
+    wait : bool
+        Return once it runs.
+    timeout : float or None
+        Seconds until `StartTimeoutError`.
+    say : callable
+        Gets a line of text whenever there is something to tell.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    spec = built.spec
+    await ensure_controller(client)
+    address = ""
+    if proxies[1]:
+        # What was asked for may be refused (a busy port), which must leave everything as it was.
+        address = await start_proxies(client, *proxies)
+        await _send(client, built)
+    elif spec.route_prefix is not None:
+        address, _ = await asyncio.gather(start_proxies(client, *proxies), _send(client, built))
+    else:
+        await _send(client, built)
+    if wait:
+        await _wait_running(client, spec.name, deadline, timeout, say)
+        route = spec.route_prefix
+        where = f" at {address}{route.rstrip('/')}/" if address and route else ""
+        say(f"application {spec.name!r} is running{where}")
+
+
+async def _send(client: Client, built: Built) -> None:
+    """Send an application, and those parts of its code that the controller does not have."""
+    answer = await ask(client.scheduler, "serve_missing", revisions=list(built.code))
+    code = {revision: to_serialize(built.code[revision]) for revision in answer["missing"]}
+    await ask(client.scheduler, "serve_deploy", application=msgspec.msgpack.encode(built.spec), code=code)
+
+
+async def _wait_running(
+    client: Client, name: str, deadline: float | None, timeout: float | None, say: Callable[[str], None]
+) -> None:
+    found = decode_status((await ask(client.scheduler, "serve_status"))["status"])
+    while True:
+        application = found.applications.get(name)
+        if application is None:
+            raise DeploymentFailedError(f"application {name!r} was deleted while it was being deployed")
+        if application.status == "running":
+            return
+        if application.status == "failed":
+            raise DeploymentFailedError(f"application {name!r} could not be started: {application.message}")
+        say(_describe(name, application))
+        left = POLL if deadline is None else min(POLL, deadline - time.monotonic())
+        if left <= 0:
+            raise StartTimeoutError(f"application {name!r} is not running after {timeout:g} s: {application}")
+        answer = await ask(client.scheduler, "serve_watch", since=found.version, timeout=left)
+        found = decode_status(answer["status"])
+
+
+def _describe(name: str, application: ApplicationStatus) -> str:
+    """Say in one line how far an application is."""
+    parts = []
+    for deployment, state in application.deployments.items():
+        counts = dict(state.counts)
+        text = f"{deployment} {counts.pop('ready', 0)}/{state.target} ready"
+        text += "".join(f", {number} {what}" for what, number in counts.items() if number)
+        message = state.message.strip().splitlines()
+        parts.append(text + (f" ({message[-1]})" if message else ""))
+    return f"application {name!r}: " + "; ".join(parts)
+
+
+class Progress:
+    """Prints lines on a terminal when they change, and logs them elsewhere."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, line: str) -> None:
+        if line == self._last:
+            return
+        self._last = line
+        if sys.stderr is not None and sys.stderr.isatty():
+            sys.stderr.write(f"dask_serve: {line}\n")
+            sys.stderr.flush()
+        else:
+            logger.info("%s", line)
