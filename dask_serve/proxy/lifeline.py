@@ -84,10 +84,12 @@ class Lifeline(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            for kind, payload in self._frames.feed(data):
-                self._on_frame(kind, payload)
+            frames = list(self._frames.feed(data))
         except ValueError:
             self.close()
+            return
+        for kind, payload in frames:
+            self._on_frame(kind, payload)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None

@@ -79,7 +79,7 @@ class ProxyProtocol(HttpToolsProtocol):
     # Events of the transport
 
     def connection_made(self, transport: BaseTransport) -> None:
-        super().connection_made(transport)  # type: ignore[arg-type]
+        super().connection_made(transport)
         self._head_timer = self.loop.call_later(self.head_timeout, self._head_timed_out)
 
     def data_received(self, data: bytes) -> None:
@@ -104,7 +104,7 @@ class ProxyProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         _message_begin(self)
-        self.scope[CONNECTION] = self  # type: ignore[typeddict-unknown-key]
+        self.scope[CONNECTION] = self
         self._in_head = True
 
     def on_headers_complete(self) -> None:

@@ -34,7 +34,7 @@ def make_config(app: Any, *, protocol: type[ProxyProtocol] = ProxyProtocol, life
     return uvicorn.Config(
         app,
         http=protocol,
-        lifespan=lifespan,  # type: ignore[arg-type]
+        lifespan=lifespan,
         access_log=False,
         log_level="warning",
         server_header=False,
