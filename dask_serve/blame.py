@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,10 @@ _CLASS_INTERNALS = frozenset({"__dict__", "__weakref__"})
 
 
 def _attributes(obj: Any) -> list[tuple[str, Any]]:
+    file = getattr(sys.modules.get(type(obj).__module__), "__file__", None) or ""
+    if "site-packages" in file or "dist-packages" in file:
+        # The inside of a library's object says nothing to its user.
+        return []
     names = list(getattr(obj, "__dict__", {}))
     for kind in type(obj).__mro__:
         slots = vars(kind).get("__slots__", ())

@@ -92,6 +92,10 @@ def bound_handle(app: str, deployment: str) -> Any:
     return DeploymentHandle(app, deployment)
 
 
+class _Refused(pickle.PicklingError):
+    """Our own refusal, which needs no search for the culprit."""
+
+
 _MODULE_INTERNALS = frozenset({"__builtins__", "__cached__", "__loader__", "__spec__"})
 
 
@@ -115,7 +119,7 @@ class _Pickler(cloudpickle.Pickler):
             return reduce(obj)
         if isinstance(obj, Future):
             if not isinstance(obj.key, str):
-                raise pickle.PicklingError(
+                raise _Refused(
                     f"a Dask future with the key {obj.key!r} (a part of a collection) cannot be bound; bind "
                     "`client.compute(collection)` or `client.scatter(value)`"
                 )
@@ -326,6 +330,8 @@ def _warn_large(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], r
 def _explain(
     target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], reducers: Reducers, error: Exception
 ) -> str:
+    if isinstance(error, _Refused):
+        return str(error)
     parts: list[tuple[str, Any]] = [*_named_arguments(target, args, kwargs)]
     kind = "class" if isinstance(target, type) else "function"
     parts.append((f"{kind} {getattr(target, '__name__', '')}", target))

@@ -1,0 +1,290 @@
+"""Declarations, and the graph that is built from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+import types
+import warnings
+
+import pytest
+
+import dask_serve as serve
+from dask_serve.code import unpack
+from dask_serve.config import DeploymentOptions
+from dask_serve.deployment import Application, Deployment, deployment, methods
+from dask_serve.exceptions import ConfigError
+from dask_serve.graph import build
+
+
+@deployment
+class Plain:
+    def __init__(self, *args, **kwargs):
+        self.args, self.kwargs = args, kwargs
+
+    def predict(self, x):
+        return x
+
+
+@deployment(num_replicas=2, name="double", user_config={"a": 1})
+def twice(x):
+    return 2 * x
+
+
+@deployment()
+async def slow(x):
+    return x
+
+
+# -- declaring ---------------------------------------------------------------------------------------------------------
+
+
+def test_declarations():
+    assert isinstance(Plain, Deployment)
+    assert (Plain.name, Plain.num_replicas, Plain.max_ongoing_requests) == ("Plain", 1, 100)
+    assert (twice.name, twice.num_replicas, twice.user_config) == ("double", 2, {"a": 1})
+    assert slow.func_or_class(1).close() is None
+    assert serve.deployment is deployment
+    assert repr(twice) == "<Deployment 'double', 2 replicas>"
+
+
+@pytest.mark.parametrize("function", [deployment, Deployment.options])
+def test_every_option_is_a_parameter(function):
+    parameters = inspect.signature(function).parameters
+    named = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert named == {*DeploymentOptions.__struct_fields__, "name"}
+
+
+def test_options_copies():
+    other = twice.options(num_replicas=5)
+    assert (other.num_replicas, other.name, other.user_config) == (5, "double", {"a": 1})
+    assert other.options(user_config=None, name="x").user_config is None
+    assert (twice.num_replicas, twice.name) == (2, "double")
+    with pytest.raises(ConfigError, match="num_replicas"):
+        twice.options(num_replicas=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"num_replicas": 0}, r"option '?num_replicas'? = 0 is not valid"),
+        ({"num_replica": 1}, "did you mean 'num_replicas'"),
+        ({"num_replicas": "auto"}, "give a number"),
+        ({"ray_actor_options": {"num_gpus": 1}}, r'resources=\{"GPU": 1\}'),
+        ({"max_concurrent_queries": 3}, "use max_ongoing_requests="),
+        ({"max_replicas_per_node": 3}, "use max_replicas_per_worker="),
+        ({"gpus": 1}, "resources="),
+        ({"user_config": object()}, "'user_config' must be JSON-able"),
+        ({"name": ""}, "non-empty str"),
+        ({"name": "a/b"}, "a/b"),
+        ({"name": "a#b"}, "a#b"),
+        ({"name": 3}, "not 3"),
+    ],
+)
+def test_wrong_options(options, expected):
+    with pytest.raises(ConfigError, match=expected):
+
+        @deployment(**options)
+        class Model:
+            pass
+
+
+def test_wrong_targets():
+    with pytest.raises(ConfigError, match="takes a class or a function"):
+        deployment(object())
+    with pytest.raises(ConfigError, match="is a deployment already"):
+        deployment(Plain)
+    with pytest.raises(ConfigError, match="takes a class or a function"):
+        deployment(functools.partial(print))
+
+
+@pytest.mark.parametrize("name", ["remote", "options", "deployment_name", "app_name"])
+def test_reserved_methods(name):
+    with pytest.raises(ConfigError, match=rf"no method may be called '{name}'.*rename it"):
+        deployment(type("Model", (), {name: lambda self: None}))
+
+
+def test_calling_says_bind():
+    with pytest.raises(ConfigError, match=r"Plain.bind\(...\)"):
+        Plain(1)
+    with pytest.raises(ConfigError, match=r"double.bind\(...\)"):
+        twice(1)
+
+
+def test_bind_checks_the_constructor():
+    @deployment
+    class Model:
+        def __init__(self, path, *, size=1): ...
+
+    assert Model.bind("p", size=2).args == ("p",)
+    with pytest.raises(ConfigError, match=r"Model\(path, \*, size=1\): missing a required argument: 'path'"):
+        Model.bind()
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'sice'"):
+        Model.bind("p", sice=2)
+    with pytest.raises(ConfigError, match="make it a class"):
+        twice.bind(1)
+
+
+def test_methods():
+    class Base:
+        def inherited(self): ...
+
+        @property
+        def value(self): ...
+
+    class Model(Base):
+        limit = 3
+
+        class Config: ...
+
+        def predict(self): ...
+
+        @staticmethod
+        def helper(): ...
+
+        @classmethod
+        def make(cls): ...
+
+        def _private(self): ...
+
+    assert methods(Model) == ["helper", "inherited", "make", "predict"]
+    assert methods(twice.func_or_class) == ["__call__"]
+    assert methods(type("C", (Model,), {"__call__": lambda self: 1}))[0] == "__call__"
+
+
+def test_application():
+    app = Plain.bind(1, a=2)
+    assert isinstance(app, Application)
+    assert (app.name, app.args, app.kwargs) == ("Plain", (1,), {"a": 2})
+    with pytest.raises(AttributeError, match=r"handle = serve\.run"):
+        app.predict()
+    with pytest.raises(AttributeError, match=r"handle = serve\.run"):
+        app.remote(1)
+
+
+# -- building ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Parts:
+    first: object
+    rest: list
+
+
+def handle(app, name):
+    return f"handle of {app}/{name}"
+
+
+def opened(built, name):
+    spec = next(spec for spec in built.spec.deployments if spec.name == name)
+    return unpack(built.code[spec.revision], {}, handle)
+
+
+def test_single():
+    built = build(twice.bind(), "app", "/x")
+    spec = built.spec
+    assert (spec.name, spec.route_prefix, spec.ingress) == ("app", "/x", "double")
+    (one,) = spec.deployments
+    assert (one.name, one.methods, one.keys, one.options.num_replicas) == ("double", ["__call__"], [], 2)
+    function, args, kwargs = opened(built, "double")
+    assert (function(4), args, kwargs) == (8, (), {})
+    assert build(twice.bind(), "app", "/x") == built
+
+
+def test_applications_become_handles():
+    leaf, other = twice.bind(), slow.bind()
+    middle = Plain.options(name="middle").bind(leaf)
+    root = Plain.bind(middle, [leaf, (other,)], parts=Parts({"k": leaf}, [other]), plain=3)
+    built = build(root, "app")
+    assert sorted(spec.name for spec in built.spec.deployments) == ["Plain", "double", "middle", "slow"]
+    assert built.spec.ingress == "Plain"
+    _, args, kwargs = opened(built, "Plain")
+    double, slowly = "handle of app/double", "handle of app/slow"
+    assert args == ("handle of app/middle", [double, (slowly,)])
+    assert kwargs == {"parts": Parts({"k": double}, [slowly]), "plain": 3}
+    assert opened(built, "middle")[1] == (double,)
+
+
+def test_the_default_handle(monkeypatch):
+    class DeploymentHandle:
+        def __init__(self, app, deployment):
+            self.names = app, deployment
+
+    monkeypatch.setitem(sys.modules, "dask_serve.handle", types.SimpleNamespace(DeploymentHandle=DeploymentHandle))
+    built = build(Plain.bind(twice.bind()), "app")
+    _, (found,), _ = unpack(built.code[next(s.revision for s in built.spec.deployments if s.name == "Plain")])
+    assert found.names == ("app", "double")
+
+
+def test_same_application_is_one_deployment():
+    leaf = twice.bind()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        built = build(Plain.bind(leaf, leaf, [leaf]))
+    assert len(built.spec.deployments) == 2
+
+
+def test_same_name_is_numbered():
+    with pytest.warns(UserWarning, match="several deployments called 'double'.*'double_1'"):
+        built = build(Plain.bind(twice.bind(), twice.bind(), twice.bind()))
+    assert opened(built, "Plain")[1] == tuple(f"handle of default/{n}" for n in ("double", "double_1", "double_2"))
+
+
+def test_circles_in_arguments():
+    items: list = [twice.bind()]
+    items.append(items)
+    args = opened(build(Plain.bind(items)), "Plain")[1]
+    assert args[0][0] == "handle of default/double"
+    assert args[0][1] is args[0]
+
+
+AMBIENT = twice.bind()
+
+
+@deployment
+class MentionsGlobal:
+    def __call__(self):
+        return AMBIENT
+
+
+def test_applications_in_code_are_left_behind():
+    built = build(MentionsGlobal.bind())
+    assert [spec.name for spec in built.spec.deployments] == ["MentionsGlobal"]
+    target, _, _ = opened(built, "MentionsGlobal")
+    with pytest.raises(ConfigError, match="bind it into the deployment that uses it"):
+        target()().remote()
+
+
+def test_revisions():
+    def revisions(app, **options):
+        return {spec.name: spec.revision for spec in build(app, **options).spec.deployments}
+
+    one = revisions(Plain.bind(twice.bind()))
+    assert revisions(Plain.bind(twice.bind())) == one
+    assert revisions(Plain.options(num_replicas=3).bind(twice.bind()), route_prefix="/other") == one
+    changed = revisions(Plain.bind(twice.options(threads=2).bind()))
+    assert (changed["Plain"], changed["double"] == one["double"]) == (one["Plain"], False)
+    assert revisions(Plain.bind(slow.bind()))["Plain"] != one["Plain"]
+
+
+@pytest.mark.parametrize("route", ["", "x", "/x/", "//", "/a{b}", "/a b", "/a?b", 3])
+def test_wrong_routes(route):
+    with pytest.raises(ConfigError, match="route_prefix"):
+        build(twice.bind(), "app", route)
+
+
+@pytest.mark.parametrize("route", ["/", "/x", "/x/y-z", None])
+def test_routes(route):
+    assert build(twice.bind(), "app", route).spec.route_prefix == route
+
+
+def test_wrong_application_name():
+    with pytest.raises(ConfigError, match="the name of an application"):
+        build(twice.bind(), "")
+
+
+def test_unpicklable_names_the_deployment():
+    with pytest.raises(ConfigError, match=r"^deployment 'Plain' cannot be sent.*bound argument 'gen', a builtins.gen"):
+        build(Plain.bind(gen=(x for x in ())))
