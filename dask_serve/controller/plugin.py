@@ -304,8 +304,9 @@ class Controller(SchedulerPlugin):  # type: ignore[misc]
     async def _proxies_at_start(self, options: HTTPOptions) -> None:
         try:
             await self._start_proxies(options, set(self._explicit))
-        except ServeError as error:
-            logger.error("%s", error)
+        except Exception:
+            # Told by the status too; the first application that needs them tries again.
+            logger.exception("the proxies could not be started")
 
     # -- inside
 

@@ -67,7 +67,7 @@ class Process:
         process = cls(slot, on_event)
         ours, theirs = socket.socketpair()
         with theirs:
-            process._popen = subprocess.Popen(  # noqa: ASYNC220: fork and exec take a few milliseconds
+            process._popen = subprocess.Popen(  # noqa: ASYNC220, takes a few milliseconds
                 [*command, str(listener.fileno()), str(theirs.fileno())],
                 pass_fds=[listener.fileno(), theirs.fileno()],
                 stdin=subprocess.DEVNULL,

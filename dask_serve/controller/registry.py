@@ -106,6 +106,7 @@ class Registry:
         # Who deploys again means: try again.
         for key in [key for key in self.attempts if key[0].startswith(spec.name + "/")]:
             del self.attempts[key]
+        self.failed = frozenset(id for id in self.failed if not id.startswith(spec.name + "/"))
 
     def delete(self, name: str) -> list[Replica]:
         """Stop wanting an application; return the replicas it still has."""

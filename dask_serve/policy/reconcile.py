@@ -136,11 +136,11 @@ def plan(
         tried = attempts.get((name, revision))
         again_at = tried.again_at if tried is not None else now
         todo, missing = _deployment(name, want, revision, replicas)
+        actions += todo
         if missing and again_at > now:
             wakes.append(again_at)
         else:
             actions += [Start(name, revision)] * missing
-        actions += todo
     return Plan(actions, min(wakes, default=None), frozenset(failed))
 
 
