@@ -23,7 +23,7 @@ from distributed import Client
 
 from dask_serve.embedded import EmbeddedCluster
 from dask_serve.exceptions import ServeError
-from dask_serve.launcher.workers import restart_delay
+from dask_serve.launcher.workers import Growth, restart_delay
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,8 +40,14 @@ class Controller(SchedulerPlugin):
         scheduler.handlers["serve_shutdown"] = self.shutdown
         self.scheduler = scheduler
 
-    def wanted_workers(self):
-        return int(os.environ.get("WANTED_WORKERS", 0))
+    @property
+    def registry(self):
+        return self
+
+    @property
+    def unplaced(self):
+        missing = int(os.environ.get("WANTED_WORKERS", 0)) - len(self.scheduler.workers)
+        return {"app/model": (missing, "why")} if missing > 0 else {}
 
     async def shutdown(self):
         clients = [name for name in self.scheduler.clients if name.startswith("Client-")]
@@ -265,10 +271,18 @@ def test_client_shutdown_ends_everything() -> None:
     assert seen.count("worker-0 is up") == 1
 
 
-def test_grows_when_the_controller_wants_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grows_when_the_controller_cannot_place_replicas(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANTED_WORKERS", "2")
     with embedded() as (_, client):
         client.wait_for_workers(2, timeout=20)
+
+
+def test_growth_tries_one_worker_before_the_rest() -> None:
+    growth = Growth()
+    # One helps, so the rest follow; while they settle, nothing more is started.
+    assert [growth.more(waiting) for waiting in (3, 3, 2, 2, 0, 0)] == [1, 0, 2, 0, 0, 0]
+    # None helps: one is tried, and another one when more replicas wait.
+    assert [growth.more(waiting) for waiting in (4, 4, 4, 5, 5)] == [1, 0, 0, 1, 0]
 
 
 def test_workers_get_configuration_and_environment_of_the_session(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import traceback
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from .workers import Workers
+from .workers import Growth, Workers
 
 if TYPE_CHECKING:
     from distributed import Scheduler
@@ -142,14 +142,16 @@ class Host:
 
     async def _grow(self, scheduler: Scheduler) -> None:
         """Start workers for replicas that the controller cannot place."""
-        controller = scheduler.plugins.get("dask-serve")
+        controller: Any = scheduler.plugins["dask-serve"]
+        growth = Growth()
         while True:
             await asyncio.sleep(GROW_EVERY)
             if scheduler.status.name != "running":
                 # The workers that end now were told to.
                 self.workers.hold()
-            elif controller is not None:
-                self.workers.grow(controller.wanted_workers())
+            elif len(scheduler.workers) >= len(self.workers):
+                waiting = controller.registry.unplaced.values()
+                self.workers.grow(len(self.workers) + growth.more(sum(number for number, _ in waiting)))
 
     async def _close(self) -> None:
         loop = asyncio.get_running_loop()

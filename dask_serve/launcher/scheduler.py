@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import dask
 from distributed import Scheduler
 from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed.preloading import Preload
 from distributed.utils import format_dashboard_link
 
 from .dashboard import has_bokeh, load_on_demand
@@ -41,12 +41,12 @@ async def start_scheduler(dashboard_address: str | None, preload: str, report: C
     dashboard_address : str or None
         ``host:port`` of the dashboard; any free port when this one is busy; None for no dashboard.
     preload : str
-        Module whose ``dask_setup(scheduler)`` adds the controller. It is called here and not given to Dask as a
-        preload, because Dask logs the errors of preloads and starts all the same.
+        Module whose ``dask_setup`` adds the controller. It is run here and not given to Dask as a preload,
+        because Dask logs the errors of preloads and starts all the same.
     report : callable
         Called with the fields of an event.
     """
-    setup = importlib.import_module(preload).dask_setup
+    importlib.import_module(preload)
     scheduler = Scheduler(
         host="127.0.0.1",
         port=0,
@@ -57,9 +57,8 @@ async def start_scheduler(dashboard_address: str | None, preload: str, report: C
         load_on_demand(scheduler)
     scheduler.add_plugin(_Arrivals(report))
     if preload not in dask.config.get("distributed.scheduler.preload"):
-        result = setup(scheduler)
-        if inspect.isawaitable(result):
-            await result
+        # Proxies start when the first application comes, where and how many is known then.
+        await Preload(scheduler, preload, ["--no-serve-http"], None).start()
     await scheduler
     report(event="scheduler", address=scheduler.address, dashboard=_dashboard_link(scheduler, dashboard_address))
     return scheduler

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import python_command
 
-__all__ = ["Workers", "restart_delay"]
+__all__ = ["Growth", "Workers", "restart_delay"]
 
 #: A worker that lived this many seconds starts again at once when it dies.
 STEADY_AFTER = 30.0
@@ -23,6 +23,24 @@ LONGEST_DELAY = 15.0
 def restart_delay(failures: int) -> float:
     """Seconds to wait before the restart that follows ``failures`` early deaths in a row."""
     return 0.0 if failures <= 1 else min(0.25 * 2.0 ** (failures - 2), LONGEST_DELAY)
+
+
+class Growth:
+    """Decides how many workers to add for replicas that found no place.
+
+    More workers of the same kind do not help a replica that asks for a GPU which none has. So one is tried, and the
+    rest follow when that one made a difference.
+    """
+
+    def __init__(self) -> None:
+        self._before = 0
+
+    def more(self, unplaced: int) -> int:
+        """Return how many workers to start, while ``unplaced`` replicas wait and all workers started so far are up."""
+        before, self._before = self._before, unplaced
+        if unplaced > before:
+            return 1
+        return unplaced if unplaced < before else 0
 
 
 class Workers:
