@@ -6,7 +6,7 @@ request line and headers) has a size and a time limit, and a connection can be d
 
 from __future__ import annotations
 
-from asyncio import BaseTransport, Protocol, TimerHandle
+from asyncio import Protocol, TimerHandle, Transport
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -78,7 +78,7 @@ class ProxyProtocol(HttpToolsProtocol):
 
     # Events of the transport
 
-    def connection_made(self, transport: BaseTransport) -> None:
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._head_timer = self.loop.call_later(self.head_timeout, self._head_timed_out)
 
@@ -104,7 +104,7 @@ class ProxyProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         _message_begin(self)
-        self.scope[CONNECTION] = self
+        self.scope[CONNECTION] = self  # type: ignore[literal-required]
         self._in_head = True
 
     def on_headers_complete(self) -> None:
@@ -154,11 +154,11 @@ class ProxyProtocol(HttpToolsProtocol):
         self._head_timer = None
         if self.transport.is_closing():
             return
-        if not self._in_head and self.cycle is None:
+        if self._in_head:
+            self.refuse(408, "Request headers did not arrive in time.")
+        else:
             # Not one byte came: nobody waits for an answer.
             self.transport.close()
-        else:
-            self.refuse(408, "Request headers did not arrive in time.")
 
     def _cancel_head_timer(self) -> None:
         if self._head_timer is not None:

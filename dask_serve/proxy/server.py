@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
@@ -29,7 +29,9 @@ SWEEP = 0.02
 CANCEL_GRACE = 1.0
 
 
-def make_config(app: Any, *, protocol: type[ProxyProtocol] = ProxyProtocol, lifespan: str = "on") -> uvicorn.Config:
+def make_config(
+    app: Any, *, protocol: type[ProxyProtocol] = ProxyProtocol, lifespan: Literal["on", "off"] = "on"
+) -> uvicorn.Config:
     """Return uvicorn's settings for ``app``, the same in every proxy."""
     return uvicorn.Config(
         app,
