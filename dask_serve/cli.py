@@ -164,8 +164,8 @@ class _Session:
         from . import api
 
         client = self._connect()
-        click.echo(f"scheduler at {client.scheduler.address}")
-        click.echo(f"dashboard at {self.cluster.dashboard_link if self.cluster else client.dashboard_link}")
+        if self.cluster is None:
+            click.echo(f"scheduler at {client.scheduler.address}, dashboard at {client.dashboard_link}")
         api.start(**options, client=client)
         self._deployed = name
         click.echo(f"deploying {name}")

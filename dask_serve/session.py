@@ -142,6 +142,4 @@ def make_handle(app: str, deployment: str, *, address: str | None, **options: An
     """Make a handle for the cluster whose scheduler is at ``address``."""
     from .handle import DeploymentHandle
 
-    options.pop("client", None)
-    given = {name: value for name, value in options.items() if not (name == "sync" and value)}
-    return DeploymentHandle(app, deployment, address, **given)
+    return DeploymentHandle(app, deployment, address, **options)

@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-__all__ = ["Call", "Chunk", "Failure", "Hello", "HttpHead", "Kind", "Proof", "ReplicaName", "Reply", "Want", "encode"]
+__all__ = ["Attachment", "Call", "Chunk", "Failure", "Hello", "HttpHead", "Kind", "Proof", "ReplicaName", "Reply", "Want", "encode"]
 
 #: The wire's versions that this code speaks, the preferred one first.
 VERSIONS: Final = (1,)
@@ -72,6 +72,19 @@ class HttpHead(Struct, array_like=True, gc=False):
     server: tuple[str, int | None] | None
 
 
+class Attachment(Struct, array_like=True, gc=False, frozen=True):
+    """Where the value of a ref or a Dask future among the arguments is; exactly one of the three forms."""
+
+    #: In the store of another process.
+    process: str = ""
+    door: str = ""
+    name: str = ""
+    #: In this call's payload: that many parts, the first attachment's first, at its end.
+    parts: int = 0
+    #: On the cluster under this Dask key.
+    key: str = ""
+
+
 class Call(Struct, array_like=True, gc=False):
     """One request. Its payload: pickled arguments, or the body of an HTTP request."""
 
@@ -84,8 +97,8 @@ class Call(Struct, array_like=True, gc=False):
     credit: bool
     #: Set for HTTP; None: a call from Python.
     http: HttpHead | None = None
-    #: Refs among the arguments: where their values are (process, door, name in its store).
-    attachments: list[tuple[str, str, str]] = []
+    #: Refs among the arguments: where their values are.
+    attachments: list[Attachment] = []
 
 
 class Reply(Struct, array_like=True, gc=False):

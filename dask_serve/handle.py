@@ -1,0 +1,367 @@
+"""Calling deployments from Python."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distributed import Client, Future
+from msgspec import UNSET, UnsetType
+
+from .context import request_context
+from .exceptions import ConfigError, NotRunningError, PayloadError, ServeError
+from .policy.desired import deployment_id
+from .response import Assigned, DeploymentResponse
+from .routing.router import Router
+from .routing.session import Session
+from .routing.state import Outcome, RefState
+from .session import current_client, current_worker
+from .wire import payloads
+from .wire.messages import Attachment
+
+__all__ = ["DeploymentHandle"]
+
+#: Request ids are unique by this prefix, made anew in each process, and a count.
+_prefix = (os.getpid(), os.urandom(6).hex())
+_count = itertools.count()
+
+
+def _new_request_id() -> str:
+    global _prefix
+    if _prefix[0] != os.getpid():
+        _prefix = (os.getpid(), os.urandom(6).hex())
+    return f"{_prefix[1]}-{next(_count):x}"
+
+
+class DeploymentHandle:
+    """Calls a deployment; obtained from `serve.run`, `serve.get_app_handle`, `Deployment.get_handle`, or bound into a constructor.
+
+    Works in any thread, in any event loop, in replicas and in Dask tasks, and can be pickled. Equal handles have the same target and
+    options.
+
+    Parameters
+    ----------
+    app_name, deployment_name : str
+    address : str, optional
+        Address of the scheduler whose cluster it belongs to; None: the cluster where it is used.
+    method_name : str, default "__call__"
+        What ``remote`` calls.
+    sync : bool, default True
+        False: ``await handle.remote()`` is the ref; for use in a running event loop, which then carries the requests itself.
+    request_timeout_s : float or None
+        Deadline of each request in seconds; passed on to the calls that the request makes in turn.
+    retries_on_loss : int, default 0
+        How often a request may be sent again when its replica is lost while it runs. Only for calls that may run twice.
+    on_exit : callable, optional
+        Called at the end of a ``with`` block.
+    """
+
+    def __init__(
+        self,
+        app_name: str,
+        deployment_name: str,
+        address: str | None = None,
+        *,
+        method_name: str = "__call__",
+        sync: bool = True,
+        request_timeout_s: float | None = None,
+        retries_on_loss: int = 0,
+        on_exit: Callable[[], Any] | None = None,
+        client: Client | None = None,
+    ) -> None:
+        self.app_name = app_name
+        self.deployment_name = deployment_name
+        self._address = address
+        self._method = method_name
+        self._sync = sync
+        self._timeout = request_timeout_s
+        self._retries = retries_on_loss
+        self._on_exit = on_exit
+        self._client = client
+        self._id = deployment_id(app_name, deployment_name)
+        # What the last call found: the session, and with a loop of its own that loop and its router.
+        self._session: Session | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._router: Router | None = None
+        self._methods: dict[str, DeploymentHandle] = {}
+
+    # ------------------------------------------------------------------ identity
+
+    def _target(self) -> tuple[Any, ...]:
+        options = (self._method, self._sync, self._timeout, self._retries)
+        return (self.app_name, self.deployment_name, self._address, *options)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DeploymentHandle) and self._target() == other._target()
+
+    def __hash__(self) -> int:
+        return hash(self._target())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, self._target()
+
+    def __repr__(self) -> str:
+        method = "" if self._method == "__call__" else f".{self._method}"
+        return f"<DeploymentHandle {self._id}{method}>"
+
+    # ------------------------------------------------------------------ options
+
+    def options(
+        self,
+        *,
+        method_name: str | UnsetType = UNSET,
+        sync: bool | UnsetType = UNSET,
+        request_timeout_s: float | None | UnsetType = UNSET,
+        retries_on_loss: int | UnsetType = UNSET,
+        **unknown: Any,
+    ) -> DeploymentHandle:
+        """Return a handle with other options; those not given are kept.
+
+        Raises
+        ------
+        ConfigError
+            An option does not exist, or has a value out of its range.
+        """
+        if unknown:
+            raise ConfigError(
+                f"handle.options() has no option {next(iter(unknown))!r}; "
+                "it has: method_name, sync, request_timeout_s, retries_on_loss"
+            )
+        timeout = self._timeout if isinstance(request_timeout_s, UnsetType) else request_timeout_s
+        if timeout is not None and not timeout > 0:
+            raise ConfigError(f"request_timeout_s = {timeout!r} is not valid: it is a number of seconds above 0, or None")
+        retries = self._retries if isinstance(retries_on_loss, UnsetType) else retries_on_loss
+        if not isinstance(retries, int) or retries < 0:
+            raise ConfigError(f"retries_on_loss = {retries!r} is not valid: it is a whole number, 0 or more")
+        return DeploymentHandle(
+            self.app_name,
+            self.deployment_name,
+            self._address,
+            method_name=self._method if isinstance(method_name, UnsetType) else method_name,
+            sync=self._sync if isinstance(sync, UnsetType) else sync,
+            request_timeout_s=timeout,
+            retries_on_loss=retries,
+            client=self._client,
+        )
+
+    def __getattr__(self, name: str) -> DeploymentHandle:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        handle = self._methods.get(name)
+        if handle is None:
+            handle = self._methods[name] = self.options(method_name=name)
+        return handle
+
+    # ------------------------------------------------------------------ calling
+
+    def remote(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the deployment.
+
+        Returns at once. What goes wrong, an argument that cannot be pickled included, is told by the ref.
+
+        Returns
+        -------
+        DeploymentResponse
+            The ref; with ``sync=False`` an awaitable of it.
+        """
+        loop = _running_loop()
+        session = self._session
+        if session is None or session.closed:
+            session = self._connect()
+        if loop is not None and loop is self._loop:
+            router = self._router
+        else:
+            router = self._find_router(session, loop)
+        context = request_context.get()
+        if context is None:
+            request_id, timeout = _new_request_id(), self._timeout
+        else:
+            request_id, timeout = context.request_id, self._remaining(context.deadline)
+        state = RefState(self._method, (), request_id)
+        state.retries = self._retries
+        ref = DeploymentResponse(session, state, _why_not_to_block)
+        waiting: list[Any] = []
+        try:
+            state.parts = payloads.dumps((args, kwargs), _reducers(waiting))
+        except PayloadError as error:
+            state.settle("error", Outcome(error=("PayloadError", f"an argument of {self!r} {error}")))
+            return ref if self._sync else Assigned(ref)
+        if router is not None:
+            state.home = loop
+            ref._cancel = lambda: router.cancel(state)
+            if waiting:
+                _after(session, state, waiting, lambda: router.submit(state, timeout, None))
+            else:
+                router.submit(state, timeout, None)
+        else:
+            engine, fabric = session.engine()
+            id = self._id
+            ref._cancel = lambda: engine.put(lambda: fabric.router(id).cancel(state))
+            if waiting:
+                _after(session, state, waiting, lambda: engine.put(_submit, fabric, id, state, timeout))
+            else:
+                engine.put(_submit, fabric, id, state, timeout)
+        return ref if self._sync else Assigned(ref)
+
+    def _remaining(self, deadline: float | None) -> float | None:
+        """Return the seconds that a call may take: its own, and no more than the request has that makes it."""
+        if deadline is None:
+            return self._timeout
+        remaining = max(1e-3, deadline - time.monotonic())
+        return remaining if self._timeout is None else min(remaining, self._timeout)
+
+    def _find_router(self, session: Session, loop: asyncio.AbstractEventLoop | None) -> Router | None:
+        """Return the running loop's router, or None where the background loop carries the request."""
+        if not self._sync and loop is None:
+            raise ServeError(
+                f"{self!r} was made with sync=False: call remote() inside a running event loop, or get a handle with sync=True"
+            )
+        direct = loop is not None and (not self._sync or session.in_worker or session.is_asynchronous)
+        if not direct:
+            return None
+        assert loop is not None
+        router = session.fabric(loop).router(self._id)
+        self._loop, self._router = loop, router
+        return router
+
+    def _connect(self) -> Session:
+        """Find the connection to the cluster that this handle belongs to."""
+        self._loop = self._router = None
+        worker = current_worker()
+        if worker is not None and self._address in (None, worker.scheduler.address):
+            session = Session.of(worker)
+        else:
+            session = Session.of(self._find_client())
+        self._session = session
+        return session
+
+    def _find_client(self) -> Client:
+        candidates = [self._client, current_client(), *list(Client._instances)]
+        for client in candidates:
+            if client is None or client.status != "running" or client.scheduler is None:
+                continue
+            if self._client is client or self._address in (None, client.scheduler.address):
+                return client
+        where = "" if self._address is None else f" at {self._address}"
+        raise NotRunningError(
+            f"{self!r} belongs to the cluster{where}, and no open Dask client is connected to it here: make one with "
+            f"distributed.Client({self._address or '<scheduler address>'!r})"
+        )
+
+    # ------------------------------------------------------------------ the end of a with block
+
+    def __enter__(self) -> DeploymentHandle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._on_exit is not None:
+            self._on_exit()
+
+
+def _unpickle(
+    app: str, deployment: str, address: str | None, method: str, sync: bool, timeout: float | None, retries: int
+) -> DeploymentHandle:
+    return DeploymentHandle(
+        app,
+        deployment,
+        address,
+        method_name=method,
+        sync=sync,
+        request_timeout_s=timeout,
+        retries_on_loss=retries,
+    )
+
+
+def _submit(fabric: Any, id: str, state: RefState, timeout: float | None) -> None:
+    fabric.router(id).submit(state, timeout, None)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def _why_not_to_block() -> str | None:
+    """Blocking a replica's event loop would block every request that it runs, perhaps the one that is waited for."""
+    if _running_loop() is None or current_worker() is None:
+        return None
+    return "the event loop of this replica"
+
+
+# -- refs and Dask futures among the arguments --------------------------------------------------------------------------
+
+
+def _reducers(waiting: list[Any]) -> payloads.Reducers:
+    """Leave refs and Dask futures out of the pickle, and collect them in ``waiting``."""
+
+    def stand_in(value: Any) -> tuple[Any, ...]:
+        if isinstance(value, Assigned):
+            value = value.ref
+        waiting.append(value)
+        return payloads.attached, (len(waiting) - 1,)
+
+    return {DeploymentResponse: stand_in, Assigned: stand_in, Future: stand_in}
+
+
+def _after(session: Session, state: RefState, waiting: list[Any], submit: Callable[[], None]) -> None:
+    """Submit the call once all that it is given has ended; the first failure among that is its own, and it never runs."""
+    state.keep = list(waiting)
+    left = itertools.count(len(waiting) - 1, -1)
+
+    def arrived() -> None:
+        if next(left):
+            return
+        failed = next((value for value in waiting if value.status != "finished"), None)
+        if failed is not None:
+            state.settle("error", _failure_of(failed))
+            return
+        attachments, parts = [], list(state.parts)
+        for value in waiting:
+            attachments.append(_attach(value, parts))
+        state.attachments, state.parts = attachments, parts
+        submit()
+
+    for value in waiting:
+        if isinstance(value, DeploymentResponse):
+            value._read = True
+            value._local.on_done(arrived)
+        else:
+            _when_done(value, arrived)
+
+
+def _when_done(future: Future, callback: Callable[[], None]) -> None:
+    """Call back once a Dask future has ended; its state is for its client's loop only."""
+
+    async def wait() -> None:
+        await future._state.wait()
+        callback()
+
+    future.client.loop.add_callback(wait)
+
+
+def _attach(value: Any, parts: list[Any]) -> Attachment:
+    if isinstance(value, DeploymentResponse):
+        outcome = value._local.outcome
+        assert outcome is not None
+        if outcome.stored is not None:
+            return Attachment(outcome.stored.process, outcome.stored.door, outcome.stored.name)
+        assert outcome.parts is not None
+        parts.extend(outcome.parts)
+        return Attachment(parts=len(outcome.parts))
+    return Attachment(key=value.key)
+
+
+def _failure_of(value: Any) -> Outcome:
+    if isinstance(value, DeploymentResponse):
+        outcome = value._local.outcome
+        assert outcome is not None
+        return outcome
+    error = value._state.exception or ServeError(f"the Dask future {value.key} is {value.status}")
+    return Outcome(raised=payloads.dump_exception(error))
+

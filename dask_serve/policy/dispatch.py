@@ -1,0 +1,268 @@
+"""Where a router sends its requests: choice of the replica, the backlog, and the router's half of the credits.
+
+A call goes out unasked while nothing waits here and a replica has room by this router's own count; power of two choices
+on own requests in flight plus what the last answer told of others. Everything else waits in the backlog, where it can still
+be cancelled, and leaves it on a credit, or unasked to a replica that just answered and said that nobody waits for it.
+
+Pure: sending goes through a `Port`, time and randomness are arguments.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+__all__ = ["Dispatcher", "Port", "Queued", "Target"]
+
+#: What an answer told of others is believed for this many seconds; a replica that was busy once is tried again after.
+STALE_AFTER = 0.1
+
+#: A want is sent to at most this many replicas.
+MAX_WANTS = 4
+
+
+class Queued(Protocol):
+    """A request, as far as the dispatcher is concerned."""
+
+    #: Set when the request was given up while it waited; it is skipped then.
+    dropped: bool
+    #: When it came to the router.
+    since: float
+
+
+class Target:
+    """One replica as one router sees it.
+
+    Attributes
+    ----------
+    limit : int
+        ``max_ongoing_requests``.
+    mine : int
+        Requests of this router that are at the replica and not answered.
+    others : int
+        Requests of other routers, by the last answer.
+    wanted : int
+        Requests that wait for the replica at all routers, by the last answer.
+    asked : bool
+        A want of this router stands there.
+    usable : bool
+        False while its door is silent: no new requests go there.
+    """
+
+    __slots__ = ("asked", "heard", "id", "limit", "link", "mine", "others", "usable", "wanted")
+
+    def __init__(self, id: str, limit: int, link: Any = None) -> None:
+        self.id = id
+        self.limit = limit
+        self.link = link
+        self.mine = 0
+        self.others = 0
+        self.heard = 0.0
+        self.wanted = 0
+        self.asked = False
+        self.usable = True
+
+    def load(self, now: float) -> int:
+        """Requests there, as far as is known: own ones for certain, those of others by the last answer."""
+        return self.mine + self.others if now - self.heard < STALE_AFTER else self.mine
+
+    def __repr__(self) -> str:
+        return f"<Target {self.id}: {self.mine} mine, {self.others} others of {self.limit}>"
+
+
+class Port(Protocol):
+    """What a dispatcher tells the world."""
+
+    def send(self, target: Target, call: Any, credit: bool) -> None:
+        """Send the call now."""
+
+    def want(self, target: Target, count: int, oldest: float) -> None:
+        """Tell the replica how many wait here and since when the oldest does."""
+
+    def give_back(self, target: Target) -> None:
+        """Return a credit."""
+
+
+class Dispatcher:
+    """The requests of one router for one deployment.
+
+    Parameters
+    ----------
+    port : Port
+    random : callable
+        Returns a float in [0, 1).
+    """
+
+    __slots__ = ("_announced", "_backlog", "_order", "_port", "_random", "queued", "targets")
+
+    def __init__(self, port: Port, random: Callable[[], float]) -> None:
+        self.targets: dict[str, Target] = {}
+        #: Live requests in the backlog.
+        self.queued = 0
+        self._order: list[Target] = []
+        self._backlog: deque[Any] = deque()
+        self._port = port
+        self._random = random
+        self._announced = 0
+
+    # ------------------------------------------------------------------ requests
+
+    def submit(self, call: Queued) -> None:
+        """Take a new request: send it, or let it wait."""
+        if not self.queued:
+            target = self._choose(call.since)
+            if target is not None:
+                # Reserved in the step that chooses, so that the next choice sees it.
+                target.mine += 1
+                self._port.send(target, call, False)
+                return
+        self._backlog.append(call)
+        self.queued += 1
+        self._announce(call.since)
+
+    def cancelled(self, call: Queued, now: float) -> None:
+        """A request in the backlog was given up (its ``dropped`` is set)."""
+        self.queued -= 1
+        if not self.queued:
+            self._backlog.clear()
+        self._announce(now)
+
+    def refused(self, target: Target, call: Queued, running: int, wanted: int, now: float) -> None:
+        """FULL or DRAINING: not executed, so it goes back to the head, and the replica is asked for a credit."""
+        target.mine -= 1
+        self._remember(target, running, wanted, now)
+        if not call.dropped:
+            self._backlog.appendleft(call)
+            self.queued += 1
+        self._announced = 0
+        self._announce(now)
+
+    def put_back(self, call: Queued, now: float) -> None:
+        """A request whose replica went away before it was sent goes back to the head."""
+        self._backlog.appendleft(call)
+        self.queued += 1
+        self.fill(now)
+
+    def answered(self, target: Target, running: int, wanted: int, credits: int, now: float) -> None:
+        """A replica answered a request and told its load; use the credits that came with it."""
+        target.mine -= 1
+        self._remember(target, running, wanted, now)
+        for _ in range(credits):
+            self.credited(target, now)
+        if (
+            self.queued
+            and not wanted
+            and target.usable
+            and target.mine + target.others < target.limit
+            and target.id in self.targets
+        ):
+            self._send_head(target, False, now)
+
+    def _remember(self, target: Target, running: int, wanted: int, now: float) -> None:
+        others = running - target.mine
+        target.others = others if others > 0 else 0
+        target.wanted = wanted
+        target.heard = now
+
+    def credited(self, target: Target, now: float) -> None:
+        """A credit came: use it at once, or return it."""
+        if self.queued and target.id in self.targets:
+            self._send_head(target, True, now)
+        else:
+            self._port.give_back(target)
+
+    def _send_head(self, target: Target, credit: bool, now: float) -> None:
+        backlog = self._backlog
+        call = backlog.popleft()
+        while call.dropped:
+            call = backlog.popleft()
+        self.queued -= 1
+        target.mine += 1
+        self._port.send(target, call, credit)
+        self._announce(now)
+
+    def take_all(self) -> list[Any]:
+        """Empty the backlog and return its live requests: nothing will ever answer them."""
+        calls = [call for call in self._backlog if not call.dropped]
+        self._backlog.clear()
+        self.queued = 0
+        self._announce(0.0)
+        return calls
+
+    # ------------------------------------------------------------------ replicas
+
+    def add(self, target: Target, now: float) -> None:
+        """A replica is ready: what waits may go there."""
+        self.targets[target.id] = target
+        self._order = list(self.targets.values())
+        self.fill(now)
+
+    def remove(self, target: Target, now: float) -> None:
+        """A replica is gone or drains; its calls in flight are answered or failed by the router."""
+        if self.targets.pop(target.id, None) is not None:
+            self._order = list(self.targets.values())
+            target.asked = False
+            self._announced = 0
+            self._announce(now)
+
+    def fill(self, now: float) -> None:
+        """Send unasked what waits while there is room by own count: replicas came, grew or are reachable again."""
+        while self.queued:
+            target = self._choose(now)
+            if target is None or target.wanted:
+                break
+            self._send_head(target, False, now)
+        self._announced = 0
+        self._announce(now)
+
+    def _choose(self, now: float) -> Target | None:
+        order = self._order
+        count = len(order)
+        if count == 1:
+            only = order[0]
+            return only if only.mine < only.limit and only.usable else None
+        if not count:
+            return None
+        # Two different ones at random, the less loaded of them; if that one is full, any that is not.
+        first = int(self._random() * count)
+        second = int(self._random() * (count - 1))
+        if second >= first:
+            second += 1
+        best, other = order[first], order[second]
+        if other.load(now) < best.load(now):
+            best = other
+        if best.mine < best.limit and best.usable:
+            return best
+        free = [target for target in order if target.mine < target.limit and target.usable]
+        return min(free, key=lambda target: target.load(now)) if free else None
+
+    # ------------------------------------------------------------------ wants
+
+    def _announce(self, now: float) -> None:
+        """Tell the level of the backlog when it left or reached 0, doubled or halved."""
+        level = self.queued.bit_length()
+        if level == self._announced:
+            return
+        self._announced = level
+        if not level:
+            for target in self._order:
+                if target.asked:
+                    target.asked = False
+                    self._port.want(target, 0, 0.0)
+            return
+        asked = [target for target in self._order if target.asked]
+        if len(asked) < MAX_WANTS:
+            rest = [target for target in self._order if not target.asked and target.usable]
+            rest.sort(key=lambda target: target.load(now) + target.wanted)
+            asked += rest[: MAX_WANTS - len(asked)]
+        oldest = max(0.0, now - self._oldest())
+        for target in asked:
+            target.asked = True
+            self._port.want(target, min(self.queued, target.limit + 1), oldest)
+
+    def _oldest(self) -> float:
+        backlog = self._backlog
+        while backlog[0].dropped:
+            backlog.popleft()
+        return float(backlog[0].since)

@@ -1,0 +1,212 @@
+"""A replica as its door sees it: admission, the requests it has, their answers. Runs on the door's loop only."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ..policy.admission import Admission
+from ..wire.frames import Frame
+from ..wire.messages import Call, Chunk, Failure, Kind, ReplicaName, Reply, Want, encode
+from .execution import Answer, Execution
+
+if TYPE_CHECKING:
+    from .user import UserCode
+
+__all__ = ["ReplicaCore"]
+
+
+class ReplicaCore:
+    """Admission and bookkeeping of one replica.
+
+    Parameters
+    ----------
+    id : str
+        The replica's id.
+    limit : int
+        ``max_ongoing_requests``.
+    user : UserCode
+        Where admitted requests run.
+    """
+
+    def __init__(self, id: str, limit: int, user: UserCode, loop: asyncio.AbstractEventLoop) -> None:
+        self.id = id
+        self.admission = Admission(limit)
+        self.draining = False
+        #: Counts since the replica is ready: answers by kind, and seconds of work that nobody took.
+        self.answered = 0
+        self.failed = 0
+        self._user = user
+        self._loop = loop
+        self._active = 0
+        self._waiting: deque[Execution] = deque()
+        self._lapse: asyncio.TimerHandle | None = None
+        self._idle: list[Callable[[], None]] = []
+
+    # ------------------------------------------------------------------ frames
+
+    def on_call(self, connection: Any, frame: Frame, call: Call) -> None:
+        """Admit a request or refuse it; a refused one was certainly not executed."""
+        admission = self.admission
+        if self.draining:
+            connection.send(Kind.DRAINING, frame.request, encode(Reply(admission.running, admission.wanted)))
+            return
+        if not admission.admit(connection, call.credit):
+            connection.send(Kind.FULL, frame.request, encode(Reply(admission.running, admission.wanted)))
+            return
+        execution = Execution(self, connection, frame.request, call, frame.parts, time.monotonic())
+        connection.executions[frame.request] = execution
+        if self._active < admission.limit:
+            self._begin(execution)
+        else:
+            self._waiting.append(execution)
+
+    def on_cancel(self, execution: Execution) -> None:
+        """The caller no longer wants it: end it where it is. It is answered all the same, exactly once."""
+        execution.cancelled = True
+        if execution.running:
+            self._user.cancel(execution)
+        elif execution in self._waiting:
+            self._waiting.remove(execution)
+            self._leave(execution, Answer(Kind.ERROR, error="RequestCancelledError", message="cancelled"))
+
+    def on_want(self, connection: Any, want: Want) -> None:
+        """A router tells its level."""
+        now = time.monotonic()
+        if not self.draining:
+            self._send_credits(self.admission.want(connection, want.count, want.oldest, now))
+
+    def on_return(self, connection: Any) -> None:
+        """A router had no use for a credit."""
+        self._send_credits(self.admission.give_back(connection, time.monotonic()))
+
+    def on_lost(self, connection: Any) -> None:
+        """A caller is gone, with its wants and credits; its requests are cancelled by the door."""
+        self._send_credits(self.admission.lost(connection, time.monotonic()))
+
+    # ------------------------------------------------------------------ running
+
+    def _begin(self, execution: Execution) -> None:
+        now = time.monotonic()
+        if execution.deadline is not None and now >= execution.deadline:
+            message = f"the deadline passed while the request waited in replica {self.id}; it was not executed"
+            self._leave(execution, Answer(Kind.ERROR, error="RequestTimeoutError", message=message))
+            return
+        execution.began = now
+        execution.running = True
+        self._active += 1
+        self._user.begin(execution)
+
+    def on_answer(self, execution: Execution, answer: Answer) -> None:
+        """User code has answered, or sent a part of its answer."""
+        kind = answer.kind
+        connection = execution.connection
+        if kind == Kind.CHUNK:
+            execution.started = True
+            connection.send(kind, execution.request, encode(Chunk(answer.status, answer.headers)), answer.parts)
+            return
+        now = time.monotonic()
+        self._active -= 1
+        if kind == Kind.ERROR:
+            self.failed += 1
+        else:
+            self.answered += 1
+        self._reply(execution, answer, self.admission.finish(now - execution.began, now))
+        waiting = self._waiting
+        while waiting and self._active < self.admission.limit:
+            self._begin(waiting.popleft())
+        if self._idle and not self.admission.running:
+            self._tell_idle()
+
+    def _leave(self, execution: Execution, answer: Answer) -> None:
+        """Answer a request that was admitted and never ran."""
+        self.failed += 1
+        self._reply(execution, answer, self.admission.drop(time.monotonic()))
+        if self._idle and not self.admission.running:
+            self._tell_idle()
+
+    def _reply(self, execution: Execution, answer: Answer, credited: list[Any]) -> None:
+        connection = execution.connection
+        connection.executions.pop(execution.request, None)
+        credits = 0
+        if credited:
+            credits = credited.count(connection)
+            if credits:
+                credited = [other for other in credited if other is not connection]
+            self._send_credits(credited)
+        admission = self.admission
+        if answer.kind == Kind.ERROR:
+            header = encode(
+                Failure(
+                    admission.running, admission.wanted, credits, answer.error, answer.message, execution.started
+                )
+            )
+        else:
+            header = encode(
+                Reply(
+                    admission.running,
+                    admission.wanted,
+                    credits,
+                    answer.stored,
+                    answer.nbytes,
+                    answer.status,
+                    answer.headers,
+                )
+            )
+        connection.send(answer.kind, execution.request, header, answer.parts)
+
+    def _send_credits(self, connections: list[Any]) -> None:
+        for connection in connections:
+            connection.send(Kind.CREDIT, 0, encode(ReplicaName(self.id)))
+        if self._lapse is None and self.admission.granted:
+            self._arm_lapse()
+
+    def _arm_lapse(self) -> None:
+        due = self.admission.next_lapse()
+        if due is not None:
+            self._lapse = self._loop.call_later(max(0.0, due - time.monotonic()), self._on_lapse)
+
+    def _on_lapse(self) -> None:
+        self._lapse = None
+        self._send_credits(self.admission.lapse(time.monotonic()))
+        if self._lapse is None:
+            self._arm_lapse()
+
+    # ------------------------------------------------------------------ the end
+
+    def drain(self, connections: list[Any]) -> None:
+        """Take no more requests, and say so on all connections. The replica is the authority on its own end."""
+        if self.draining:
+            return
+        self.draining = True
+        for connection in connections:
+            connection.send(Kind.DRAINING, 0, encode(ReplicaName(self.id)))
+
+    def when_idle(self, tell: Callable[[], None]) -> None:
+        """Call ``tell`` once nothing runs."""
+        if self.admission.running:
+            self._idle.append(tell)
+        else:
+            tell()
+
+    def _tell_idle(self) -> None:
+        waiting, self._idle = self._idle, []
+        for tell in waiting:
+            tell()
+
+    def set_limit(self, limit: int) -> None:
+        """Change ``max_ongoing_requests`` in place."""
+        self.admission.limit = limit
+        while self._waiting and self._active < limit:
+            self._begin(self._waiting.popleft())
+
+    def close(self) -> None:
+        """Forget everything; requests that still run are answered as lost by the closing connection."""
+        self.draining = True
+        if self._lapse is not None:
+            self._lapse.cancel()
+            self._lapse = None
+        self._tell_idle()

@@ -1,0 +1,76 @@
+"""One request in a replica, from its CALL frame to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..wire.frames import Buffer
+from ..wire.messages import Call
+
+if TYPE_CHECKING:
+    from .core import ReplicaCore
+
+__all__ = ["Answer", "Execution"]
+
+
+class Answer(NamedTuple):
+    """What user code answered, on its way from a user thread to the door."""
+
+    kind: int
+    parts: Sequence[Buffer] = ()
+    #: Name of the exception class, or "" for an exception of user code (kind ERROR).
+    error: str = ""
+    message: str = ""
+    #: Name and size in the result store.
+    stored: str = ""
+    nbytes: int = 0
+    #: HTTP status and headers.
+    status: int = 0
+    headers: list[tuple[bytes, bytes]] = []
+
+
+class Execution:
+    """One admitted request.
+
+    The door's thread owns it; a user thread reads ``call`` and ``parts``, and sets ``task`` and ``started``.
+    """
+
+    __slots__ = (
+        "began",
+        "call",
+        "cancelled",
+        "connection",
+        "core",
+        "deadline",
+        "on_cancel",
+        "outstanding",
+        "parts",
+        "request",
+        "room",
+        "running",
+        "started",
+        "task",
+    )
+
+    def __init__(
+        self, core: ReplicaCore, connection: Any, request: int, call: Call, parts: Sequence[Buffer], now: float
+    ) -> None:
+        self.core = core
+        self.connection = connection
+        self.request = request
+        self.call = call
+        self.parts = parts
+        self.deadline = None if call.remaining is None else now + call.remaining
+        self.began = now
+        #: Left the waiting line: user code has it.
+        self.running = False
+        self.cancelled = False
+        #: A part of the answer has been sent.
+        self.started = False
+        self.task: asyncio.Task[None] | None = None
+        #: Bytes of a streamed answer that the caller has not consumed yet, and who waits for fewer of them.
+        self.outstanding = 0
+        self.room: asyncio.Event | None = None
+        self.on_cancel: asyncio.Event | None = None

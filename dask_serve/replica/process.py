@@ -1,0 +1,109 @@
+"""What the replicas of one worker process share: the door, and the end of the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from distributed.comm.addressing import get_address_host
+from distributed.diagnostics.plugin import WorkerPlugin
+
+from .door import Door
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+    from .unit import ReplicaUnit
+
+__all__ = ["DrainAtClose", "ServeProcess"]
+
+logger = logging.getLogger("distributed.serve.process")
+
+#: Share of the time that Dask gives a closing worker's plugins (8 s for `dask worker`, 4 s in a LocalCluster) that replicas may
+#: take to drain; the rest is for closing.
+DRAIN_AT_CLOSE = 3.0
+
+
+class ServeProcess:
+    """The doors of this process by cluster, and the replicas by worker.
+
+    A process normally has one worker of one cluster; in-process clusters have several.
+    """
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _doors: ClassVar[dict[bytes, Door]] = {}
+    _workers: ClassVar[dict[str, tuple[bytes, list[ReplicaUnit]]]] = {}
+
+    @classmethod
+    def door_of(cls, worker: Worker, secret: bytes, unit: ReplicaUnit) -> Door:
+        """Return the process's door to the cluster that has this secret, opened at first use. Blocks.
+
+        The unit is remembered as one of the worker's replicas.
+        """
+        with cls._lock:
+            door = cls._doors.get(secret)
+            if door is None:
+                listen = worker.security.get_listen_args("worker").get("ssl_context")
+                dial = worker.security.get_connection_args("worker").get("ssl_context")
+                host = "127.0.0.1" if worker.address.startswith("inproc") else get_address_host(worker.address)
+                door = Door(secret, host, listen, dial)
+                door.start()
+                cls._doors[secret] = door
+            known = worker.address in cls._workers
+            units = cls._workers.setdefault(worker.address, (secret, []))[1]
+            units[:] = [other for other in units if not other.released]
+            units.append(unit)
+        if not known:
+            loop = worker.loop.asyncio_loop
+            asyncio.run_coroutine_threadsafe(worker.plugin_add(DrainAtClose(), name=DrainAtClose.name), loop).result(10)
+        return door
+
+    @classmethod
+    def door(cls) -> Door | None:
+        """Return a door of this process, if it has one."""
+        return next(iter(cls._doors.values()), None)
+
+    @classmethod
+    def doors(cls) -> list[Door]:
+        """Return all doors of this process."""
+        return list(cls._doors.values())
+
+    @classmethod
+    def units_of(cls, worker: Worker) -> list[ReplicaUnit]:
+        """Return the replicas of a worker that are not released."""
+        entry = cls._workers.get(worker.address)
+        return [] if entry is None else [unit for unit in entry[1] if not unit.released]
+
+    @classmethod
+    def leave(cls, worker: Worker) -> None:
+        """A worker closes: end its replicas, and the door with the last worker. Blocks."""
+        units = cls.units_of(worker)
+        with cls._lock:
+            secret, _ = cls._workers.pop(worker.address, (b"", []))
+            last = all(other != secret for other, _ in cls._workers.values())
+            door = cls._doors.pop(secret, None) if last else None
+        for unit in units:
+            unit.release()
+        for unit in units:
+            unit.user.join(0.5)
+        if door is not None:
+            door.close()
+
+
+class DrainAtClose(WorkerPlugin):
+    """Drains a worker's replicas before the worker goes: SIGTERM, ``close``, the end of a cluster."""
+
+    name = "dask-serve-drain"
+
+    def setup(self, worker: Any) -> None:
+        self._worker = worker
+
+    async def teardown(self, worker: Any) -> None:
+        units = ServeProcess.units_of(worker)
+        if units:
+            reports = [asyncio.wait_for(unit.report("draining"), 1.0) for unit in units]
+            drains = [unit.drain(min(DRAIN_AT_CLOSE, unit.options.graceful_shutdown_timeout_s)) for unit in units]
+            await asyncio.gather(*reports, *drains, return_exceptions=True)
+        await asyncio.get_running_loop().run_in_executor(None, ServeProcess.leave, worker)

@@ -1,0 +1,229 @@
+"""One replica from the first line of its life to the last: code fetched, object made, door opened, drained, closed.
+
+It is kept out of the actor, because a thread that holds the actor itself would keep it alive after Dask let go of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import threading
+import traceback
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ..config import DeploymentOptions
+from ..context import ReplicaContext
+from ..exceptions import ServeError
+from .core import ReplicaCore
+from .door import Door
+from .user import UserCode
+
+if TYPE_CHECKING:
+    from distributed import Worker
+
+__all__ = ["ReplicaUnit"]
+
+logger = logging.getLogger("distributed.serve.replica")
+
+_decode_options = msgspec.msgpack.Decoder(DeploymentOptions).decode
+
+
+class ReplicaUnit:
+    """A replica's parts, and the order in which they come and go.
+
+    Parameters
+    ----------
+    spec : dict
+        ``id``, ``app``, ``deployment``, ``revision``, ``options`` (msgpack of DeploymentOptions).
+    worker : distributed.Worker
+        The worker whose actor this is.
+    """
+
+    def __init__(self, spec: dict[str, Any], worker: Worker) -> None:
+        self.id: str = spec["id"]
+        self.spec = spec
+        self.options = _decode_options(spec["options"])
+        self.door: Door | None = None
+        self.core: ReplicaCore | None = None
+        self._worker = worker
+        self._released = threading.Event()
+        self.user = UserCode(self.id, self.options.threads, _user_context(worker), self._value_of)
+
+    @property
+    def released(self) -> bool:
+        """It has ended, or is about to."""
+        return self._released.is_set()
+
+    # ------------------------------------------------------------------ start
+
+    def start(self) -> None:
+        """Begin; the outcome goes to the controller as a report."""
+        self.user.start(self._main)
+
+    async def _main(self) -> None:
+        """Run on the user loop: whatever happens here is told to the controller."""
+        from .process import ServeProcess  # the process knows its units
+
+        try:
+            reply = await self._on_worker(self._worker.scheduler.serve_code(revision=self.spec["revision"]))
+            if not reply or "error" in reply:
+                raise ServeError(f"the controller has no code for {self.id}: {(reply or {}).get('error')}")
+            door = await self.user.loop.run_in_executor(
+                None, ServeProcess.door_of, self._worker, reply["secret"], self
+            )
+            await self._construct(reply["code"])
+            if self._released.is_set():
+                return
+            replica = ReplicaContext(
+                self.spec["app"], self.spec["deployment"], self.id, self._worker.address, self.user.instance
+            )
+            self.user.open(door, replica)
+            self.core = ReplicaCore(self.id, self.options.max_ongoing_requests, self.user, door.loop)
+            self.door = door
+            opened = asyncio.wrap_future(door.run(_call(door.add, self.core)))
+            await opened
+            await self.report("ready", door=door.address, process=door.process)
+        except BaseException as error:
+            if self._released.is_set() or isinstance(error, asyncio.CancelledError):
+                return
+            text = "".join(traceback.format_exception(type(error), error, _user_part(error)))
+            logger.error("Replica %s could not be started:\n%s", self.id, text)
+            await self.report("failed", error=text)
+
+    async def _construct(self, blob: bytes) -> None:
+        from .. import code
+
+        keys = self.spec.get("keys") or []
+        values = await self._on_worker(self._gather(keys)) if keys else {}
+        target, args, kwargs = code.unpack(blob, values)
+        self.user.construct(target, args, kwargs)
+        if self.options.user_config is not None:
+            await self._reconfigure(self.options.user_config)
+
+    async def _reconfigure(self, user_config: Any) -> None:
+        reconfigure = getattr(self.user.instance, "reconfigure", None)
+        if reconfigure is None:
+            raise ServeError(
+                f"deployment {self.spec['deployment']!r} has user_config={user_config!r} but no method "
+                "reconfigure(user_config); define one"
+            )
+        result = reconfigure(user_config)
+        if asyncio.iscoroutine(result):
+            await result
+
+    async def _value_of(self, key: str) -> Any:
+        return (await self._on_worker(self._gather([key])))[key]
+
+    async def _gather(self, keys: list[str]) -> dict[str, Any]:
+        """Fetch Dask keys to this worker, from the workers that hold them (on the worker's loop)."""
+        from distributed.utils_comm import gather_from_workers
+
+        worker = self._worker
+        values: dict[str, Any] = {key: worker.data[key] for key in keys if key in worker.data}
+        for _ in range(3):
+            missing = [key for key in keys if key not in values]
+            if not missing:
+                return values
+            who_has = await worker.scheduler.who_has(keys=missing)
+            if not all(who_has.get(key) for key in missing):
+                await asyncio.sleep(0.1)
+            data, *_ = await gather_from_workers(
+                {key: who_has[key] for key in missing if who_has.get(key)}, rpc=worker.rpc, who=worker.address
+            )
+            values.update(data)
+        missing = [key for key in keys if key not in values]
+        if missing:
+            raise ServeError(f"bound Dask values are no longer on the cluster: {', '.join(missing)}; deploy again")
+        return values
+
+    # ------------------------------------------------------------------ control
+
+    async def drain(self, timeout: float) -> bool:
+        """Take no more requests, and wait at most ``timeout`` seconds until nothing runs; True if so.
+
+        Runs on the worker's loop.
+        """
+        door, core = self.door, self.core
+        if door is None or core is None:
+            return True
+        loop = asyncio.get_running_loop()
+        idle = asyncio.Event()
+
+        def tell() -> None:
+            try:
+                loop.call_soon_threadsafe(idle.set)
+            except RuntimeError:  # the worker's loop ended meanwhile
+                pass
+
+        def begin() -> None:
+            core.drain(list(door.connections))
+            core.when_idle(tell)
+
+        door.call(begin)
+        try:
+            await asyncio.wait_for(idle.wait(), timeout)
+        except asyncio.TimeoutError:
+            logger.warning("Replica %s still ran requests after %.1f s of draining", self.id, timeout)
+            return False
+        return True
+
+    async def change(self, options: DeploymentOptions) -> None:
+        """Take over options that change in place (on the worker's loop)."""
+        door, core = self.door, self.core
+        changed = options.user_config != self.options.user_config
+        self.options = options
+        if door is not None and core is not None:
+            door.call(lambda: core.set_limit(options.max_ongoing_requests))
+        if changed:
+            await asyncio.wrap_future(
+                asyncio.run_coroutine_threadsafe(self._reconfigure(options.user_config), self.user.loop)
+            )
+
+    def release(self) -> None:
+        """End it now; what runs is cancelled. From any thread, also from a finaliser: it waits for nothing."""
+        if self._released.is_set():
+            return
+        self._released.set()
+        door, core = self.door, self.core
+        if door is not None and core is not None:
+            door.call(lambda: door.remove(core))
+        self.user.stop()
+
+    async def report(self, event: str, **info: str) -> None:
+        """Tell the controller; a controller that is gone needs no report."""
+        try:
+            await self._on_worker(self._worker.scheduler.serve_report(replica=self.id, event=event, **info))
+        except Exception as error:
+            logger.warning("Replica %s could not report %r: %s", self.id, event, error)
+
+    async def _on_worker(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Await a coroutine on the worker's loop, from any other."""
+        loop = self._worker.loop.asyncio_loop
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
+
+
+async def _call(function: Any, *args: Any) -> None:
+    function(*args)
+
+
+def _user_context(worker: Worker) -> contextvars.Context:
+    """Return what user code starts from: ``get_worker()`` answers there as in a task."""
+    context = contextvars.Context()
+    try:
+        from distributed.worker import _worker_cvar
+    except ImportError:  # pragma: no cover - a private name of distributed
+        return context
+    context.run(_worker_cvar.set, worker)
+    return context
+
+
+def _user_part(error: BaseException) -> Any:
+    """Cut our own frames off a traceback."""
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None and "dask_serve" in tb.tb_frame.f_code.co_filename:
+        tb = tb.tb_next
+    return tb

@@ -1,0 +1,330 @@
+"""User code: constructed and called on threads of its own, never on the door's or the worker's.
+
+``async def`` methods share one event loop in one thread; ``def`` methods run on a pool of ``threads`` threads. Arguments are
+unpickled and results pickled on those threads too, so that the door does nothing that takes long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from .. import exceptions
+from ..context import ReplicaContext, RequestContext, replica_context, request_context
+from ..exceptions import MethodNotFoundError, PayloadError, RequestError, RequestTimeoutError
+from ..routing.store import INLINE_BELOW
+from ..wire import payloads
+from ..wire.frames import Buffer
+from ..wire.loops import new_event_loop
+from ..wire.mailbox import Mailbox
+from ..wire.messages import Attachment, Kind
+from .asgi import HttpAdapter
+from .door import Door
+from .execution import Answer, Execution
+
+__all__ = ["UserCode"]
+
+logger = logging.getLogger("distributed.serve.replica")
+
+
+class UserCode:
+    """The user's object and the threads that run it.
+
+    Parameters
+    ----------
+    id : str
+        The replica's id.
+    threads : int
+        Size of the pool for ``def`` methods.
+    context : contextvars.Context
+        What every request starts from: the worker, the replica.
+    gather : coroutine function
+        Fetches the value of one Dask key to this worker.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        threads: int,
+        context: contextvars.Context,
+        gather: Callable[[str], Coroutine[Any, Any, Any]],
+    ) -> None:
+        self.id = id
+        self.loop = new_event_loop()
+        self.instance: Any = None
+        self.seconds_wasted = 0.0
+        self.gather = gather
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"{id}-def")
+        self._context = context
+        self._inbox = Mailbox(self.loop, self._on_mail, context)
+        self._methods: dict[str, tuple[Callable[..., Any], bool] | None] = {}
+        self._door: Door | None = None
+        self._http: HttpAdapter | None = None
+        self._thread = threading.Thread(target=self._run, name=f"{id}-user", daemon=True)
+        self._main: Callable[[], Any] | None = None
+
+    # ------------------------------------------------------------------ life
+
+    def start(self, main: Callable[[], Any]) -> None:
+        """Start the thread; ``main`` is a coroutine function that runs first on its loop (construction)."""
+        self._main = main
+        self._thread.start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        assert self._main is not None
+        main = self._main
+
+        def begin() -> None:
+            self.loop.create_task(main())
+
+        try:
+            self.loop.call_soon(begin, context=self._context)
+            self.loop.run_forever()
+        finally:
+            pending = asyncio.all_tasks(self.loop)
+            for task in pending:
+                task.cancel()
+            if pending:
+                self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            # The user's object is let go on its own thread: its __del__ may expect it.
+            self.instance = None
+            self._methods.clear()
+            self._http = None
+            self.loop.close()
+
+    def stop(self) -> None:
+        """End the threads; what runs on them is cancelled (a ``def`` that runs cannot be). From any thread."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+
+    def join(self, timeout: float) -> bool:
+        """Wait for the user thread to end; False when user code still holds it."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def construct(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Make the user's object (on the user loop's thread). A function deployment is its own object."""
+        self.instance = target(*args, **kwargs) if inspect.isclass(target) else target
+
+    def open(self, door: Door, replica: ReplicaContext) -> None:
+        """Everything is there: requests may come."""
+        self._door = door
+        self._context.run(replica_context.set, replica)
+        self._http = HttpAdapter(self)
+
+    def method(self, name: str) -> tuple[Callable[..., Any], bool]:
+        """Return a public method and whether it is a coroutine function.
+
+        Raises
+        ------
+        MethodNotFoundError
+            There is none; the message lists those there are.
+        """
+        found = self._methods.get(name)
+        if found is None:
+            function = None
+            if name == "__call__" or not name.startswith("_"):
+                function = self.instance if inspect.isfunction(self.instance) else getattr(self.instance, name, None)
+                if inspect.isfunction(self.instance) and name != "__call__":
+                    function = None
+            if not callable(function):
+                raise MethodNotFoundError(
+                    f"deployment {self.id.rsplit('/', 1)[0]!r} has no method {name!r}; it has: {', '.join(self.public_methods())}"
+                )
+            call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+            found = self._methods[name] = (function, inspect.iscoroutinefunction(call))
+        return found
+
+    def public_methods(self) -> list[str]:
+        """Names that handles can call."""
+        if inspect.isfunction(self.instance):
+            return ["__call__"]
+        names = [name for name in dir(type(self.instance)) if not name.startswith("_")]
+        names = [name for name in names if callable(getattr(type(self.instance), name, None))]
+        return ["__call__", *names] if callable(self.instance) else names
+
+    # ------------------------------------------------------------------ from the door
+
+    def begin(self, execution: Execution) -> None:
+        """Run an admitted request."""
+        self._inbox.put((self._start, execution))
+
+    def cancel(self, execution: Execution) -> None:
+        """Cancel a request that runs."""
+        self._inbox.put((self._cancel, execution))
+
+    def widen(self, execution: Execution, nbytes: int) -> None:
+        """The caller has consumed ``nbytes`` of a streamed answer."""
+        self._inbox.put((self._widen, (execution, nbytes)))
+
+    def _on_mail(self, mail: tuple[Callable[[Any], None], Any]) -> None:
+        mail[0](mail[1])
+
+    def _start(self, execution: Execution) -> None:
+        call = execution.call
+        if execution.cancelled:
+            self._answer(execution, _CANCELLED)
+        elif call.http is not None:
+            assert self._http is not None
+            execution.task = self.loop.create_task(self._http.serve(execution))
+        else:
+            try:
+                function, is_async = self.method(call.method)
+            except MethodNotFoundError as error:
+                self._answer(execution, failure(error))
+                return
+            if is_async or call.attachments:
+                execution.task = self.loop.create_task(self._run_async(execution, function, is_async))
+            else:
+                self._pool.submit(self._run_blocking, execution, function, self._context.copy())
+
+    def _cancel(self, execution: Execution) -> None:
+        if execution.on_cancel is not None:
+            execution.on_cancel.set()
+        if execution.task is not None:
+            execution.task.cancel()
+
+    def _widen(self, change: tuple[Execution, int]) -> None:
+        execution, nbytes = change
+        execution.outstanding -= nbytes
+        if execution.room is not None:
+            execution.room.set()
+
+    # ------------------------------------------------------------------ running
+
+    async def _run_async(self, execution: Execution, function: Callable[..., Any], is_async: bool) -> None:
+        try:
+            call = execution.call
+            request_context.set(RequestContext(call.request_id, execution.deadline))
+            values = await self._fetch_all(execution) if call.attachments else ()
+            if is_async:
+                args, kwargs = self._arguments(execution, values)
+                answer = self._result(await function(*args, **kwargs))
+            else:
+                answer = await self.in_pool(lambda: self._blocking_answer(execution, function, values))
+        except BaseException as error:
+            answer = self.answer_for(execution, error)
+        self._answer(execution, answer)
+
+    def _run_blocking(
+        self, execution: Execution, function: Callable[..., Any], context: contextvars.Context
+    ) -> None:
+        try:
+            answer = context.run(self._blocking_answer, execution, function, ())
+        except BaseException as error:
+            answer = self.answer_for(execution, error)
+        self._answer(execution, answer)
+
+    def _blocking_answer(
+        self, execution: Execution, function: Callable[..., Any], values: Sequence[Any]
+    ) -> Answer:
+        self.check(execution)
+        request_context.set(RequestContext(execution.call.request_id, execution.deadline))
+        args, kwargs = self._arguments(execution, values)
+        return self._result(function(*args, **kwargs))
+
+    def check(self, execution: Execution) -> None:
+        """Raise when it makes no sense to start the request any more: it waited for a thread of the pool."""
+        if execution.cancelled:
+            raise asyncio.CancelledError
+        if execution.deadline is not None and time.monotonic() >= execution.deadline:
+            raise RequestTimeoutError(
+                f"the deadline passed while the request waited for a thread of replica {self.id}; it was not executed"
+            )
+
+    async def in_pool(self, function: Callable[[], Any]) -> Any:
+        """Run a function on the pool, in a copy of the present context."""
+        context = contextvars.copy_context()
+        return await self.loop.run_in_executor(self._pool, context.run, function)
+
+    def _arguments(self, execution: Execution, values: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        try:
+            args, kwargs = payloads.loads(execution.parts, values)
+        except Exception as error:
+            raise PayloadError(
+                f"the arguments of {execution.call.method!r} could not be unpickled in replica {self.id}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        execution.parts = ()
+        return args, kwargs
+
+    def _result(self, value: object) -> Answer:
+        try:
+            parts = payloads.dumps(value)
+        except PayloadError as error:
+            raise PayloadError(f"the result, a {type(value).__name__}, {error}") from error
+        nbytes = payloads.size_of(parts)
+        if nbytes < INLINE_BELOW:
+            return Answer(Kind.RESULT, parts)
+        assert self._door is not None
+        return Answer(Kind.RESULT, stored=self._door.store.put(parts), nbytes=nbytes)
+
+    async def _fetch_all(self, execution: Execution) -> list[Any]:
+        """Get the values of refs and Dask futures among the arguments, straight from the processes that hold them."""
+        attachments = execution.call.attachments
+        inline = list(execution.parts[len(execution.parts) - sum(other.parts for other in attachments) :])
+        values: list[Any] = []
+        for attachment in attachments:
+            if attachment.key:
+                values.append(self.gather(attachment.key))
+            elif attachment.parts:
+                taken, inline = inline[: attachment.parts], inline[attachment.parts :]
+                values.append(_loaded(taken))
+            else:
+                values.append(self._fetch(attachment))
+        return await asyncio.gather(*values)
+
+    async def _fetch(self, attachment: Attachment) -> Any:
+        assert self._door is not None
+        fetched = self._door.run(self._door.fetch(attachment.process, attachment.door, attachment.name))
+        return payloads.loads(await asyncio.wrap_future(fetched))
+
+    # ------------------------------------------------------------------ answers
+
+    def answer_for(self, execution: Execution, error: BaseException) -> Answer:
+        """Turn what was raised into an answer, and log what user code has to know of."""
+        if isinstance(error, asyncio.CancelledError):
+            if execution.cancelled:
+                self.seconds_wasted += time.monotonic() - execution.began
+            return _CANCELLED
+        if isinstance(error, RequestError) and not _from_user_code(error):
+            return failure(error)
+        text, parts = payloads.dump_exception(error)
+        logger.error("Request %s failed in replica %s:\n%s", execution.call.request_id, self.id, text)
+        return Answer(Kind.ERROR, parts, message=text)
+
+    def _answer(self, execution: Execution, answer: Answer) -> None:
+        assert self._door is not None
+        self._door.answer(execution, answer)
+
+    def send(self, execution: Execution, answer: Answer) -> None:
+        """Hand over an answer, or a part of one."""
+        self._answer(execution, answer)
+
+
+async def _loaded(parts: Sequence[Buffer]) -> Any:
+    return payloads.loads(parts)
+
+
+def _from_user_code(error: RequestError) -> bool:
+    """A request error that a called deployment answered, and user code let through: it keeps its remote traceback."""
+    return isinstance(error.__cause__, payloads.RemoteTraceback)
+
+
+def failure(error: RequestError) -> Answer:
+    """Answer with an error of ours, by its name."""
+    name = type(error).__name__
+    return Answer(Kind.ERROR, error=name if name in exceptions.__all__ else "RequestError", message=str(error))
+
+
+_CANCELLED = Answer(Kind.ERROR, error="RequestCancelledError", message="the request was cancelled")

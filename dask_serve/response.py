@@ -1,0 +1,390 @@
+"""The ref: what a call returns. A Dask future that costs Dask nothing until Dask asks for its key."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import threading
+import uuid
+from collections.abc import Callable, Generator
+from typing import Any
+
+from dask.utils import parse_timedelta
+from distributed import Future, Worker
+
+from .exceptions import RequestCancelledError, ServeError
+from .routing.promotion import pack_outcome, raise_outcome, take_pending, take_stored, take_value
+from .routing.session import Session
+from .routing.state import Outcome, RefState
+from .wire import payloads
+
+__all__ = ["DeploymentResponse"]
+
+logger = logging.getLogger("distributed.serve.refs")
+
+_UNREAD = object()
+
+#: One ref is promoted at a time in a process; a finaliser never takes it.
+_promotion = threading.RLock()
+
+
+class DeploymentResponse(Future):  # type: ignore[misc]
+    """A ref: the result of a call, which may be on its way.
+
+    It is a `distributed.Future`: wait for it, gather it, pass it to ``client.submit``, to `dask.delayed`, to another handle. Nothing
+    about it is known to the scheduler until its ``key`` is needed there; then it becomes a real task (it is *promoted*). Waiting,
+    ``result``, ``await``, ``as_completed`` and passing it to another handle promote nothing.
+
+    Dropping the last reference never cancels the call; it frees the result, and an error that nobody read is logged. Users get
+    refs from `DeploymentHandle.remote` and do not make them.
+    """
+
+    def __init__(self, session: Session, state: RefState, blocking_loop: Callable[[], str | None]) -> None:
+        # Not Future.__init__: it would tell the client of a key.
+        self._session = session
+        self._local = state
+        self._inner: Future | None = None
+        self._decoded: Any = _UNREAD
+        self._read = False
+        self._cancel: Callable[[], None] | None = None
+        self._blocked = blocking_loop
+        self._id = (Future._uid, next(Future._counter))
+        self._cleared = False
+
+    # ------------------------------------------------------------------ what Dask asks
+
+    @property
+    def client(self) -> Any:
+        """The Dask client behind the ref; in a worker it is the worker's, made at first use."""
+        owner = self._session.owner
+        return owner._get_client() if isinstance(owner, Worker) else owner
+
+    @property
+    def _client(self) -> Any:
+        return self.client
+
+    @property
+    def _generation(self) -> int:
+        return int(self.client.generation)
+
+    @property
+    def key(self) -> Any:
+        """The Dask key. Asking for it promotes the ref."""
+        return self._promote().key
+
+    @property
+    def _state(self) -> Any:
+        return self._local if self._inner is None else self._inner._state
+
+    @property
+    def request_id(self) -> str:
+        """The request's id, as it stands in logs and errors."""
+        return self._local.request_id
+
+    def bind_client(self, client: Any) -> None:
+        """Nothing to do: a ref belongs to the client of its handle."""
+
+    def _bind_late(self) -> None:
+        pass
+
+    def _verify_initialized(self) -> None:
+        pass
+
+    # ------------------------------------------------------------------ results
+
+    def result(self, timeout: float | str | None = None, *, timeout_s: float | None = None) -> Any:
+        """Wait for the result and return it.
+
+        Parameters
+        ----------
+        timeout : float or str, optional
+            How long to wait, in seconds or as text that Dask parses ("500ms"). It never cancels the call. ``timeout_s`` is an alias.
+
+        Returns
+        -------
+        object
+            What the method returned; an awaitable of it when the client is asynchronous.
+
+        Raises
+        ------
+        TimeoutError
+            ``timeout`` has passed; the call goes on.
+        RequestError
+            The request failed: `ReplicaLostError`, `RequestTimeoutError`, `BackPressureError`, ...
+        Exception
+            What the method raised, with its remote traceback as the cause.
+        """
+        seconds = _seconds(timeout if timeout_s is None else timeout_s)
+        if self._session.is_asynchronous:
+            return self._result_within(seconds)
+        if self._decoded is not _UNREAD:
+            return self._decoded
+        self._refuse_to_block("result()")
+        if not self._local.wait_in_thread(seconds):
+            raise TimeoutError(f"no result of request {self.request_id} within {seconds:g} s; the call goes on")
+        outcome = self._local.outcome
+        assert outcome is not None
+        if outcome.stored is not None and self._decoded is _UNREAD:
+            fetched = self._session.on_engine(self._session.fetch(*outcome.stored[:3])).result(seconds)
+            self._decoded = payloads.loads(fetched)
+        return self._value(outcome)
+
+    async def _result_within(self, seconds: float | None) -> Any:
+        await self._local.wait(seconds)
+        return await self._result()
+
+    async def _result(self, raiseit: bool = True) -> Any:
+        if self._local.status == "pending":
+            await self._local.wait()
+        outcome = self._local.outcome
+        assert outcome is not None
+        if not raiseit and outcome.parts is None and outcome.stored is None:
+            # The form in which `as_completed` wants errors.
+            self._read = True
+            error = outcome.exception()
+            return type(error), error, None
+        if outcome.stored is not None and self._decoded is _UNREAD:
+            self._decoded = payloads.loads(await self._session.fetch(*outcome.stored[:3]))
+        return self._value(outcome)
+
+    def _value(self, outcome: Outcome) -> Any:
+        self._read = True
+        if self._decoded is not _UNREAD:
+            return self._decoded
+        if outcome.parts is not None:
+            self._decoded = value = payloads.loads(outcome.parts)
+            return value
+        error = outcome.exception()
+        assert error is not None
+        raise error
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._await().__await__()
+
+    async def _await(self) -> Any:
+        state = self._local
+        if state.status == "pending":
+            try:
+                await state.waiter()
+            except asyncio.CancelledError:
+                # Whoever awaits a ref and is cancelled does not want the result any more.
+                self.cancel()
+                raise
+        outcome = state.outcome
+        if outcome is not None and (outcome.stored is None or self._decoded is not _UNREAD):
+            return self._value(outcome)
+        return await self._result()
+
+    def exception(self, timeout: float | str | None = None, **kwargs: Any) -> Any:
+        """Wait for the end of the call; return its exception, or None. An awaitable when the client is asynchronous."""
+        seconds = _seconds(timeout)
+        if self._session.is_asynchronous:
+            return self._exception(seconds)
+        self._refuse_to_block("exception()")
+        if not self._local.wait_in_thread(seconds):
+            raise TimeoutError(f"request {self.request_id} did not end within {seconds:g} s; the call goes on")
+        self._read = True
+        return self._local.exception
+
+    async def _exception(self, seconds: float | None = None) -> BaseException | None:
+        await self._local.wait(seconds)
+        self._read = True
+        return self._local.exception
+
+    def traceback(self, timeout: float | str | None = None, **kwargs: Any) -> Any:
+        """Return None: the remote traceback is the ``__cause__`` of the exception, as text."""
+        if self._session.is_asynchronous:
+            return self._traceback()
+        self.exception(timeout)
+        return None
+
+    async def _traceback(self) -> None:
+        await self._exception()
+
+    def _refuse_to_block(self, what: str) -> None:
+        if self._local.status == "pending" or (
+            self._local.outcome is not None and self._local.outcome.stored is not None
+        ):
+            why = self._blocked()
+            if why is not None:
+                raise ServeError(f"{what} would block {why}; use `await ref` there")
+
+    # ------------------------------------------------------------------ cancelling, callbacks
+
+    def cancel(self, reason: str | None = None, msg: str | None = None, **kwargs: Any) -> Any:
+        """Cancel the request wherever it is: at the router it is never sent, an ``async def`` gets `asyncio.CancelledError`, a
+        ``def`` that runs finishes and its result is dropped. A settled ref is left alone."""
+        if self._cancel is not None and self._local.status == "pending":
+            self._cancel()
+        return _nothing() if self._session.is_asynchronous else None
+
+    def cancelled(self) -> bool:
+        """The request was cancelled."""
+        return bool(self._local.status == "cancelled")
+
+    def retry(self, **kwargs: Any) -> Any:
+        """Not possible for a request.
+
+        Raises
+        ------
+        ServeError
+            Always; call the handle again.
+        """
+        raise ServeError("a request cannot be retried; call handle.remote(...) again")
+
+    def add_done_callback(self, fn: Callable[[DeploymentResponse], Any]) -> None:
+        """Call ``fn(ref)`` once the call has ended, in a thread of Dask's pool for callbacks."""
+        self._local.on_done(functools.partial(_callbacks().submit, _run_callback, fn, self))
+
+    # ------------------------------------------------------------------ promotion
+
+    def _promote(self) -> Future:
+        with _promotion:
+            if self._inner is None:
+                key = f"serve-{self._local.method.strip('_')}-{uuid.uuid4().hex}"
+                self._inner = self._submit(key)
+                self._read = True
+            return self._inner
+
+    def _submit(self, key: str) -> Future:
+        client = self.client
+        outcome = self._local.outcome
+        if outcome is None:
+            promise = uuid.uuid4().hex
+            session = self._session
+            session.tell("serve_promise", promise=promise, client=client.id)
+            local = self._local
+            local.on_done(lambda: session.tell("serve_settle", promise=promise, outcome=pack_outcome(_settled(local))))
+            return client.submit(take_pending, key, promise, key=key, pure=False)
+        if outcome.parts is not None:
+            return client.submit(take_value, [bytes(part) for part in outcome.parts], key=key, pure=False)
+        if outcome.stored is not None:
+            return client.submit(
+                take_stored,
+                *outcome.stored,
+                key=key,
+                pure=False,
+                workers=self._session.worker_of(outcome.stored.process),
+                allow_other_workers=True,
+            )
+        return client.submit(raise_outcome, pack_outcome(outcome), key=key, pure=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Future, (self.key,)
+
+    def __dask_tokenize__(self) -> Any:
+        return type(self).__name__, self._id
+
+    # ------------------------------------------------------------------ the end
+
+    def release(self) -> None:
+        """Let go of the result; it never cancels the call, and never promotes the ref."""
+        if self._cleared:
+            return
+        self._cleared = True
+        inner, self._inner = self._inner, None
+        if inner is not None:
+            # The task owns the value: its own release frees it.
+            return
+        # No lock is taken here: the garbage collector calls this anywhere, and may hold one. The outcome is looked at before and after
+        # the flag is set: whichever side comes second sees the other.
+        state = self._local
+        discard = _Discard(self._session, self._read, self._decoded is not _UNREAD)
+        if state.outcome is None:
+            state.unwanted = discard
+        if state.outcome is not None:
+            discard(state.outcome)
+
+    def __del__(self) -> None:
+        try:
+            self.release()
+        except AttributeError:  # not fully made, or the interpreter is going down
+            pass
+
+    def __repr__(self) -> str:
+        promoted = "" if self._inner is None else f", key: {self._inner.key}"
+        return f"<DeploymentResponse: {self._local.status}, {self._local.method}, request: {self.request_id}{promoted}>"
+
+    def _repr_html_(self) -> str:
+        import html
+
+        return f"<code>{html.escape(repr(self))}</code>"
+
+    def __hash__(self) -> int:
+        return hash(self._id)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+class _Discard:
+    """What happens to an outcome that nobody will read."""
+
+    __slots__ = ("_decoded", "_done", "_read", "_session")
+
+    def __init__(self, session: Session, read: bool, decoded: bool) -> None:
+        self._session = session
+        self._read = read
+        self._decoded = decoded
+        self._done = False
+
+    def __call__(self, outcome: Outcome) -> None:
+        if self._done:
+            return
+        self._done = True
+        if outcome.stored is not None:
+            self._session.release(outcome.stored.process, outcome.stored.name)
+        elif not self._read and (outcome.raised is not None or outcome.error is not None):
+            if outcome.error is not None and outcome.error[0] == RequestCancelledError.__name__:
+                return
+            self._session.later(_log_unread, outcome)
+
+
+def _log_unread(outcome: Outcome) -> None:
+    text = outcome.raised[0] if outcome.raised is not None else ": ".join(outcome.error or ())
+    logger.warning("A call failed, and its ref was dropped before anybody read the error:\n%s", text)
+
+
+def _settled(state: RefState) -> Outcome:
+    assert state.outcome is not None
+    return state.outcome
+
+
+def _callbacks() -> Any:
+    """Return the pool that Dask runs callbacks of futures in."""
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    if Future._cb_executor is None or Future._cb_executor_pid != os.getpid():
+        Future._cb_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Callback-Thread")
+        Future._cb_executor_pid = os.getpid()
+    return Future._cb_executor
+
+
+def _run_callback(fn: Callable[[Any], Any], ref: DeploymentResponse) -> None:
+    try:
+        fn(ref)
+    except BaseException:
+        logger.exception("Error in callback %s of %s:", fn, ref)
+
+
+def _seconds(timeout: float | str | None) -> float | None:
+    return None if timeout is None else float(parse_timedelta(timeout, "s"))
+
+
+async def _nothing() -> None:
+    return None
+
+
+class Assigned:
+    """What a handle with ``sync=False`` returns: awaited, it is the ref."""
+
+    __slots__ = ("ref",)
+
+    def __init__(self, ref: DeploymentResponse) -> None:
+        self.ref = ref
+
+    def __await__(self) -> Generator[Any, None, DeploymentResponse]:
+        return self.ref
+        yield

@@ -1,0 +1,83 @@
+"""A request on the caller's side, from the router's queue to its one answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ..exceptions import RequestError
+from ..wire.frames import Buffer
+from ..wire.messages import Attachment, Chunk, Failure, HttpHead, Reply
+
+__all__ = ["Outgoing"]
+
+
+class Outgoing:
+    """One request of a router. Subclasses say what becomes of its answer.
+
+    Exactly one of `on_result`, `on_error` (an ERROR frame) and `fail` (decided on this side) is called, on the router's loop;
+    for a streamed answer after any number of `on_chunk`, with `on_result` as its end.
+
+    Attributes
+    ----------
+    timeout : float or None
+        Seconds until the deadline when the request came to the router.
+    retries : int
+        How often it may be sent again after its replica was lost.
+    """
+
+    __slots__ = (
+        "attachments",
+        "deadline",
+        "dropped",
+        "http",
+        "method",
+        "number",
+        "parts",
+        "request_id",
+        "retries",
+        "since",
+        "target",
+        "timer",
+    )
+
+    def __init__(
+        self,
+        method: str,
+        parts: Sequence[Buffer],
+        request_id: str,
+        http: HttpHead | None = None,
+        attachments: Sequence[Attachment] = (),
+    ) -> None:
+        self.method = method
+        self.parts = parts
+        self.request_id = request_id
+        self.http = http
+        self.attachments = attachments
+        self.retries = 0
+        self.since = 0.0
+        #: Monotonic time; None: no deadline.
+        self.deadline: float | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        #: Given up by the caller, or past its deadline: its answer, if one comes, is dropped.
+        self.dropped = False
+        #: Where it is: the target and its number on that connection; None while it waits here.
+        self.target: Any = None
+        self.number = 0
+
+    def on_result(self, reply: Reply, parts: Sequence[Buffer]) -> None:
+        """The answer, or the end of a streamed one."""
+        raise NotImplementedError
+
+    def on_chunk(self, chunk: Chunk, parts: Sequence[Buffer]) -> None:
+        """A piece of a streamed answer."""
+        raise NotImplementedError
+
+    def on_error(self, failure: Failure, parts: Sequence[Buffer]) -> None:
+        """The replica answered with an error."""
+        raise NotImplementedError
+
+    def fail(self, error: RequestError) -> None:
+        """The request failed on this side."""
+        raise NotImplementedError

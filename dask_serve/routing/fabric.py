@@ -1,0 +1,159 @@
+"""The fabric: everything one event loop needs to call deployments. Links by process, routers by deployment, one table."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from time import monotonic
+from typing import Any
+
+from ..wire.frames import Buffer
+from .link import Link
+from .router import Router
+from .table import Table
+
+__all__ = ["Fabric"]
+
+logger = logging.getLogger("distributed.serve.routing")
+
+#: Seconds between two looks at the links.
+CHECK_EVERY = 0.5
+#: Seconds until a process that could not be reached, though the table lists it, is dialled again.
+REDIAL_AFTER = 1.0
+
+
+class Fabric:
+    """Links and routers of one event loop; all methods are for that loop's thread.
+
+    Parameters
+    ----------
+    loop : asyncio.AbstractEventLoop
+    name : str
+        For logs.
+    secret : bytes, optional
+        The cluster's secret; the table brings it too.
+    ssl : SSLContext, optional
+        For doors with TLS.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, name: str, secret: bytes = b"", ssl: Any = None) -> None:
+        self.table: Table | None = None
+        self.closed = False
+        #: Kept alive for the session, which closes the fabric through it when the loop ends.
+        self.guard: AsyncGenerator[None, None] | None = None
+        self.routers: dict[str, Router] = {}
+        self._name = name
+        self._loop = loop
+        self._secret = secret
+        self._ssl = ssl
+        self._links: dict[str, Link] = {}
+        self._check: asyncio.TimerHandle | None = None
+        self._redial: asyncio.TimerHandle | None = None
+
+    def __repr__(self) -> str:
+        return f"<Fabric {self._name}: {len(self._links)} links, {len(self.routers)} routers>"
+
+    # ------------------------------------------------------------------ the table
+
+    def apply(self, table: Table) -> None:
+        """Take over a new version of the table."""
+        self.table = table
+        self._secret = table.secret
+        for router in list(self.routers.values()):
+            self._apply_to(router)
+        listed = {replica.process for entry in table.deployments.values() for replica in entry.replicas}
+        for link in list(self._links.values()):
+            # Results may still be fetched from a process without replicas, so a link ends with its process only.
+            if link.process not in listed and not link.targets and link.lost:
+                self._links.pop(link.process, None)
+
+    def absent(self) -> None:
+        """There is no controller on the cluster: nothing that waits will ever be answered."""
+        self.table = Table(epoch="", version=0, secret=b"", deployments={}, routes=[])
+        for router in list(self.routers.values()):
+            router.close("dask_serve does not run on this cluster: start it with serve.run(app)")
+
+    def _apply_to(self, router: Router) -> None:
+        assert self.table is not None
+        entry = self.table.deployments.get(router.id)
+        if entry is not None:
+            for replica in entry.replicas:
+                self.link(replica.process, replica.door)
+        router.apply(entry, self._links)
+
+    def router(self, deployment: str) -> Router:
+        """Return the router of a deployment (``app/deployment``), known or not."""
+        router = self.routers.get(deployment)
+        if router is None:
+            router = self.routers[deployment] = Router(deployment)
+            if self.table is not None:
+                self._apply_to(router)
+        return router
+
+    # ------------------------------------------------------------------ links
+
+    def link(self, process: str, door: str) -> Link:
+        """Return the link to a process, dialled if there is none."""
+        link = self._links.get(process)
+        if link is None:
+            link = self._links[process] = Link(
+                self._secret, process, door, self._ssl if door.startswith("tls") else None, self._on_link_lost
+            )
+            if self._check is None:
+                self._check = self._loop.call_later(CHECK_EVERY, self._on_check)
+        return link
+
+    def _on_link_lost(self, link: Link) -> None:
+        self._links.pop(link.process, None)
+        # The controller takes a dead process out of the table; one that it keeps there may be reachable again.
+        if not self.closed and self._redial is None:
+            self._redial = self._loop.call_later(REDIAL_AFTER, self._on_redial)
+
+    def _on_redial(self) -> None:
+        self._redial = None
+        if self.table is not None and not self.closed:
+            for router in list(self.routers.values()):
+                router.forgive()
+                self._apply_to(router)
+
+    def _on_check(self) -> None:
+        now = monotonic()
+        for link in list(self._links.values()):
+            link.check(now)
+        self._check = self._loop.call_later(CHECK_EVERY, self._on_check) if self._links else None
+
+    def knows(self, process: str) -> bool:
+        """There is a link to the process."""
+        return process in self._links
+
+    async def fetch(self, process: str, door: str, name: str) -> Sequence[Buffer]:
+        """Return a result from a process's store.
+
+        Raises
+        ------
+        ReplicaLostError
+            The process is gone, or has the result no more.
+        """
+        return await self.link(process, door).fetch(name)
+
+    def release(self, process: str, name: str) -> None:
+        """Free a result in a process's store; nothing to do when the process is gone."""
+        link = self._links.get(process)
+        if link is not None:
+            link.release(name)
+
+    # ------------------------------------------------------------------ the end
+
+    async def close(self) -> None:
+        """Close all links; what is under way or waits fails."""
+        self.closed = True
+        for timer in (self._check, self._redial):
+            if timer is not None:
+                timer.cancel()
+        for router in self.routers.values():
+            router.close("the service, or this process's connection to it, was shut down")
+        for link in list(self._links.values()):
+            link.close()
+        self._links.clear()
+        await asyncio.sleep(0)

@@ -1,0 +1,266 @@
+"""A link: this event loop's one connection to one worker process, and what is under way on it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..exceptions import ReplicaLostError
+from ..wire.connection import CallerConnection
+from ..wire.frames import Buffer, Frame
+from ..wire.messages import (
+    Call,
+    Kind,
+    Names,
+    ReplicaName,
+    Want,
+    Window,
+    decode_chunk,
+    decode_failure,
+    decode_replica,
+    decode_reply,
+    encode,
+)
+
+if TYPE_CHECKING:
+    from ..policy.dispatch import Target
+    from .calls import Outgoing
+    from .router import Router
+
+__all__ = ["Link", "split_address"]
+
+logger = logging.getLogger("distributed.serve.routing")
+
+#: A process from which nothing was heard for this many seconds while it was asked is silent: no new requests go there.
+SILENT_AFTER = 1.0
+
+
+def split_address(door: str) -> tuple[str, int]:
+    """Return host and port of a door's address."""
+    host, _, port = door.partition("://")[2].rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+class Link:
+    """The connection to one process, dialled at once.
+
+    Frames sent before it stands wait in it. When it breaks, or cannot be made, every request that was sent fails with
+    `ReplicaLostError` and every one that certainly was not goes back to its router.
+
+    Parameters
+    ----------
+    door : str
+        Address of the door.
+    process : str
+        The incarnation that must answer.
+    on_lost : callable
+        Called once with the link when it is of no more use.
+    """
+
+    def __init__(self, secret: bytes, process: str, door: str, ssl: Any, on_lost: Callable[[Link], None]) -> None:
+        self.process = process
+        self.door = door
+        self.lost = False
+        self.silent = False
+        #: Routers with a target on this link, by replica.
+        self.targets: dict[str, tuple[Router, Target]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._calls: dict[int, Any] = {}
+        self._number = 0
+        self._asked = 0.0
+        self._on_lost = on_lost
+        self._connection = CallerConnection(secret, process, self._on_frame, self._on_ready, self._on_broken)
+        self._task: asyncio.Task[None] | None = self._loop.create_task(self._dial(ssl))
+
+    # ------------------------------------------------------------------ life
+
+    async def _dial(self, ssl: Any) -> None:
+        host, port = split_address(self.door)
+        try:
+            await asyncio.wait_for(
+                self._loop.create_connection(
+                    lambda: self._connection, host, port, ssl=ssl, server_hostname="" if ssl else None
+                ),
+                5.0,
+            )
+        except (OSError, asyncio.TimeoutError) as error:
+            logger.info("Cannot reach the door %s of process %s: %s", self.door, self.process, error)
+            self._break()
+        finally:
+            self._task = None
+
+    def _on_ready(self, connection: CallerConnection) -> None:
+        logger.debug("Connected to the door %s", self.door)
+
+    def _on_broken(self, connection: CallerConnection) -> None:
+        self._break()
+
+    @property
+    def ready(self) -> bool:
+        """The door has proved itself: what is sent leaves at once."""
+        return self._connection.ready
+
+    def _break(self) -> None:
+        if self.lost:
+            return
+        self.lost = True
+        self._connection.closed = True
+        calls, self._calls = self._calls, {}
+        # Before the handshake nothing has left this side.
+        executed = self._connection.ready
+        for router, target in list(self.targets.values()):
+            router.forget(target)
+        self.targets.clear()
+        for call in calls.values():
+            if isinstance(call, _Fetch):
+                call.fail(self.process)
+            else:
+                call.target[0].on_link_lost(call, executed)
+        self._on_lost(self)
+
+    def close(self) -> None:
+        """Close it for good; what is under way fails."""
+        if self._task is not None:
+            self._task.cancel()
+        transport = self._connection.transport
+        self._connection._flush()
+        self._break()
+        if transport is not None:
+            transport.close()
+
+    def check(self, now: float) -> None:
+        """Called about twice a second: ask a process that owes an answer whether it is there."""
+        connection = self._connection
+        if not connection.ready or self.lost:
+            return
+        heard = connection.heard
+        if self._asked and heard >= self._asked:
+            self._asked = 0.0
+            self._mark(False)
+        if self._calls and not self._asked:
+            if now - heard > SILENT_AFTER / 2:
+                self._asked = now
+                connection.send(Kind.PING, 0, b"")
+        elif self._asked and now - self._asked > SILENT_AFTER:
+            self._mark(True)
+
+    def _mark(self, silent: bool) -> None:
+        if self.silent == silent:
+            return
+        self.silent = silent
+        logger.warning("The door %s is %s", self.door, "silent: no new requests go there" if silent else "back")
+        for router, target in list(self.targets.values()):
+            router.set_usable(target, not silent)
+
+    # ------------------------------------------------------------------ sending
+
+    def call(self, router: Router, target: Target, call: Outgoing, credit: bool, remaining: float | None) -> None:
+        """Send a request."""
+        self._number = number = (self._number + 1) & 0xFFFFFFFF
+        self._calls[number] = call
+        call.target = (router, target)
+        call.number = number
+        header = Call(
+            target.id, call.method, call.request_id, remaining, credit, call.http, list(call.attachments)
+        )
+        self._connection.send(Kind.CALL, number, encode(header), call.parts)
+
+    def cancel(self, number: int) -> None:
+        """Tell that a request is not wanted any more; its answer still comes."""
+        self._connection.send(Kind.CANCEL, number, b"")
+
+    def widen(self, number: int, nbytes: int) -> None:
+        """Tell that a part of a streamed answer was consumed."""
+        self._connection.send(Kind.WINDOW, number, encode(Window(nbytes)))
+
+    def want(self, replica: str, count: int, oldest: float) -> None:
+        self._connection.send(Kind.WANT, 0, encode(Want(replica, count, oldest)))
+
+    def give_back(self, replica: str) -> None:
+        self._connection.send(Kind.RETURN, 0, encode(ReplicaName(replica)))
+
+    def release(self, name: str) -> None:
+        """Free a result in the process's store."""
+        self._connection.send(Kind.RELEASE, 0, encode(Names([name])))
+
+    def fetch(self, name: str) -> asyncio.Future[Sequence[Buffer]]:
+        """Ask for a result in the process's store."""
+        fetch = _Fetch(name, self._loop.create_future())
+        if self.lost:
+            fetch.fail(self.process)
+        else:
+            self._number = number = (self._number + 1) & 0xFFFFFFFF
+            self._calls[number] = fetch
+            self._connection.send(Kind.FETCH, number, encode(Names([name])))
+        return fetch.future
+
+    # ------------------------------------------------------------------ receiving
+
+    def _on_frame(self, connection: CallerConnection, frame: Frame) -> None:
+        kind = frame.kind
+        if kind == Kind.RESULT or kind == Kind.END:
+            call = self._calls.pop(frame.request, None)
+            if call is None:
+                return
+            reply = decode_reply(frame.header)
+            if isinstance(call, _Fetch):
+                call.done(frame.parts)
+            else:
+                router, target = call.target
+                router.on_result(target, call, reply, frame.parts)
+        elif kind == Kind.CHUNK:
+            call = self._calls.get(frame.request)
+            if call is not None:
+                call.target[0].on_chunk(call, decode_chunk(frame.header), frame.parts)
+        elif kind == Kind.ERROR:
+            call = self._calls.pop(frame.request, None)
+            if call is None:
+                return
+            failure = decode_failure(frame.header)
+            if isinstance(call, _Fetch):
+                call.fail(self.process)
+            else:
+                router, target = call.target
+                router.on_error(target, call, failure, frame.parts)
+        elif kind == Kind.FULL or (kind == Kind.DRAINING and frame.request):
+            call = self._calls.pop(frame.request, None)
+            if call is not None:
+                router, target = call.target
+                router.on_refused(target, call, decode_reply(frame.header), kind == Kind.DRAINING)
+        elif kind == Kind.CREDIT:
+            name = decode_replica(frame.header).replica
+            entry = self.targets.get(name)
+            if entry is None:
+                self.give_back(name)
+            else:
+                entry[0].on_credit(entry[1])
+        elif kind == Kind.DRAINING:
+            entry = self.targets.pop(decode_replica(frame.header).replica, None)
+            if entry is not None:
+                entry[0].forget(entry[1], draining=True)
+        elif kind != Kind.PONG:
+            connection._refuse(f"a door does not send frames of kind {kind}")
+
+
+class _Fetch:
+    """A stored result that is on its way."""
+
+    __slots__ = ("future", "name")
+
+    def __init__(self, name: str, future: asyncio.Future[Sequence[Buffer]]) -> None:
+        self.name = name
+        self.future = future
+
+    def done(self, parts: Sequence[Buffer]) -> None:
+        if not self.future.done():
+            self.future.set_result(parts)
+
+    def fail(self, process: str) -> None:
+        if not self.future.done():
+            self.future.set_exception(
+                ReplicaLostError(f"the result {self.name} is lost: process {process} that held it is gone")
+            )
+
+

@@ -1,0 +1,277 @@
+"""The router: one per event loop and deployment, the same code in proxies, sessions and replicas.
+
+It carries out what the dispatcher decides, keeps the deadlines, and gives every request exactly one answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+from ..exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaLostError,
+    RequestCancelledError,
+    RequestTimeoutError,
+)
+from ..policy.dispatch import Dispatcher, Target
+from ..wire.frames import Buffer
+from ..wire.messages import Chunk, Failure, Reply
+from .calls import Outgoing
+from .link import Link
+from .table import DeploymentEntry
+
+__all__ = ["Router"]
+
+
+class Router:
+    """Routes the requests of one event loop to one deployment.
+
+    Parameters
+    ----------
+    id : str
+        ``app/deployment``.
+
+    Attributes
+    ----------
+    sent, answered, failed, refused : int
+        Counts since the router was made.
+    """
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+        self.entry: DeploymentEntry | None = None
+        self.sent = self.answered = self.failed = self.refused = self.lost = 0
+        self._loop = asyncio.get_running_loop()
+        self._dispatcher = Dispatcher(self, random.random)
+        #: Replicas that the table may still list: those that said they drain, and those that cannot be reached.
+        self._draining: set[str] = set()
+        self._unreachable: set[str] = set()
+        self._gone_for_good: str | None = None
+
+    def __repr__(self) -> str:
+        return f"<Router {self.id}: {len(self._dispatcher.targets)} replicas, {self.in_flight} in flight, {self.queued} queued>"
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait here."""
+        return self._dispatcher.queued
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are at replicas."""
+        return sum(target.mine for target in self._dispatcher.targets.values())
+
+    @property
+    def ready(self) -> bool:
+        """A replica can be reached now."""
+        return any(target.link.ready for target in self._dispatcher.targets.values())
+
+    # ------------------------------------------------------------------ requests
+
+    def submit(self, call: Outgoing, timeout: float | None, limit: int | None) -> None:
+        """Take a request.
+
+        Parameters
+        ----------
+        call : Outgoing
+        timeout : float or None
+            Seconds until its deadline.
+        limit : int or None
+            How many requests may wait here before this one is refused.
+        """
+        now = call.since = monotonic()
+        if self._gone_for_good is not None:
+            self.failed += 1
+            call.fail(DeploymentUnavailableError(self._gone_for_good))
+            return
+        dispatcher = self._dispatcher
+        if timeout is not None:
+            call.deadline = now + timeout
+            call.timer = self._loop.call_later(timeout, self._on_deadline, call)
+        dispatcher.submit(call)
+        if limit is not None and dispatcher.queued > limit and call.target is None:
+            self.refused += 1
+            self._give_up(call)
+            call.fail(
+                BackPressureError(
+                    f"{dispatcher.queued} requests wait for deployment {self.id!r} already, and {limit} may "
+                    "(max_queued_requests); try again later"
+                )
+            )
+
+    def cancel(self, call: Outgoing) -> None:
+        """The caller does not want the answer any more: end the request wherever it is."""
+        if not call.dropped:
+            self._give_up(call)
+            call.fail(RequestCancelledError(f"request {call.request_id} was cancelled"))
+
+    def _on_deadline(self, call: Outgoing) -> None:
+        if call.dropped:
+            return
+        where = f"in replica {call.target[1].id}" if call.target else "waiting at the router"
+        if call.target is None and not self._dispatcher.targets:
+            where += f" (deployment {self.id!r} has no ready replica)"
+        waited = monotonic() - call.since
+        self.failed += 1
+        self._give_up(call)
+        call.fail(RequestTimeoutError(f"request {call.request_id} reached its deadline after {waited:.3g} s, {where}"))
+
+    def _give_up(self, call: Outgoing) -> None:
+        call.dropped = True
+        if call.timer is not None:
+            call.timer.cancel()
+            call.timer = None
+        if call.target is None:
+            self._dispatcher.cancelled(call, monotonic())
+        else:
+            call.target[1].link.cancel(call.number)
+
+    # ------------------------------------------------------------------ what the dispatcher tells (Port)
+
+    def send(self, target: Target, call: Outgoing, credit: bool) -> None:
+        remaining = None if call.deadline is None else call.deadline - monotonic()
+        self.sent += 1
+        target.link.call(self, target, call, credit, remaining)
+
+    def want(self, target: Target, count: int, oldest: float) -> None:
+        target.link.want(target.id, count, oldest)
+
+    def give_back(self, target: Target) -> None:
+        target.link.give_back(target.id)
+
+    # ------------------------------------------------------------------ what links tell
+
+    def on_result(self, target: Target, call: Outgoing, reply: Reply, parts: Sequence[Buffer]) -> None:
+        self._dispatcher.answered(target, reply.running, reply.wanted, reply.credits, monotonic())
+        if call.dropped:
+            if reply.stored:
+                target.link.release(reply.stored)
+            return
+        self.answered += 1
+        self._settled(call)
+        call.on_result(reply, parts)
+
+    def on_chunk(self, call: Outgoing, chunk: Chunk, parts: Sequence[Buffer]) -> None:
+        if not call.dropped:
+            call.on_chunk(chunk, parts)
+
+    def on_error(self, target: Target, call: Outgoing, failure: Failure, parts: Sequence[Buffer]) -> None:
+        self._dispatcher.answered(target, failure.running, failure.wanted, failure.credits, monotonic())
+        if call.dropped:
+            return
+        self.failed += 1
+        self._settled(call)
+        call.on_error(failure, parts)
+
+    def on_refused(self, target: Target, call: Outgoing, reply: Reply, draining: bool) -> None:
+        """FULL or DRAINING: it was not executed, so it goes back to the head of what waits."""
+        call.target = None
+        if draining:
+            self.forget(target, draining=True)
+        self._dispatcher.refused(target, call, reply.running, reply.wanted, monotonic())
+
+    def on_credit(self, target: Target) -> None:
+        self._dispatcher.credited(target, monotonic())
+
+    def on_link_lost(self, call: Outgoing, executed: bool) -> None:
+        """The connection broke under a request."""
+        target = call.target[1]
+        target.mine -= 1
+        if call.dropped:
+            return
+        if not executed or call.retries > 0:
+            call.retries -= executed
+            call.target = None
+            self._dispatcher.put_back(call, monotonic())
+            return
+        self.lost += 1
+        self.failed += 1
+        self._settled(call)
+        call.fail(
+            ReplicaLostError(
+                f"replica {target.id} was lost while it ran request {call.request_id}: the connection to its worker "
+                f"process {target.link.door} broke"
+            )
+        )
+
+    def _settled(self, call: Outgoing) -> None:
+        call.dropped = True
+        if call.timer is not None:
+            call.timer.cancel()
+            call.timer = None
+
+    def forget(self, target: Target, draining: bool = False) -> None:
+        """A replica drains or its process is unreachable: no new requests, whatever the table says."""
+        (self._draining if draining else self._unreachable).add(target.id)
+        self._dispatcher.remove(target, monotonic())
+
+    def forgive(self) -> None:
+        """Replicas that could not be reached may be tried again."""
+        self._unreachable.clear()
+
+    def set_usable(self, target: Target, usable: bool) -> None:
+        """Its door is silent, or is back."""
+        target.usable = usable
+        if usable:
+            self._dispatcher.fill(monotonic())
+
+    # ------------------------------------------------------------------ the table
+
+    def apply(self, entry: DeploymentEntry | None, links: dict[str, Link]) -> None:
+        """Take over a new version of the table's entry; None: the deployment is gone."""
+        now = monotonic()
+        self.entry = entry
+        dispatcher = self._dispatcher
+        listed = {} if entry is None else {replica.id: replica for replica in entry.replicas}
+        self._draining &= listed.keys()
+        self._unreachable &= listed.keys()
+        for target in list(dispatcher.targets.values()):
+            if target.id not in listed:
+                # It drains: what runs there is answered, nothing new goes there.
+                target.link.targets.pop(target.id, None)
+                dispatcher.remove(target, now)
+            elif entry is not None:
+                target.limit = entry.max_ongoing_requests
+        for replica in listed.values():
+            link = links.get(replica.process)
+            if link is None or link.lost or replica.id in dispatcher.targets or replica.id in self._draining | self._unreachable:
+                continue
+            assert entry is not None
+            target = Target(replica.id, entry.max_ongoing_requests, link)
+            link.targets[replica.id] = (self, target)
+            dispatcher.add(target, now)
+        self._gone_for_good = None
+        if entry is None:
+            self._fail_all(f"deployment {self.id!r} does not exist (any more); deploy it with serve.run()")
+        elif entry.failure is not None and not listed:
+            self._fail_all(f"deployment {self.id!r} has no replica, and none can be started: {entry.failure}")
+
+    def _fail_all(self, why: str) -> None:
+        self._gone_for_good = why
+        for call in self._dispatcher.take_all():
+            self.failed += 1
+            self._settled(call)
+            call.fail(DeploymentUnavailableError(why))
+
+    def close(self, why: str) -> None:
+        """Fail what waits; later requests fail at once."""
+        self._fail_all(why)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts for ``/-/metrics``."""
+        return {
+            "deployment": self.id,
+            "sent": self.sent,
+            "answered": self.answered,
+            "failed": self.failed,
+            "refused": self.refused,
+            "lost": self.lost,
+            "queued": self.queued,
+            "in_flight": self.in_flight,
+            "replicas": len(self._dispatcher.targets),
+        }

@@ -1,0 +1,275 @@
+"""A session: this process's view of one cluster's service. It follows the table and keeps a fabric for each event loop that calls."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import uuid
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from concurrent.futures import Future as ConcurrentFuture
+from typing import Any
+
+from ..wire.frames import Buffer
+from .engine import Engine
+from .fabric import Fabric
+from .store import stores
+from .table import Table, decode_table
+
+__all__ = ["Session"]
+
+logger = logging.getLogger("distributed.serve.session")
+
+#: Seconds that the controller may hold a question for a newer table.
+POLL = 30.0
+#: Seconds until a controller that did not answer is asked again.
+RETRY = 0.5
+#: After this many answers "there is no such operation" dask_serve does not run on the cluster, rather than not yet.
+ABSENT_AFTER = 4
+
+
+class Session:
+    """The service as one process sees it.
+
+    When the controller is silent the session goes on with the table that it has.
+
+    Parameters
+    ----------
+    owner : distributed.Client or distributed.Worker
+        Through whose connection to the scheduler the table comes; the session ends with it.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.id = uuid.uuid4().hex
+        self.table: Table | None = None
+        self.closed = False
+        self.in_worker = hasattr(owner, "batched_send")
+        self._loop: asyncio.AbstractEventLoop = owner.loop.asyncio_loop
+        self._ssl = owner.security.get_connection_args("client").get("ssl_context")
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._engine_fabric: Fabric | None = None
+        self._fabrics: dict[asyncio.AbstractEventLoop, Fabric] = {}
+        self._watch = asyncio.run_coroutine_threadsafe(self._follow(), self._loop)
+
+    @classmethod
+    def of(cls, owner: Any) -> Session:
+        """Return the session of a client or worker, made at first use."""
+        session = owner.__dict__.get("_dask_serve_session")
+        if session is None or session.closed:
+            session = owner.__dict__["_dask_serve_session"] = cls(owner)
+        assert isinstance(session, Session)
+        return session
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Blocking here would block the loop that the owner runs on."""
+        return not self.in_worker and bool(self.owner.asynchronous)
+
+    @property
+    def address(self) -> str:
+        """Address of the scheduler."""
+        return str(self.owner.scheduler.address)
+
+    # ------------------------------------------------------------------ the table
+
+    async def _follow(self) -> None:
+        """Ask for newer tables until the owner closes (on the owner's loop)."""
+        epoch, version, absent = "", 0, 0
+        try:
+            while str(getattr(self.owner, "status", "")) not in _CLOSED:
+                try:
+                    reply = await self.owner.scheduler.serve_table(epoch=epoch, since=version, timeout=POLL)
+                except asyncio.CancelledError:
+                    raise
+                except Exception as error:
+                    if str(getattr(self.owner, "status", "")) in _CLOSED:
+                        return
+                    logger.info("The controller at %s does not answer (%s); going on with the last table", self.owner, error)
+                    await asyncio.sleep(RETRY)
+                    continue
+                if not reply or "table" not in reply:
+                    absent += 1
+                    if absent == ABSENT_AFTER:
+                        self._to_all(Fabric.absent)
+                    await asyncio.sleep(RETRY)
+                elif reply["table"] is not None:
+                    table = decode_table(reply["table"])
+                    epoch, version, absent = table.epoch, table.version, 0
+                    self._publish(table)
+        finally:
+            self._end()
+
+    def _publish(self, table: Table) -> None:
+        with self._lock:
+            self.table = table
+        self._to_all(Fabric.apply, table)
+
+    def _to_all(self, function: Callable[..., None], *args: Any) -> None:
+        with self._lock:
+            fabrics = [*self._fabrics.items()]
+            if self._engine is not None and self._engine_fabric is not None:
+                fabrics.append((self._engine.loop, self._engine_fabric))
+        for loop, fabric in fabrics:
+            try:
+                loop.call_soon_threadsafe(function, fabric, *args)
+            except RuntimeError:  # that loop is closed
+                self._fabrics.pop(loop, None)
+
+    # ------------------------------------------------------------------ fabrics
+
+    def engine(self) -> tuple[Engine, Fabric]:
+        """Return the background loop and its fabric, for synchronous callers."""
+        engine, fabric = self._engine, self._engine_fabric
+        if engine is not None and fabric is not None and engine.pid == os.getpid():
+            return engine, fabric
+        with self._lock:
+            if self._engine is None or self._engine_fabric is None:
+                self._check_open()
+                engine = Engine.acquire()
+                fabric = Fabric(engine.loop, name="engine", ssl=self._ssl)
+                self._engine, self._engine_fabric = engine, fabric
+                if self.table is not None:
+                    engine.put(fabric.apply, self.table)
+            return self._engine, self._engine_fabric
+
+    def fabric(self, loop: asyncio.AbstractEventLoop) -> Fabric:
+        """Return the fabric of the running loop (called on its thread), for asynchronous callers."""
+        fabric = self._fabrics.get(loop)
+        if fabric is None:
+            if self._engine is not None and loop is self._engine.loop:
+                assert self._engine_fabric is not None
+                return self._engine_fabric
+            self._check_open()
+            fabric = Fabric(loop, name=f"loop-{id(loop):x}", ssl=self._ssl)
+            with self._lock:
+                self._fabrics[loop] = fabric
+                table = self.table
+            if table is not None:
+                fabric.apply(table)
+            loop.create_task(self._close_with(loop, fabric))
+        return fabric
+
+    async def _close_with(self, loop: asyncio.AbstractEventLoop, fabric: Fabric) -> None:
+        """Close the fabric when its loop ends: asyncio closes the asynchronous generators of a loop then."""
+
+        async def until_the_loop_ends() -> AsyncGenerator[None, None]:
+            try:
+                yield
+            finally:
+                self._fabrics.pop(loop, None)
+                await fabric.close()
+
+        fabric.guard = until_the_loop_ends()
+        await fabric.guard.__anext__()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise RuntimeError("the Dask client of this handle is closed; get the handle again from an open one")
+
+    # ------------------------------------------------------------------ results that stay in a process's store
+
+    async def fetch(self, process: str, door: str, name: str) -> Sequence[Buffer]:
+        """Return a stored result; from this process, or through the door of the one that has it.
+
+        Raises
+        ------
+        ReplicaLostError
+            The process is gone, or has the result no more.
+        """
+        store = stores.get(process)
+        parts = None if store is None else store.get(name)
+        if parts is not None:
+            return parts
+        fabric = self._fabrics.get(asyncio.get_running_loop())
+        if fabric is not None:
+            return await fabric.fetch(process, door, name)
+        return await asyncio.wrap_future(self.on_engine(self.engine()[1].fetch(process, door, name)))
+
+    def on_engine(self, coroutine: Coroutine[Any, Any, Any]) -> ConcurrentFuture[Any]:
+        """Run a coroutine on the engine's loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.engine()[0].loop)
+
+    def release(self, process: str, name: str) -> None:
+        """Free a stored result; from any thread and from finalisers."""
+        store = stores.get(process)
+        if store is not None:
+            store.drop(name)
+            return
+        engine, fabric = self._engine, self._engine_fabric
+        try:
+            if engine is not None and fabric is not None and fabric.knows(process):
+                engine.put(fabric.release, process, name)
+                return
+            for loop, other in list(self._fabrics.items()):
+                if other.knows(process):
+                    loop.call_soon_threadsafe(other.release, process, name)
+                    return
+        except RuntimeError:  # the loop is closed, and with its connection the result goes
+            pass
+
+    # ------------------------------------------------------------------ the scheduler
+
+    def worker_of(self, process: str) -> list[str]:
+        """Return the Dask address of the worker that lives in a process, if the table tells it."""
+        for entry in self.table.deployments.values() if self.table else ():
+            for replica in entry.replicas:
+                if replica.process == process:
+                    return [replica.worker]
+        return []
+
+    def later(self, function: Callable[..., Any], *args: Any) -> None:
+        """Call a function soon on some loop of ours, from any thread and from finalisers."""
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            function(*args)
+
+    def tell(self, op: str, **message: Any) -> None:
+        """Send a message to the controller without waiting; from any thread."""
+
+        async def send() -> None:
+            try:
+                await getattr(self.owner.scheduler, op)(**message)
+            except Exception as error:
+                logger.warning("The controller did not take %s: %s", op, error)
+
+        try:
+            asyncio.run_coroutine_threadsafe(send(), self._loop)
+        except RuntimeError:
+            logger.debug("%s came after the client was closed", op)
+
+    # ------------------------------------------------------------------ the end
+
+    def _end(self) -> None:
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+            engine, fabric = self._engine, self._engine_fabric
+            self._engine = self._engine_fabric = None
+            fabrics, self._fabrics = dict(self._fabrics), {}
+        if engine is not None and fabric is not None:
+
+            async def close() -> None:
+                await fabric.close()
+                engine.release()
+
+            asyncio.run_coroutine_threadsafe(close(), engine.loop)
+        for loop, other in fabrics.items():
+            try:
+                loop.call_soon_threadsafe(_close_soon, loop, other)
+            except RuntimeError:
+                pass
+
+
+#: A client's and a worker's states in which their session is over.
+_CLOSED = {"closed", "closing", "Status.closed", "Status.closing", "Status.failed"}
+
+
+def _close_soon(loop: asyncio.AbstractEventLoop, fabric: Fabric) -> None:
+    loop.create_task(fabric.close())
+
+

@@ -1,0 +1,184 @@
+"""The state of a ref: settled once, from any thread; waited for from any thread and any event loop.
+
+Dask's own ``FutureState`` is bound to one loop: set from another thread it wakes nobody, and a second loop that waits gets a
+RuntimeError. This one knows no loop. A waiting thread blocks on a lock, a waiting coroutine on a future of the loop it runs on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from .. import exceptions
+from ..exceptions import RequestCancelledError, RequestError
+from ..wire import payloads
+from ..wire.frames import Buffer
+from ..wire.messages import Chunk, Failure, Reply
+from .calls import Outgoing
+
+__all__ = ["Outcome", "RefState", "Stored"]
+
+
+class Stored(NamedTuple):
+    """A value that stays in the store of a worker's process."""
+
+    process: str
+    door: str
+    name: str
+    nbytes: int
+
+
+class Outcome(NamedTuple):
+    """What became of a request; exactly one field is set."""
+
+    #: The serialised value.
+    parts: Sequence[Buffer] | None = None
+    #: Where the value is.
+    stored: Stored | None = None
+    #: An exception of user code: its traceback as text, and itself serialised.
+    raised: tuple[str, Sequence[Buffer]] | None = None
+    #: An error of ours: name of the class, message.
+    error: tuple[str, str] | None = None
+
+    def exception(self) -> BaseException | None:
+        """Make the exception: a new one each time, so that none is kept alive by its own traceback."""
+        if self.raised is not None:
+            return payloads.load_exception(*self.raised)
+        if self.error is not None:
+            kind = getattr(exceptions, self.error[0], RequestError)
+            error: BaseException = kind(self.error[1])
+            return error
+        return None
+
+
+class RefState(Outgoing):
+    """A request from Python, and what became of it.
+
+    Attributes
+    ----------
+    status : "pending", "finished", "error" or "cancelled"
+    outcome : Outcome or None
+        Set with the status, and never changed after.
+    home : asyncio.AbstractEventLoop or None
+        The loop that settles it: waiters there are woken without a detour.
+    """
+
+    __slots__ = ("_callbacks", "_lock", "home", "key", "keep", "outcome", "status", "traceback", "type", "unwanted")
+
+    def __init__(self, method: str, parts: Sequence[Buffer], request_id: str) -> None:
+        super().__init__(method, parts, request_id)
+        self.status = "pending"
+        self.outcome: Outcome | None = None
+        self.home: asyncio.AbstractEventLoop | None = None
+        #: Dask futures among the arguments, which must live as long as the request.
+        self.keep: Any = None
+        #: The ref is gone: nobody will read the outcome.
+        self.unwanted: Callable[[Outcome], None] | None = None
+        # What Dask reads of a future's state.
+        self.key: Any = None
+        self.type: Any = None
+        self.traceback: Any = None
+        self._callbacks: list[Callable[[], None]] | None = []
+        self._lock = threading.Lock()
+
+    # ------------------------------------------------------------------ settling
+
+    def settle(self, status: str, outcome: Outcome) -> bool:
+        """Set the outcome, from any thread; False when it was set already. Callbacks run in this thread."""
+        with self._lock:
+            if self._callbacks is None:
+                return False
+            self.outcome = outcome
+            self.status = status
+            callbacks, self._callbacks = self._callbacks, None
+        self.parts = ()
+        self.keep = None
+        self.target = None
+        for callback in callbacks:
+            callback()
+        if self.unwanted is not None:
+            self.unwanted(outcome)
+        return True
+
+    def on_done(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once it is settled, in the thread that settles it (or at once). It must not block."""
+        with self._lock:
+            if self._callbacks is not None:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def on_result(self, reply: Reply, parts: Sequence[Buffer]) -> None:
+        if reply.stored:
+            link = self.target[1].link
+            self.settle("finished", Outcome(stored=Stored(link.process, link.door, reply.stored, reply.nbytes)))
+        else:
+            self.settle("finished", Outcome(parts=parts))
+
+    def on_chunk(self, chunk: Chunk, parts: Sequence[Buffer]) -> None:
+        raise NotImplementedError("calls from Python are answered whole")
+
+    def on_error(self, failure: Failure, parts: Sequence[Buffer]) -> None:
+        if failure.error:
+            status = "cancelled" if failure.error == "RequestCancelledError" else "error"
+            self.settle(status, Outcome(error=(failure.error, failure.message)))
+        else:
+            self.settle("error", Outcome(raised=(failure.message, parts)))
+
+    def fail(self, error: RequestError) -> None:
+        status = "cancelled" if isinstance(error, RequestCancelledError) else "error"
+        self.settle(status, Outcome(error=(type(error).__name__, str(error))))
+
+    # ------------------------------------------------------------------ waiting
+
+    def done(self) -> bool:
+        """It is settled."""
+        return self.status != "pending"
+
+    @property
+    def exception(self) -> BaseException | None:
+        """The exception, as Dask reads it: a new object each time."""
+        return None if self.outcome is None else self.outcome.exception()
+
+    def wait_in_thread(self, timeout: float | None) -> bool:
+        """Block until it is settled, at most ``timeout`` seconds; False when they have passed."""
+        if self.status != "pending":
+            return True
+        gate = threading.Lock()
+        gate.acquire()
+        self.on_done(gate.release)
+        return gate.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+
+    async def wait(self, timeout: float | None = None) -> None:
+        """Wait on the running loop, whichever it is; at most ``timeout`` seconds.
+
+        Raises
+        ------
+        TimeoutError
+            They have passed.
+        """
+        if self.status == "pending":
+            waiter = self.waiter()
+            if timeout is None:
+                await waiter
+            else:
+                await asyncio.wait_for(waiter, timeout)
+
+    def waiter(self) -> asyncio.Future[None]:
+        """Return a future of the running loop that ends when this is settled."""
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        if loop is self.home:
+            self.on_done(lambda: None if future.done() else future.set_result(None))
+        else:
+
+            def wake() -> None:
+                # The loop that waits may have been closed meanwhile.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(None))
+
+            self.on_done(wake)
+        return future

@@ -1,0 +1,49 @@
+"""The result store of a worker's process: large results wait here until they are fetched, chained or promoted."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+
+from ..wire.frames import Buffer
+
+__all__ = ["INLINE_BELOW", "ResultStore", "stores"]
+
+#: Results of at least this many bytes stay in the store; smaller ones travel in the answer.
+INLINE_BELOW = 64 * 1024
+
+
+class ResultStore:
+    """Serialised results by name. They belong to the process: they outlive their replica.
+
+    Every method is one dictionary operation, so any thread may call it.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[str, Sequence[Buffer]] = {}
+
+    def put(self, parts: Sequence[Buffer]) -> str:
+        """Keep a result and return its name."""
+        name = uuid.uuid4().hex
+        self._results[name] = parts
+        return name
+
+    def get(self, name: str) -> Sequence[Buffer] | None:
+        """Return a result, which stays; None when it is not (or no longer) here."""
+        return self._results.get(name)
+
+    def drop(self, name: str) -> None:
+        """Free a result; one that is gone already is no error."""
+        self._results.pop(name, None)
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all results."""
+        return sum(len(part) for parts in list(self._results.values()) for part in parts)
+
+
+#: The stores of this process by incarnation: a result that is here is taken without a connection.
+stores: dict[str, ResultStore] = {}

@@ -1,0 +1,69 @@
+"""Hand things from any thread to one event loop, waking it once however many come."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["Mailbox"]
+
+#: Things handled before the loop gets a turn for its sockets.
+_BATCH = 256
+
+
+class Mailbox:
+    """A queue into an event loop.
+
+    ``deque.append`` and the flag are atomic under the interpreter lock, and the flag is cleared *before* the queue is emptied: a
+    thing that comes in between wakes the loop once more than needed, never once too few.
+
+    Parameters
+    ----------
+    loop : asyncio.AbstractEventLoop
+    handle : callable
+        Called with each thing on the loop, in the order they were put.
+    context : contextvars.Context, optional
+        The context that ``handle`` runs in.
+    """
+
+    __slots__ = ("_awake", "_context", "_handle", "_items", "_loop")
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        handle: Callable[[Any], object],
+        context: contextvars.Context | None = None,
+    ) -> None:
+        self._loop = loop
+        self._handle = handle
+        self._context = context
+        self._items: deque[Any] = deque()
+        self._awake = False
+
+    def put(self, item: object) -> None:
+        """Append from any thread; takes no lock, so that a finaliser may call it.
+
+        Raises
+        ------
+        RuntimeError
+            The loop is closed.
+        """
+        self._items.append(item)
+        if not self._awake:
+            self._awake = True
+            self._loop.call_soon_threadsafe(self._drain, context=self._context)
+
+    def _drain(self) -> None:
+        self._awake = False
+        items = self._items
+        handle = self._handle
+        for _ in range(_BATCH):
+            if not items:
+                return
+            handle(items.popleft())
+        if items and not self._awake:
+            self._awake = True
+            self._loop.call_soon(self._drain, context=self._context)
