@@ -268,7 +268,7 @@ class Reconciler:
                 await self._call(replica, "drain", limit, timeout=limit + DRAIN_GRACE)
             except asyncio.TimeoutError:
                 logger.warning("replica %s did not drain within %s s; dropping it", replica.id, limit + DRAIN_GRACE)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the replica goes
                 if replica.state not in ENDS:
                     logger.warning("replica %s could not be drained: %r", replica.id, error)
         self.ended(replica)
@@ -286,7 +286,7 @@ class Reconciler:
         try:
             await self._call(replica, "reconfigure", options, timeout=RECONFIGURE_TIMEOUT)
             replica.message = ""
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - what user code raises goes into the status
             logger.warning("replica %s could not be reconfigured: %r", replica.id, error)
             replica.message = f"its reconfigure failed: {type(error).__name__}: {error}"
         self.wake()

@@ -6,11 +6,10 @@ import asyncio
 import secrets
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ..config import DeploymentOptions
 from ..exceptions import ApplicationNotFoundError, ConfigError
 from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
 from ..policy.lifecycle import ENDS, Event, State, advance
@@ -18,6 +17,9 @@ from ..policy.reconcile import Attempts, Seen, Want
 from ..policy.routes import check_free, check_prefix
 from ..routing.table import DeploymentEntry, ReplicaEntry, RouteEntry
 from .status import ApplicationStatus, DeploymentStatus, Health, ReplicaStatus, worst
+
+if TYPE_CHECKING:
+    from ..config import DeploymentOptions
 
 __all__ = ["Application", "Registry", "Replica", "settings_of"]
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from distributed.core import Status
 
 from ..policy.placement import WorkerView
-from .registry import Registry, Replica
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
+
+    from .registry import Registry, Replica
 
 __all__ = ["WorkerViews"]
 

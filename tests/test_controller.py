@@ -1,0 +1,618 @@
+"""The controller with in-process clusters, and with replicas that do as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from distributed import Client, Nanny, get_worker
+from distributed.protocol import to_serialize
+from distributed.utils_test import gen_cluster, inc, slowinc
+
+from dask_serve.config import DeploymentOptions
+from dask_serve.controller import reconciler
+from dask_serve.controller.plugin import Controller
+from dask_serve.controller.status import ServeStatus, decode_status
+from dask_serve.policy.desired import ApplicationSpec, DeploymentSpec
+from dask_serve.routing.table import Table, decode_table
+
+ONE = [("127.0.0.1", 1)]
+TWO = [("127.0.0.1", 1)] * 2
+
+
+class FakeReplica:
+    """Stands for the actor: what its code says, it does."""
+
+    #: By revision: what has been called.
+    calls: dict[str, list[Any]] = defaultdict(list)
+    #: By revision: set it to let drains end.
+    gates: dict[str, asyncio.Event] = {}
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec = spec
+        self.worker = get_worker()
+        self.worker.loop.add_callback(self.begin)
+
+    async def begin(self) -> None:
+        scheduler = self.worker.scheduler
+        answer = await scheduler.serve_code(revision=self.spec["revision"])
+        if "error" in answer:
+            return
+        code = answer["code"]
+        FakeReplica.calls[self.spec["revision"]].append((code, len(answer["secret"])))
+        if code.startswith(b"fail"):
+            error = "Traceback (most recent call last):\nValueError: " + code.decode()
+            await scheduler.serve_report(replica=self.spec["id"], event="failed", error=error)
+        elif not code.startswith(b"silent"):
+            await scheduler.serve_report(
+                replica=self.spec["id"], event="ready", door="tcp://127.0.0.1:1", process="p-" + self.worker.id
+            )
+
+    async def drain(self, timeout: float) -> None:
+        FakeReplica.calls["drain"].append(self.spec["id"])
+        if gate := FakeReplica.gates.get(self.spec["revision"]):
+            await gate.wait()
+
+    async def reconfigure(self, options: bytes) -> None:
+        changed = msgspec.msgpack.decode(options, type=DeploymentOptions)
+        if changed.user_config == "bad":
+            raise ValueError("cannot take 'bad'")
+        FakeReplica.calls["reconfigure"].append(changed.max_ongoing_requests)
+
+
+class BrokenActor:
+    def __init__(self, spec: dict[str, Any]) -> None:
+        raise ModuleNotFoundError("No module named 'dask_serve'")
+
+
+@pytest.fixture(autouse=True)
+def fake_replicas(monkeypatch):
+    monkeypatch.setattr(reconciler, "replica_class", lambda: FakeReplica)
+    FakeReplica.calls.clear()
+    FakeReplica.gates.clear()
+
+
+def spec(
+    revision: str = "r1", app: str = "app", route: str | None = None, keys: list[str] | None = None, **options: Any
+) -> ApplicationSpec:
+    deployment = DeploymentSpec(
+        name="d",
+        revision=revision,
+        options=msgspec.convert(options, DeploymentOptions),
+        methods=["__call__"],
+        keys=keys or [],
+    )
+    return ApplicationSpec(name=app, route_prefix=route, ingress="d", deployments=[deployment])
+
+
+class Service:
+    """The operations, as a session calls them."""
+
+    def __init__(self, client: Client) -> None:
+        self.rpc = client.scheduler
+
+    async def deploy(self, application: ApplicationSpec, code: bytes = b"ok") -> dict[str, Any]:
+        return await self.rpc.serve_deploy(
+            application=msgspec.msgpack.encode(application),
+            code={d.revision: to_serialize(code) for d in application.deployments},
+        )
+
+    async def missing(self, revisions: list[str]) -> list[str]:
+        return list((await self.rpc.serve_missing(revisions=revisions))["missing"])
+
+    async def table(self) -> Table:
+        return decode_table((await self.rpc.serve_table(timeout=0))["table"])
+
+    async def status(self) -> ServeStatus:
+        return decode_status((await self.rpc.serve_status())["status"])
+
+    async def until(self, met: Callable[[ServeStatus], bool], timeout: float = 10) -> ServeStatus:
+        status = await self.status()
+        deadline = asyncio.get_running_loop().time() + timeout
+        while not met(status):
+            left = deadline - asyncio.get_running_loop().time()
+            assert left > 0, f"still\n{status}"
+            answer = await self.rpc.serve_watch(since=status.version, timeout=left)
+            status = decode_status(answer["status"])
+        return status
+
+    async def running(self, app: str = "app") -> ServeStatus:
+        return await self.until(lambda s: s.applications[app].status == "running")
+
+
+def replicas(status: ServeStatus, app: str = "app", state: str | None = None) -> list[Any]:
+    found = status.applications[app].deployments["d"].replicas
+    return [replica for replica in found if state in (None, replica.state)]
+
+
+async def service(client: Client) -> Service:
+    await client.register_plugin(Controller())
+    return Service(client)
+
+
+# -- applications
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_deploy(c, s, a, b):
+    serve = await service(c)
+    assert await serve.missing(["r1"]) == ["r1"]
+    assert await serve.deploy(spec(num_replicas=2), b"ok code") == {"known": ("r1",)}
+    assert await serve.missing(["r1"]) == []
+    status = await serve.running()
+    assert {r.worker for r in replicas(status)} == {a.address, b.address}
+    table = await serve.table()
+    entry = table.deployments["app/d"]
+    assert sorted(r.id for r in entry.replicas) == sorted(r.id for r in replicas(status))
+    assert {r.process for r in entry.replicas} == {"p-" + a.id, "p-" + b.id}
+    assert table.applications == {"app": "app/d"}
+    assert table.routes == []
+    assert FakeReplica.calls["r1"] == [(b"ok code", 32)] * 2
+    assert len(table.secret) == 32
+    assert "app: running" in str(status)
+    assert "2 ready of 2 wanted" in str(status)
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_the_same_again_changes_nothing(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    await serve.running()
+    before = await serve.table()
+    await serve.deploy(spec(num_replicas=2))
+    assert (await serve.status()).applications["app"].status == "running"
+    await serve.deploy(spec(app="other"))
+    await serve.running("other")
+    after = await serve.table()
+    assert after.deployments["app/d"] == before.deployments["app/d"]
+    assert after.version > before.version
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_controller_is_registered_once(c, s, a, b):
+    serve = await service(c)
+    epoch = (await serve.table()).epoch
+    await c.register_plugin(Controller())
+    assert (await serve.table()).epoch == epoch
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_replicas_outlive_the_session(c, s, a, b):
+    async with Client(s.address, asynchronous=True) as other:
+        serve = await service(other)
+        await serve.deploy(spec())
+        before = await serve.running()
+    after = await Service(c).status()
+    assert replicas(after) == replicas(before)
+    assert sum(len(ws.actors) for ws in s.workers.values()) == 1
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_scale_up_and_down(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=1))
+    first = replicas(await serve.running())
+    await serve.deploy(spec(num_replicas=4))
+    status = await serve.running()
+    assert len(replicas(status)) == 4
+    assert first[0] in replicas(status)
+    await serve.deploy(spec(num_replicas=2))
+    status = await serve.until(lambda s: len(replicas(s)) == 2)
+    assert first[0] in replicas(status)
+    while sum(len(ws.actors) for ws in s.workers.values()) != 2:
+        await asyncio.sleep(0.01)
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_options_change_in_place(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    before = replicas(await serve.running())
+    await serve.deploy(spec(num_replicas=2, max_ongoing_requests=7))
+    while FakeReplica.calls["reconfigure"] != [7, 7]:
+        await asyncio.sleep(0.01)
+    assert replicas(await serve.running()) == before
+    assert (await serve.table()).deployments["app/d"].max_ongoing_requests == 7
+    await serve.deploy(spec(num_replicas=2, user_config="bad"))
+    status = await serve.until(lambda s: all("cannot take 'bad'" in r.message for r in replicas(s)))
+    assert {r.id for r in replicas(status)} == {r.id for r in before}
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_rolling_update(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    await serve.running()
+    FakeReplica.gates["r1"] = asyncio.Event()
+    await serve.deploy(spec("r2", num_replicas=2))
+    version, seen = 0, []
+    while True:
+        answer = await serve.rpc.serve_table(epoch=(await serve.table()).epoch, since=version, timeout=5)
+        table = decode_table(answer["table"])
+        version = table.version
+        seen.append(len(table.deployments["app/d"].replicas))
+        status = await serve.status()
+        if len(replicas(status, state="draining")) == 2:
+            break
+    assert min(seen) == 2
+    # Those that drain are out of the table, and count for nothing.
+    assert status.applications["app"].status == "running"
+    table = await serve.table()
+    assert {r.id for r in table.deployments["app/d"].replicas} == {r.id for r in replicas(status, state="ready")}
+    assert await serve.missing(["r1", "r2"]) == []
+    FakeReplica.gates["r1"].set()
+    status = await serve.until(lambda s: len(replicas(s)) == 2)
+    assert {r.revision for r in replicas(status)} == {"r2"}
+    assert await serve.missing(["r1", "r2"]) == ["r1"]
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_delete_drains(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    await serve.running()
+    FakeReplica.gates["r1"] = asyncio.Event()
+    deleting = asyncio.ensure_future(serve.rpc.serve_delete(app="app"))
+    status = await serve.until(lambda s: s.applications["app"].status == "deleting")
+    assert (await serve.table()).deployments == {}
+    assert (await serve.table()).applications == {}
+    assert len(replicas(status, state="draining")) == 2
+    assert not deleting.done()
+    FakeReplica.gates["r1"].set()
+    assert await deleting == {"deleted": True}
+    assert (await serve.status()).applications == {}
+    assert await serve.missing(["r1"]) == ["r1"]
+    while any(ws.actors for ws in s.workers.values()):
+        await asyncio.sleep(0.01)
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_delete_does_not_wait_for_ever(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(graceful_shutdown_timeout_s=0))
+    await serve.running()
+    FakeReplica.gates["r1"] = asyncio.Event()
+    assert await serve.rpc.serve_delete(app="app") == {"deleted": True}
+    FakeReplica.gates["r1"].set()
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_deploy_again_while_deleting(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec())
+    await serve.running()
+    FakeReplica.gates["r1"] = asyncio.Event()
+    deleting = asyncio.ensure_future(serve.rpc.serve_delete(app="app"))
+    await serve.until(lambda s: s.applications["app"].status == "deleting")
+    await serve.deploy(spec("r2"))
+    await serve.running()
+    FakeReplica.gates["r1"].set()
+    assert await deleting == {"deleted": True}
+    assert (await serve.running()).applications["app"].status == "running"
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_shutdown(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec())
+    await serve.deploy(spec(app="two"))
+    assert await serve.rpc.serve_shutdown() == {}
+    assert (await serve.status()).applications == {}
+    await serve.deploy(spec())
+    await serve.running()
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_errors_are_data(c, s, a):
+    serve = await service(c)
+    await serve.deploy(spec())
+    assert (await serve.rpc.serve_delete(app="x"))["error"] == (
+        "ApplicationNotFoundError",
+        "there is no application 'x'; applications: 'app'",
+    )
+    kind, message = (await serve.deploy(spec(app="b", route="x")))["error"]
+    assert kind == "ConfigError"
+    assert "must start with '/'" in message
+    answer = await serve.rpc.serve_deploy(application=msgspec.msgpack.encode(spec("r9")), code={})
+    assert answer["error"] == ("ConfigError", "the code of d in application 'app' was not sent")
+    assert (await serve.rpc.serve_code(revision="r9"))["error"][0] == "DeploymentUnavailableError"
+    assert list((await serve.status()).applications) == ["app"]
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_one_route_for_one_application(c, s, a):
+    serve = await service(c)
+    s.plugins["dask-serve"]._http = object()  # proxies are another test's
+    await serve.deploy(spec(app="one", route="/x"))
+    kind, message = (await serve.deploy(spec(app="two", route="/x")))["error"]
+    assert kind == "ConfigError"
+    assert "'one'" in message
+    assert "'two'" in message
+    assert [(r.prefix, r.deployment) for r in (await serve.table()).routes] == [("/x", "one/d")]
+    await serve.rpc.serve_delete(app="one")
+    assert "error" not in await serve.deploy(spec(app="two", route="/x"))
+    s.plugins["dask-serve"]._http = None
+
+
+# -- long polls
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_long_polls(c, s, a):
+    serve = await service(c)
+    table = await serve.table()
+    same = {"epoch": table.epoch, "since": table.version}
+    assert await serve.rpc.serve_table(**same, timeout=0.01) == {"table": None}
+    # A table of another controller is never the present one.
+    assert (await serve.rpc.serve_table(epoch="other", since=table.version, timeout=30))["table"]
+    poll = asyncio.ensure_future(serve.rpc.serve_table(**same, timeout=30))
+    await serve.deploy(spec())
+    assert decode_table((await poll)["table"]).version > table.version
+    status = await serve.running()
+    answer = await serve.rpc.serve_watch(since=status.version, timeout=0.01)
+    assert decode_status(answer["status"]) == status
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_the_end_of_the_scheduler_ends_long_polls(c, s, a):
+    serve = await service(c)
+    table = await serve.table()
+    poll = asyncio.ensure_future(serve.rpc.serve_table(epoch=table.epoch, since=table.version, timeout=60))
+    while not s.plugins["dask-serve"]._tables._event._waiters:
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(s.close(), 10)
+    with contextlib.suppress(OSError):
+        assert await asyncio.wait_for(poll, 5) == {"table": None}
+
+
+# -- failures
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_constructor_that_fails(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(), b"fail: no such file")
+    status = await serve.until(lambda s: s.applications["app"].status == "failed")
+    assert "Traceback (most recent call last):" in status.applications["app"].message
+    assert "ValueError: fail: no such file" in status.applications["app"].message
+    assert len(FakeReplica.calls["r1"]) == 3
+    assert replicas(status) == []
+    assert "fail: no such file" in (await serve.table()).deployments["app/d"].failure
+    # Another deployment of the same tries again.
+    await serve.deploy(spec(), b"fail: no such file")
+    assert (await serve.status()).applications["app"].status == "deploying"
+    status = await serve.until(lambda s: s.applications["app"].status == "failed")
+    assert len(FakeReplica.calls["r1"]) == 6
+    await serve.deploy(spec("r2"))
+    await serve.running()
+    assert (await serve.table()).deployments["app/d"].failure is None
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_replicas_that_fail_together_are_one_attempt(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=4), b"fail")
+    await serve.until(lambda s: s.applications["app"].status == "failed")
+    assert len(FakeReplica.calls["r1"]) > 8
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_update_that_fails_rolls_back(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    before = replicas(await serve.running())
+    await serve.deploy(spec("r2", num_replicas=2), b"fail")
+    status = await serve.until(lambda s: s.applications["app"].status == "failed")
+    assert "2 replicas of the previous revision go on serving" in status.applications["app"].message
+    assert replicas(status) == before
+    entry = (await serve.table()).deployments["app/d"]
+    assert entry.failure is None
+    assert len(entry.replicas) == 2
+    # The previous revision is looked after still.
+    lost = next(r for r in before if r.worker == a.address)
+    await a.close()
+    status = await serve.until(
+        lambda s: len(replicas(s, state="ready")) == 2 and lost.id not in {r.id for r in replicas(s)}
+    )
+    assert {r.revision for r in replicas(status)} == {"r1"}
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_worker_without_the_package(c, s, a):
+    serve = await service(c)
+    reconciler.replica_class = lambda: BrokenActor  # restored by the fixture's monkeypatch
+    await serve.deploy(spec())
+    status = await serve.until(lambda s: s.applications["app"].status == "failed")
+    assert a.address in status.applications["app"].message
+    assert "pip install dask-serve" in status.applications["app"].message
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_lost_worker(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    before = replicas(await serve.running())
+    lost = next(r for r in before if r.worker == a.address)
+    await s.remove_worker(a.address, stimulus_id="test", close=False)
+    # At once, without another turn of the event loop.
+    table = s.plugins["dask-serve"]._table
+    assert lost.id not in {r.id for r in table.deployments["app/d"].replicas}
+    status = await serve.until(lambda s: len(replicas(s, state="ready")) == 2)
+    assert {r.worker for r in replicas(status)} == {b.address}
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_lost_while_starting(c, s, a):
+    serve = await service(c)
+    await serve.deploy(spec(), b"silent")
+    await serve.until(lambda s: any("constructor" in r.message for r in replicas(s)))
+    await a.close()
+    status = await serve.until(lambda s: "no workers are connected" in s.applications["app"].message)
+    assert status.applications["app"].status == "deploying"
+
+
+@gen_cluster(client=True, nthreads=[])
+async def test_no_workers(c, s):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    status = await serve.until(lambda s: s.applications["app"].message != "")
+    assert status.applications["app"].message == "d: 2 of 2 replicas wait for a worker: no workers are connected"
+    assert s.adaptive_target() == 1
+    from distributed import Worker
+
+    async with Worker(s.address, nthreads=1, dashboard=False) as w:
+        await serve.running()
+        assert s.adaptive_target() == 2
+        assert w.state.actors
+
+
+@gen_cluster(client=True, nthreads=TWO, worker_kwargs={"resources": {"GPU": 1}})
+async def test_resources_are_booked(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=3, resources={"GPU": 1}))
+    status = await serve.until(lambda s: len(replicas(s, state="ready")) == 2)
+    assert "1 of 3 replicas wait for a worker: no worker has resources GPU=1 free" in str(status)
+    assert {r.worker for r in replicas(status)} == {a.address, b.address}
+    assert await c.scheduler.adaptive_target() == 3
+    await serve.deploy(spec(num_replicas=2, resources={"GPU": 1}))
+    await serve.running()
+    assert await c.scheduler.adaptive_target() == 2
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_busy_worker_is_told(c, s, a):
+    serve = await service(c)
+    future = c.submit(slowinc, 1, delay=2.5)
+    while not a.state.executing_count:
+        await asyncio.sleep(0.01)
+    await serve.deploy(spec())
+    status = await serve.until(lambda s: "queued on worker" in s.applications["app"].message)
+    assert f"queued on worker {a.address}: its only thread is busy" in replicas(status)[0].message
+    await serve.running()
+    assert await future == 2
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_replica_that_drains_of_itself(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec())
+    (replica,) = replicas(await serve.running())
+    await serve.rpc.serve_report(replica=replica.id, event="draining")
+    assert replica.id not in {r.id for r in (await serve.table()).deployments["app/d"].replicas}
+    status = await serve.running()
+    assert {r.worker for r in replicas(status, state="ready")} == {a.address, b.address} - {replica.worker}
+    await serve.rpc.serve_report(replica=replica.id, event="stopped")
+    await serve.until(lambda s: len(replicas(s)) == 1)
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_replica_that_gives_up(c, s, a):
+    serve = await service(c)
+    await serve.deploy(spec())
+    (replica,) = replicas(await serve.running())
+    await serve.rpc.serve_report(replica=replica.id, event="failed", error="out of ideas")
+    status = await serve.until(lambda s: "out of ideas" in s.applications["app"].message)
+    assert status.applications["app"].status == "unhealthy"
+    status = await serve.running()
+    assert replicas(status)[0].id != replica.id
+
+
+@gen_cluster(client=True, nthreads=TWO, Worker=Nanny, timeout=90)
+async def test_client_restart(c, s, a, b):
+    # Workers are processes of their own: the fake lives there too, since it is pickled by reference to this module.
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    before = {r.id for r in replicas(await serve.running())}
+    await c.restart()
+    status = await serve.until(
+        lambda s: s.applications["app"].status == "running" and not before & {r.id for r in replicas(s)}, 30
+    )
+    assert len(replicas(status)) == 2
+
+
+# -- what Dask is told
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_workers_with_replicas_are_not_scaled_down(c, s, a, b):
+    serve = await service(c)
+    assert len(s.workers_to_close(n=2)) == 2
+    await serve.deploy(spec())
+    (replica,) = replicas(await serve.running())
+    assert s.workers_to_close(n=2) == list({a.address, b.address} - {replica.worker})
+
+
+@gen_cluster(client=True, nthreads=ONE, scheduler_kwargs={"idle_timeout": "0.5 s"})
+async def test_idle_timeout(c, s, a):
+    serve = await service(c)
+    await serve.deploy(spec())
+    await serve.running()
+    # Three times the time-out, without any task.
+    deadline = asyncio.get_running_loop().time() + 1.5
+    while asyncio.get_running_loop().time() < deadline:
+        assert s.status.name == "running"
+        await asyncio.sleep(0.1)
+    await serve.rpc.serve_delete(app="app")
+    while s.status.name == "running":
+        await asyncio.sleep(0.05)
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_keys_of_bound_arguments_are_kept(c, s, a, b):
+    serve = await service(c)
+    future = c.submit(inc, 1, key="bound")
+    await serve.deploy(spec(keys=["bound"]))
+    await serve.running()
+    del future
+    await c.submit(inc, 2)
+    assert s.tasks["bound"].state == "memory"
+    # An update that does not refer to them lets go of them once the previous revision is not needed any more.
+    await serve.deploy(spec("r2"))
+    await serve.running()
+    while "bound" in s.tasks:
+        await asyncio.sleep(0.01)
+
+
+# -- promises
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_promises(c, s, a):
+    serve = await service(c)
+    fetch = asyncio.ensure_future(serve.rpc.serve_outcome(promise="p", timeout=10))
+    assert await serve.rpc.serve_outcome(promise="p", timeout=0.01) == {"outcome": None}
+    await serve.rpc.serve_promise(promise="p", client=c.id)
+    await serve.rpc.serve_settle(promise="p", outcome=to_serialize({"value": 1}))
+    await serve.rpc.serve_settle(promise="p", outcome=to_serialize({"value": 2}))
+    assert await fetch == {"outcome": {"value": 1}}
+    assert await serve.rpc.serve_outcome(promise="p") == {"outcome": {"value": 1}}
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_promises_of_a_client_that_left(c, s, a):
+    serve = await service(c)
+    async with Client(s.address, asynchronous=True) as other:
+        await other.scheduler.serve_promise(promise="p", client=other.id)
+        await other.scheduler.serve_promise(promise="q", client=other.id)
+        await other.scheduler.serve_settle(promise="q", outcome="done")
+    assert await serve.rpc.serve_outcome(promise="p") == {"outcome": {"lost": True}}
+    assert await serve.rpc.serve_outcome(promise="q") == {"outcome": "done"}
+
+
+# -- the preload
+
+
+@gen_cluster(
+    client=True,
+    nthreads=ONE,
+    scheduler_kwargs={"preload": ["dask_serve.preload"], "preload_argv": ["--no-serve-http"]},
+)
+async def test_preload(c, s, a):
+    serve = Service(c)
+    await serve.deploy(spec())
+    await serve.running()
