@@ -35,8 +35,6 @@ CLIENTS_CLOSE = 3.0
 #: Seconds between two looks at how many workers the controller would like.
 GROW_EVERY = 0.25
 
-logger = logging.getLogger("distributed.dask_serve")
-
 
 def main(lifeline: str, options: str) -> None:
     """Run an embedded cluster until its session closes it or is gone."""
@@ -157,8 +155,6 @@ class Host:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._close_timeout
         self.workers.hold()
-        # Tasks that users left behind are lost with the workers; that is no news worth a warning.
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
         if self.scheduler is not None and self.scheduler.status.name == "running":
             budget = max(self._close_timeout - WORKERS_CLOSE, self._close_timeout / 2)
             with contextlib.suppress(asyncio.TimeoutError, OSError):
@@ -167,6 +163,9 @@ class Host:
             # Clients that lose their scheduler fill the terminal with attempts to find it again.
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._released.wait(), CLIENTS_CLOSE)
+        # Tasks that users left behind are lost with the workers; that is no news worth a warning.
+        for name in ("distributed", "dask_serve"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         await self.workers.close(min(max(deadline - loop.time(), 0.1), WORKERS_CLOSE))
         if self.scheduler is not None:
             with contextlib.suppress(asyncio.TimeoutError):
