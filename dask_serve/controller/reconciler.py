@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from distributed import Client, wait
+from distributed import Client
 from distributed.protocol import to_serialize
 
 from ..policy.lifecycle import ENDS
@@ -233,8 +233,8 @@ class Reconciler:
     async def _watch(self, replica: Replica) -> None:
         """Wait until Dask made the actor; what user code does then is told by `serve_report`."""
         future = replica.future
-        with suppress(Exception):
-            await wait([future])
+        # Not `distributed.wait`, which looks for the default client: in the scheduler's process there is none.
+        await future._state.wait()
         if replica.future is not future or replica.state in ENDS:
             return
         if future.status == "finished":
@@ -244,6 +244,9 @@ class Reconciler:
             self.wake()
         elif future.status == "error":
             self.reported_failed(replica, _explain(await future.exception(), replica.worker))
+        elif replica.worker in self.scheduler.workers:
+            # Counted, so that whoever cancels them is not answered with an endless loop of new ones.
+            self.reported_failed(replica, f"Dask cancelled its actor: {future.status}")
         else:
             self._lose([replica])
 

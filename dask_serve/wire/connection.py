@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -128,8 +128,8 @@ class Connection(asyncio.Protocol):
     # ------------------------------------------------------------------ life
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        # uvloop's transports are no subclass of asyncio's.
+        self.transport = cast("asyncio.Transport", transport)
         self.peer = transport.get_extra_info("peername")
         self._timer = self.loop.call_later(HANDSHAKE_TIMEOUT, self._refuse, "it did not prove itself in time")
 
