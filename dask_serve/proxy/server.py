@@ -40,6 +40,7 @@ def make_config(
         access_log=False,
         log_level="warning",
         server_header=False,
+        proxy_headers=False,  # one more coroutine for each request
         timeout_keep_alive=75,
     )
 
