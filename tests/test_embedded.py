@@ -72,6 +72,21 @@ client.wait_for_workers(1)
 print(json.dumps({"pid": cluster.pid, "directory": cluster._directory}), flush=True)
 """
 
+#: A session with all that is real, which ends when it may read a line.
+SERVING = """
+import dask_serve as serve
+
+@serve.deployment
+class Model:
+    def __call__(self, request):
+        return "served"
+
+serve.start(port=0)
+serve.run(Model.bind())
+print(serve.url(), flush=True)
+input()
+"""
+
 
 @pytest.fixture(autouse=True)
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -104,6 +119,12 @@ def members(group: int) -> list[psutil.Process]:
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 def assert_nothing_left(pid: int, directory: str | None) -> None:
@@ -249,6 +270,36 @@ def test_workers_of_a_killed_session_and_host_end_though_user_code_runs(tmp_path
         process.kill()
         os.kill(info["pid"], signal.SIGKILL)
         assert_nothing_left(info["pid"], info["directory"])
+
+
+@pytest.mark.parametrize("end", ["kill", "exit"])
+def test_session_that_serves_takes_its_proxies_along(tmp_path: Path, end: str) -> None:
+    (tmp_path / "serving.py").write_text(SERVING)
+    process = subprocess.Popen(
+        [sys.executable, "serving.py"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+    )
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url, process.communicate()
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert len(family) >= 3
+        assert httpx.get(url, timeout=10).text == "served"
+        if end == "kill":
+            process.kill()
+        _, err = process.communicate("\n" if end == "exit" else None, timeout=30)
+        assert err == ""
+        assert process.returncode == (0 if end == "exit" else -signal.SIGKILL)
+        wait_until(lambda: not [member for member in family if alive(member)])
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_killed_worker_is_restarted() -> None:
