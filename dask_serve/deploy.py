@@ -33,18 +33,25 @@ POLL = 30.0
 
 async def ensure_controller(client: Client) -> None:
     """Install the controller in the scheduler where there is none."""
-    if await probe(client.scheduler, "serve_status") is not None:
-        return
     from .controller.plugin import Controller
 
+    address = client.scheduler.addr
     try:
+        # Does nothing where it is there already. Asking first would put a traceback into the scheduler's log.
         await client.register_plugin(Controller())
     except ImportError as error:
         raise NotRunningError(
-            f"the scheduler at {client.scheduler.addr} cannot import dask_serve ({error}): install it there, in the "
-            "environment that `dask scheduler` runs in, with `pip install dask-serve`, in the version of this session; "
-            "the workers need it too"
+            f"the scheduler at {address} cannot import dask_serve ({error}): install it there, in the environment "
+            "that `dask scheduler` runs in, with `pip install dask-serve`, in the version of this session; the "
+            "workers need it too"
         ) from error
+    except ValueError as error:
+        # Its configuration forbids plugins from clients, but not those from preloads.
+        if await probe(client.scheduler, "serve_status") is None:
+            raise NotRunningError(
+                f"the scheduler at {address} does not accept plugins ({error}): start it with "
+                "`dask scheduler --preload dask_serve.preload`"
+            ) from error
 
 
 async def start_proxies(client: Client, options: HTTPOptions, explicit: list[str]) -> str:

@@ -10,6 +10,7 @@ import dask
 import msgspec
 import pytest
 from distributed import Client, Scheduler
+from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils_test import cluster, gen_cluster
 
 import dask_serve as serve
@@ -51,6 +52,7 @@ class FakeController:
         self.steps = steps or ["running"]
         self.message = message
         self.version = 1
+        scheduler.plugins["dask-serve"] = SchedulerPlugin()
         for name in dir(self):
             if name.startswith("serve_"):
                 scheduler.handlers[name] = getattr(self, name)
@@ -341,6 +343,15 @@ async def test_scheduler_without_the_package(c, s, a, b):
     s.handlers["register_scheduler_plugin"] = register
     with pytest.raises(NotRunningError, match=r"(?s)tcp://.*cannot import dask_serve.*pip install dask-serve"):
         await serve.run(Model.bind())
+
+
+@gen_cluster(client=True)
+async def test_scheduler_that_accepts_no_plugins(c, s, a, b):
+    s.blocked_handlers = ["register_scheduler_plugin"]
+    with pytest.raises(NotRunningError, match="--preload dask_serve"):
+        await serve.run(Model.bind())
+    FakeController(s)
+    await serve.run(Model.bind())
 
 
 # -- with a synchronous client -----------------------------------------------------------------------------------------
