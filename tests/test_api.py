@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -391,3 +395,43 @@ def test_scheduler_address(loop):
             assert made.status == "closed"
             assert session.current_client() is None
             assert client.run_on_scheduler(applications) == []
+
+
+# -- without any client: the embedded cluster --------------------------------------------------------------------------
+
+SCRIPT = """
+import urllib.request
+import helper
+import dask_serve as serve
+
+@serve.deployment
+class Model:
+    def __init__(self, offset):
+        self.offset = offset
+
+    def predict(self, x):
+        return helper.double(x) + self.offset, serve.get_replica_context().app_name
+
+    def __call__(self, request):
+        return "over HTTP"
+
+with serve.run(Model.bind(1), port=0, timeout=60) as handle:
+    print(handle.predict.remote(3).result(timeout=20))
+    print(urllib.request.urlopen(serve.url(), timeout=20).read().decode())
+try:
+    serve.status()
+except serve.NotRunningError:
+    print("ended")
+"""
+
+
+def test_embedded(tmp_path):
+    """A script without a guard, in a directory that workers do not import from."""
+    (tmp_path / "helper.py").write_text("def double(x): return 2 * x\n")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": str(Path(serve.__file__).parent.parent)}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=90, check=False
+    )
+    assert done.stdout.splitlines() == ["(7, 'default')", "over HTTP", "ended"], done.stderr
+    assert done.returncode == 0
