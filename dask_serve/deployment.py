@@ -144,7 +144,8 @@ class Deployment:
         """
         from .session import find_handle
 
-        return find_handle(self.name, app_name, sync=sync)
+        handle: DeploymentHandle = find_handle(self.name, app_name, sync=sync)
+        return handle
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(
