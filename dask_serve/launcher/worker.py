@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -76,6 +77,9 @@ async def _run(options: dict[str, Any]) -> None:
     if finished.done():
         finished.result()
         return
+    for name in ("distributed.worker", "distributed.core", "distributed.comm"):
+        # A heartbeat that is on its way when the connection closes is no error here.
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     await worker.close(timeout=CLOSE_TIMEOUT, reason="embedded cluster closes")
     finished.cancel()
 
