@@ -177,7 +177,7 @@ class ProxyProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.keep_alive = False
+            self._close_after_response()
             return
         head = [STATUS_LINE[status]]
         for name, value in self.server_state.default_headers:
@@ -212,7 +212,14 @@ class ProxyProtocol(HttpToolsProtocol):
         then would fail it; the one after it carries ``Connection: close``.
         """
         if self.cycle is not None and not self.cycle.response_started:
-            self.cycle.keep_alive = False
+            self._close_after_response()
+
+    def _close_after_response(self) -> None:
+        cycle = self.cycle
+        if cycle.keep_alive:
+            cycle.keep_alive = False
+            # uvicorn says so by itself since 0.53 only, and takes this for an answer that says it already.
+            cycle.default_headers = [*cycle.default_headers, (b"connection", b"close")]
 
     def handle_websocket_upgrade(self) -> None:
         if self.server_state.draining:
