@@ -40,7 +40,8 @@ class Digits:
     def __init__(self, classifier: Any = None) -> None:
         if classifier is None:
             images, _, labels, _ = split()
-            classifier = KNeighborsClassifier(n_neighbors=3, weights="distance")
+            # A tree answers for one image in one thread; brute force would wake OpenMP's for it, on all cores.
+            classifier = KNeighborsClassifier(n_neighbors=3, weights="distance", algorithm="kd_tree")
             classifier.fit(images.reshape(-1, 64), labels)
         self.classifier = classifier
 
