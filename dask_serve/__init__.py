@@ -116,5 +116,9 @@ class _Package(types.ModuleType):
     def deployment(self, submodule: types.ModuleType) -> None:
         """Importing a submodule binds it here; that must not hide the decorator."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By name, as cloudpickle does with plain modules: user code mentions `serve`.
+        return importlib.import_module, (self.__name__,)
+
 
 sys.modules[__name__].__class__ = _Package

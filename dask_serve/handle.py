@@ -26,15 +26,20 @@ from .wire.messages import Attachment
 __all__ = ["DeploymentHandle"]
 
 #: Request ids are unique by this prefix, made anew in each process, and a count.
-_prefix = (os.getpid(), os.urandom(6).hex())
+_prefix = os.urandom(6).hex()
 _count = itertools.count()
 
 
 def _new_request_id() -> str:
+    return f"{_prefix}-{next(_count):x}"
+
+
+def _after_fork() -> None:
     global _prefix
-    if _prefix[0] != os.getpid():
-        _prefix = (os.getpid(), os.urandom(6).hex())
-    return f"{_prefix[1]}-{next(_count):x}"
+    _prefix = os.urandom(6).hex()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class DeploymentHandle:
