@@ -7,6 +7,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any
 
 from distributed import Client, Future
@@ -92,6 +93,7 @@ class DeploymentHandle:
         self._session: Session | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._router: Router | None = None
+        self._thread = 0
         self._methods: dict[str, DeploymentHandle] = {}
 
     # ------------------------------------------------------------------ identity
@@ -173,13 +175,16 @@ class DeploymentHandle:
         DeploymentResponse
             The ref; with ``sync=False`` an awaitable of it.
         """
-        loop = _running_loop()
+        loop = self._loop
         session = self._session
         if session is None or session.closed:
             session = self._connect()
-        if loop is not None and loop is self._loop:
+            loop = None
+        # A loop that runs in this thread is the one that runs here; before Python 3.12 asking asyncio costs a system call.
+        if loop is not None and self._thread == get_ident() and loop.is_running():
             router = self._router
         else:
+            loop = _running_loop()
             router = self._find_router(session, loop)
         context = request_context.get()
         if context is None:
@@ -196,7 +201,7 @@ class DeploymentHandle:
             state.settle("error", Outcome(error=("PayloadError", f"an argument of {self!r} {error}")))
             return ref if self._sync else Assigned(ref)
         if router is not None:
-            state.home = loop
+            state.home, state.thread = loop, self._thread
             ref._cancel = lambda: router.cancel(state)
             if waiting:
                 _after(session, state, waiting, lambda: router.submit(state, timeout, None))
@@ -230,7 +235,7 @@ class DeploymentHandle:
             return None
         assert loop is not None
         router = session.fabric(loop).router(self._id)
-        self._loop, self._router = loop, router
+        self._loop, self._router, self._thread = loop, router, get_ident()
         return router
 
     def _connect(self) -> Session:

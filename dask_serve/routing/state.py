@@ -63,16 +63,17 @@ class RefState(Outgoing):
     outcome : Outcome or None
         Set with the status, and never changed after.
     home : asyncio.AbstractEventLoop or None
-        The loop that settles it: waiters there are woken without a detour.
+        The loop that settles it, with the thread it runs in: waiters there are woken without a detour.
     """
 
-    __slots__ = ("_callbacks", "_lock", "home", "key", "keep", "outcome", "status", "traceback", "type", "unwanted")
+    __slots__ = ("_callbacks", "_lock", "home", "key", "keep", "outcome", "status", "thread", "traceback", "type", "unwanted")
 
     def __init__(self, method: str, parts: Sequence[Buffer], request_id: str) -> None:
         super().__init__(method, parts, request_id)
         self.status = "pending"
         self.outcome: Outcome | None = None
         self.home: asyncio.AbstractEventLoop | None = None
+        self.thread = 0
         #: Dask futures among the arguments, which must live as long as the request.
         self.keep: Any = None
         #: The ref is gone: nobody will read the outcome.
@@ -169,11 +170,13 @@ class RefState(Outgoing):
 
     def waiter(self) -> asyncio.Future[None]:
         """Return a future of the running loop that ends when this is settled."""
-        loop = asyncio.get_running_loop()
-        future = loop.create_future()
-        if loop is self.home:
+        home = self.home
+        if home is not None and self.thread == threading.get_ident() and home.is_running():
+            future: asyncio.Future[None] = home.create_future()
             self.on_done(lambda: None if future.done() else future.set_result(None))
         else:
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
 
             def wake() -> None:
                 # The loop that waits may have been closed meanwhile.
