@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import urllib.request
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +16,7 @@ from distributed import Client, Nanny, get_worker
 from distributed.protocol import to_serialize
 from distributed.utils_test import gen_cluster, inc, slowinc
 
-from dask_serve.config import DeploymentOptions
+from dask_serve.config import DeploymentOptions, HTTPOptions
 from dask_serve.controller import reconciler
 from dask_serve.controller.plugin import Controller
 from dask_serve.controller.status import ServeStatus, decode_status
@@ -327,7 +329,7 @@ async def test_errors_are_data(c, s, a):
 @gen_cluster(client=True, nthreads=ONE)
 async def test_one_route_for_one_application(c, s, a):
     serve = await service(c)
-    s.plugins["dask-serve"]._http = object()  # proxies are another test's
+    s.plugins["dask-serve"].url = "http://nowhere"  # as if proxies were running
     await serve.deploy(spec(app="one", route="/x"))
     kind, message = (await serve.deploy(spec(app="two", route="/x")))["error"]
     assert kind == "ConfigError"
@@ -336,7 +338,6 @@ async def test_one_route_for_one_application(c, s, a):
     assert [(r.prefix, r.deployment) for r in (await serve.table()).routes] == [("/x", "one/d")]
     await serve.rpc.serve_delete(app="one")
     assert "error" not in await serve.deploy(spec(app="two", route="/x"))
-    s.plugins["dask-serve"]._http = None
 
 
 # -- long polls
@@ -497,6 +498,32 @@ async def test_busy_worker_is_told(c, s, a):
     assert await future == 2
 
 
+@gen_cluster(client=True, nthreads=ONE)
+async def test_delete_while_queued(c, s, a):
+    serve = await service(c)
+    future = c.submit(slowinc, 1, delay=1)
+    while not a.state.executing_count:
+        await asyncio.sleep(0.01)
+    await serve.deploy(spec())
+    while not s.workers[a.address].actors:
+        await asyncio.sleep(0.01)
+    await serve.rpc.serve_delete(app="app")
+    # Dask would go on thinking that the worker holds an actor.
+    assert not s.workers[a.address].actors
+    assert await future == 2
+    assert not a.state.actors
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_delete_at_once(c, s, a):
+    serve = await service(c)
+    await asyncio.gather(serve.deploy(spec()), serve.deploy(spec(app="two")))
+    assert await serve.rpc.serve_shutdown() == {}
+    assert (await serve.status()).applications == {}
+    while s.workers[a.address].actors or a.state.actors:
+        await asyncio.sleep(0.01)
+
+
 @gen_cluster(client=True, nthreads=TWO)
 async def test_replica_that_drains_of_itself(c, s, a, b):
     serve = await service(c)
@@ -604,6 +631,63 @@ async def test_promises_of_a_client_that_left(c, s, a):
     assert await serve.rpc.serve_outcome(promise="q") == {"outcome": "done"}
 
 
+# -- proxies
+
+
+async def get(url: str) -> str:
+    def read() -> str:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.read().decode()
+
+    return await asyncio.to_thread(read)
+
+
+async def start_proxies(serve: Service, **options: Any) -> dict[str, Any]:
+    encoded = msgspec.msgpack.encode(HTTPOptions(**options))
+    return await serve.rpc.serve_start(options=encoded, explicit=list(options))
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_proxies(c, s, a):
+    serve = await service(c)
+    url = (await start_proxies(serve, port=0))["url"]
+    assert (await serve.table()).url == (await serve.status()).url == url
+    assert [proxy["state"] for proxy in (await serve.status()).proxies] == ["ready"]
+    # The same again, and the start without wishes that comes with a deployment, change nothing.
+    before = (await serve.status()).proxies
+    assert await start_proxies(serve, port=0) == {"url": url}
+    assert await start_proxies(serve) == {"url": url}
+    await serve.deploy(spec(route="/some"))
+    await serve.running()
+    assert (await serve.status()).proxies == before
+    while "/some" not in await get(url + "/-/routes"):
+        await asyncio.sleep(0.01)
+    assert await serve.rpc.serve_shutdown() == {}
+    assert (await serve.status()).url == (await serve.table()).url == ""
+    with pytest.raises(OSError):
+        await get(url + "/-/routes")
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_applications_with_a_route_start_proxies(c, s, a):
+    serve = await service(c)
+    assert "error" not in await serve.deploy(spec(route="/"))
+    assert "/" in await get((await serve.table()).url + "/-/routes")
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_busy_port(c, s, a):
+    serve = await service(c)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        kind, message = (await start_proxies(serve, port=port))["error"]
+    assert kind == "ConfigError"
+    assert str(port) in message
+    assert str(port) in (await serve.status()).message
+    assert "error" not in await start_proxies(serve, port=port)
+    assert (await serve.status()).message == ""
+
+
 # -- the preload
 
 
@@ -616,3 +700,13 @@ async def test_preload(c, s, a):
     serve = Service(c)
     await serve.deploy(spec())
     await serve.running()
+
+
+@gen_cluster(
+    client=True,
+    nthreads=[],
+    scheduler_kwargs={"preload": ["dask_serve.preload"], "preload_argv": ["--serve-port", "0"]},
+)
+async def test_preload_starts_proxies(c, s):
+    status = await Service(c).until(lambda s: bool(s.url))
+    assert await get(status.url + "/-/routes")

@@ -37,6 +37,8 @@ logger = logging.getLogger("dask_serve.controller")
 NOT_IDLE = 0.1
 #: Seconds that a closing scheduler waits for its proxies; what is still in flight then, they finish as orphans.
 CLOSE_DRAIN = 2.0
+#: Seconds that proxies wait for a port at the start of a scheduler.
+REBIND = 10.0
 
 Op = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
 
@@ -54,7 +56,7 @@ def _op(method: Op) -> Op:
     return answer
 
 
-class Controller(SchedulerPlugin):  # type: ignore[misc]
+class Controller(SchedulerPlugin):
     """Runs in the scheduler and owns applications, replicas and proxies.
 
     Its operations are handlers of the scheduler: ``await client.scheduler.serve_status()``. Hooks of the scheduler only
@@ -85,7 +87,6 @@ class Controller(SchedulerPlugin):  # type: ignore[misc]
         self.promises = Promises()
         self.url = ""
         self._message = ""
-        self._http: HTTPOptions | None = None
         self._proxies: Any = None
         self._starting_proxies = asyncio.Lock()
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
@@ -194,7 +195,7 @@ class Controller(SchedulerPlugin):  # type: ignore[misc]
             raise ConfigError(f"the scheduler's dask_serve does not understand this application: {error}") from None
         self.registry.deploy(spec, code or {})
         self.reconciler.wake()
-        if spec.route_prefix is not None and self._http is None:
+        if spec.route_prefix is not None and not self.url:
             await self._start_proxies(HTTPOptions(), set())
         return {"known": sorted(self.registry.code)}
 
@@ -217,11 +218,10 @@ class Controller(SchedulerPlugin):  # type: ignore[misc]
         names = [name for name, app in self.registry.applications.items() if not app.deleting]
         await asyncio.gather(*(self._delete(name) for name in names))
         async with self._starting_proxies:
-            options, self._http = self._http, None
             self.url = ""
             self._publish()
-            if self._proxies is not None and options is not None:
-                await self._proxies.stop(options.drain_timeout_s)
+            if self._proxies is not None:
+                await self._proxies.stop()
                 self._proxies = None
         self._publish()
         return {}
@@ -274,39 +274,36 @@ class Controller(SchedulerPlugin):  # type: ignore[misc]
         given = msgspec.msgpack.decode(options, type=HTTPOptions) if options else HTTPOptions()
         return {"url": await self._start_proxies(given, set(explicit or ()))}
 
-    async def _start_proxies(self, given: HTTPOptions, explicit: set[str]) -> str:
+    async def _start_proxies(self, options: HTTPOptions, explicit: set[str], retry: float = 0.0) -> str:
         async with self._starting_proxies:
-            if self._http is not None:
-                # What is not named stays as it is.
-                given = msgspec.structs.replace(self._http, **{name: getattr(given, name) for name in explicit})
-                if given == self._http:
-                    return self.url
-            proxies = self._proxies or self._make_proxies()
-            proxies.publish(self._table_bytes)
+            if self._proxies is None:
+                from .proxies import Proxies
+
+                self._proxies = Proxies(self._on_proxy)
+                # They accept nothing before they have a table.
+                self._proxies.publish(self._table_bytes)
+            self._message = ""
             try:
-                self.url = await proxies.start(given, explicit)
+                await self._proxies.start(options, explicit, retry=retry)
             except Exception as error:
                 self._message = f"the proxies could not be started: {error}"
                 raise
             finally:
-                self._proxies = proxies
+                self.url = self._proxies.url
                 self._publish()
-            self._http = given
-            self._message = ""
-            self._publish()
             return self.url
-
-    def _make_proxies(self) -> Any:
-        from .proxies import Proxies
-
-        return Proxies(self._publish)
 
     async def _proxies_at_start(self, options: HTTPOptions) -> None:
         try:
-            await self._start_proxies(options, set(self._explicit))
+            # The proxies of a scheduler that died may hold the port while they drain.
+            await self._start_proxies(options, set(self._explicit), retry=REBIND if options.port else 0.0)
         except Exception:
             # Told by the status too; the first application that needs them tries again.
             logger.exception("the proxies could not be started")
+
+    def _on_proxy(self, slot: int, event: str, details: dict[str, Any]) -> None:
+        if event != "stats":
+            self._publish()
 
     # -- inside
 
@@ -331,7 +328,7 @@ class Controller(SchedulerPlugin):  # type: ignore[misc]
         status = ServeStatus(
             version=self._status.version,
             applications=registry.statuses(),
-            proxies=[] if self._proxies is None else self._proxies.describe(),
+            proxies=self._describe_proxies(),
             url=self.url,
             message=self._message,
         )
@@ -342,6 +339,11 @@ class Controller(SchedulerPlugin):  # type: ignore[misc]
             self._not_idle.start()
         elif not registry.applications and self._not_idle.is_running():
             self._not_idle.stop()
+
+    def _describe_proxies(self) -> list[dict[str, Any]]:
+        rows = [] if self._proxies is None else self._proxies.describe()
+        # Statistics change all the time, and would wake everyone who watches the status.
+        return [{name: value for name, value in row.items() if name != "stats"} for row in rows]
 
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.

@@ -107,6 +107,8 @@ class Reconciler:
         if replica.state in ENDS:
             return
         replica.door, replica.process, replica.message = door, process, ""
+        # Dask's own word that the actor stands may come later than its report.
+        replica.submitted = True
         if replica.move("ready") == "ready":
             self.registry.attempts.pop((replica.deployment, replica.spec.revision), None)
         self.wake()
@@ -120,7 +122,7 @@ class Reconciler:
             logger.warning("%s", message)
             self.registry.count_failure(replica, message, time.monotonic())
             self.workers.note_failure(replica)
-            _release(replica)
+            self._release(replica)
         self.wake()
 
     def reported_draining(self, replica: Replica) -> None:
@@ -135,7 +137,7 @@ class Reconciler:
         """A replica is no more."""
         if replica.state not in ENDS:
             replica.move("stopped")
-            _release(replica)
+            self._release(replica)
         self.wake()
 
     def lost_worker(self, worker: str) -> None:
@@ -155,7 +157,7 @@ class Reconciler:
             if replica.state not in ENDS:
                 logger.warning("replica %s is lost with its worker %s", replica.id, replica.worker)
                 replica.move("lost")
-                _release(replica)
+                self._release(replica)
         self.wake()
 
     # -- one round
@@ -323,16 +325,44 @@ class Reconciler:
             self.scheduler.client_desires_keys(known, client=HOLDER)
         return bool(wanted - self._held)
 
+    def _release(self, replica: Replica) -> None:
+        """Let go of the actor: Dask ends it."""
+        future, replica.future = replica.future, None
+        if future is None:
+            return
+        if future.done() or self._withdraw(replica):
+            future.release()
+        else:
+            # Submitted this moment, and not yet known to the scheduler.
+            self._spawn(self._withdraw_later(replica, future))
+
+    def _withdraw(self, replica: Replica) -> bool:
+        """Withdraw an actor that is not made yet; return whether the scheduler knows of it.
+
+        An actor that is released while it waits for a thread stays in Dask's set of its worker's actors for ever, and
+        keeps that worker from being retired.
+        """
+        task = self.scheduler.tasks.get(replica.key)
+        if task is None:
+            return False
+        worker = task.processing_on
+        if self._client is not None and self._client.id in self.scheduler.clients:
+            self.scheduler.client_releases_keys([replica.key], client=self._client.id)
+        if worker is not None and task.state not in ("processing", "memory"):
+            worker.actors.discard(task)
+        return True
+
+    async def _withdraw_later(self, replica: Replica, future: Any) -> None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(future._state.wait(), RECHECK)
+        if not future.done():
+            self._withdraw(replica)
+        future.release()
+
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _release(replica: Replica) -> None:
-    future, replica.future = replica.future, None
-    if future is not None:
-        future.release()
 
 
 def _explain(error: BaseException | None, worker: str) -> str:

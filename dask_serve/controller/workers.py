@@ -53,7 +53,7 @@ class WorkerViews:
             ours = self._registry.on_worker(address)
             booked: Counter[str] = Counter()
             for replica in ours:
-                booked.update(replica.spec.options.resources)  # type: ignore[arg-type]
+                booked.update(replica.spec.options.resources)
             views.append(
                 WorkerView(
                     address=address,
