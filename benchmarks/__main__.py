@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,8 @@ def main() -> int:
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     pairs, seconds = (1, 1.0) if options.quick else (options.pairs, options.seconds)
 
+    # Dask tells of every connection it closes when many calls are in flight: thousands of lines, which cost it time.
+    logging.getLogger("distributed.core").setLevel(logging.WARNING)
     rows = []
     for row in measure(parts, pairs, seconds):
         print(row.line(), file=sys.stderr, flush=True)
