@@ -119,7 +119,8 @@ class Reconciler:
             return
         if replica.move("failed") == "failed":
             message = f"replica {replica.id} on worker {replica.worker} failed:\n{error.rstrip()}"
-            logger.warning("%s", message)
+            # The worker's log has the traceback already.
+            logger.warning("replica %s on %s failed: %s", replica.id, replica.worker, error.strip().splitlines()[-1:])
             self.registry.count_failure(replica, message, time.monotonic())
             self.workers.note_failure(replica)
             self._release(replica)
