@@ -13,7 +13,7 @@ Numbers are little-endian. Nothing here looks into a header or a payload.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 __all__ = ["Buffer", "Frame", "FrameError", "FrameReader", "encode_frame"]
@@ -83,20 +83,25 @@ class FrameReader:
         self._body = bytearray()
         self._filled = 0
 
-    def feed(self, data: bytes) -> list[Frame]:
-        """Take the next bytes and return the frames that are complete now.
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Take the next bytes and yield the frames that are complete now.
+
+        One by one, because what a frame says may change what the next is allowed: behind the frame that proves who the peer is, and in
+        the same read, may stand one of any size.
 
         Raises
         ------
         FrameError
             The bytes break the format; frames before the break are lost with the connection.
         """
-        frames: list[Frame] = []
         start = 0
         if self._head is not None:
-            start = self._fill(data, frames)
-            if self._head is not None:
-                return frames
+            start = self._fill(data)
+            if self._filled < self._head[0]:
+                return
+            head, body = self._head, self._body
+            self._head, self._body = None, bytearray()
+            yield _cut_large(head, body)
         elif self._rest:
             data = self._rest + data
         end = len(data)
@@ -113,21 +118,17 @@ class FrameReader:
                     self._body[: end - begin] = memoryview(data)[begin:end]
                     start = end
                 break
-            frames.append(_cut_small(head, data, begin, stop))
             start = stop
+            yield _cut_small(head, data, begin, stop)
         self._rest = bytes(data[start:]) if start < end else b""
-        return frames
 
-    def _fill(self, data: bytes, frames: list[Frame]) -> int:
+    def _fill(self, data: bytes) -> int:
         """Fill the large body; return how many bytes of ``data`` it took."""
         assert self._head is not None
         size = self._head[0]
         take = min(size - self._filled, len(data))
         self._body[self._filled : self._filled + take] = data if take == len(data) else memoryview(data)[:take]
         self._filled += take
-        if self._filled == size:
-            frames.append(_cut_large(self._head, self._body))
-            self._head, self._body = None, bytearray()
         return take
 
 
