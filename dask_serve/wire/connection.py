@@ -109,6 +109,10 @@ class Connection(asyncio.Protocol):
                     self._handshake(frame)
         except (FrameError, msgspec.DecodeError) as error:
             self._refuse(str(error))
+        except Exception:
+            # A defect of ours: what it leaves behind is not known, so the connection ends, and with it nothing hangs.
+            logger.exception("A frame from %s could not be handled", self.peer)
+            self.abort()
 
     def _handshake(self, frame: Frame) -> None:
         raise NotImplementedError
