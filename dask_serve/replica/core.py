@@ -30,9 +30,18 @@ class ReplicaCore:
         ``max_ongoing_requests``.
     user : UserCode
         Where admitted requests run.
+    settle : callable
+        Handles the answers that wait for the door, and says whether there were any.
     """
 
-    def __init__(self, id: str, limit: int, user: UserCode, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        id: str,
+        limit: int,
+        user: UserCode,
+        loop: asyncio.AbstractEventLoop,
+        settle: Callable[[], bool],
+    ) -> None:
         self.id = id
         self.admission = Admission(limit)
         self.draining = False
@@ -40,6 +49,7 @@ class ReplicaCore:
         self.answered = 0
         self.failed = 0
         self._user = user
+        self._settle = settle
         self._loop = loop
         self._active = 0
         self._waiting: deque[Execution] = deque()
@@ -54,7 +64,10 @@ class ReplicaCore:
         if self.draining:
             connection.send(Kind.DRAINING, frame.request, encode(Reply(admission.running, admission.wanted)))
             return
-        if not admission.admit(connection, call.credit):
+        # An answer may have reached its caller before the door heard of it: the books come first, then the refusal.
+        if not admission.admit(connection, call.credit) and not (
+            self._settle() and admission.admit(connection, call.credit)
+        ):
             connection.send(Kind.FULL, frame.request, encode(Reply(admission.running, admission.wanted)))
             return
         execution = Execution(self, connection, frame.request, call, frame.parts, time.monotonic())
@@ -114,12 +127,31 @@ class ReplicaCore:
             self.failed += 1
         else:
             self.answered += 1
-        self._reply(execution, answer, self.admission.finish(now - execution.began, now))
+        credited = self.admission.finish(now - execution.began, now)
+        if execution.answered:
+            connection.executions.pop(execution.request, None)
+            self._send_credits(credited)
+        else:
+            self._reply(execution, answer, credited)
         waiting = self._waiting
         while waiting and self._active < self.admission.limit:
             self._begin(waiting.popleft())
         if self._idle and not self.admission.running:
             self._tell_idle()
+
+    def answer_from_thread(self, execution: Execution, answer: Answer) -> bool:
+        """Write the answer of a lone request straight from the user's thread; False: the door has to.
+
+        What it reads here may be changed by the door meanwhile; the load that it tells is a hint in any case.
+        """
+        admission = self.admission
+        if admission.running > 1 or admission.granted or admission.wanted or answer.kind != Kind.RESULT:
+            return False
+        header = encode(Reply(0, 0, 0, answer.stored, answer.nbytes, answer.status, answer.headers))
+        execution.answered = execution.connection.send_from_thread(
+            answer.kind, execution.request, header, answer.parts
+        )
+        return execution.answered
 
     def _leave(self, execution: Execution, answer: Answer) -> None:
         """Answer a request that was admitted and never ran."""

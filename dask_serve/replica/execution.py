@@ -38,6 +38,7 @@ class Execution:
     """
 
     __slots__ = (
+        "answered",
         "began",
         "call",
         "cancelled",
@@ -67,6 +68,8 @@ class Execution:
         #: Left the waiting line: user code has it.
         self.running = False
         self.cancelled = False
+        #: The answer is written already; only the books are left to be kept.
+        self.answered = False
         #: A part of the answer has been sent.
         self.started = False
         self.task: asyncio.Task[None] | None = None

@@ -82,7 +82,7 @@ class ReplicaUnit:
                 self.spec["app"], self.spec["deployment"], self.id, self._worker.address, self.user.instance
             )
             self.user.open(door, replica)
-            self.core = ReplicaCore(self.id, self.options.max_ongoing_requests, self.user, door.loop)
+            self.core = ReplicaCore(self.id, self.options.max_ongoing_requests, self.user, door.loop, door.mailbox.drain)
             self.door = door
             opened = asyncio.wrap_future(door.run(_call(door.add, self.core)))
             await opened

@@ -305,6 +305,7 @@ class UserCode:
 
     def _answer(self, execution: Execution, answer: Answer) -> None:
         assert self._door is not None
+        execution.core.answer_from_thread(execution, answer)
         self._door.answer(execution, answer)
 
     def send(self, execution: Execution, answer: Answer) -> None:

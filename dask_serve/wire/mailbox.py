@@ -54,16 +54,32 @@ class Mailbox:
         self._items.append(item)
         if not self._awake:
             self._awake = True
-            self._loop.call_soon_threadsafe(self._drain, context=self._context)
+            try:
+                self._loop.call_soon_threadsafe(self._drain, context=self._context)
+            except RuntimeError:
+                # The next one has to hear of it too.
+                self._awake = False
+                raise
+
+    def drain(self) -> bool:
+        """Handle now what waits, on the loop's thread; True if something did."""
+        if not self._items:
+            return False
+        while self._items:
+            self._handle(self._items.popleft())
+        return True
 
     def _drain(self) -> None:
         self._awake = False
         items = self._items
         handle = self._handle
-        for _ in range(_BATCH):
-            if not items:
-                return
-            handle(items.popleft())
-        if items and not self._awake:
-            self._awake = True
-            self._loop.call_soon(self._drain, context=self._context)
+        try:
+            for _ in range(_BATCH):
+                if not items:
+                    return
+                handle(items.popleft())
+        finally:
+            # Also when handling one of them raised: the others must not wait for the next put.
+            if items and not self._awake:
+                self._awake = True
+                self._loop.call_soon(self._drain, context=self._context)
