@@ -26,6 +26,8 @@ _PART = struct.Struct("<Q")
 
 #: Bodies above this are received into a buffer of their own instead of being joined from pieces.
 _LARGE = 64 * 1024
+#: A buffer of its own has at most this size before bytes for it are there: a claim alone allocates no more.
+_UPFRONT = 1 << 26
 #: No body may claim more than this (64 GiB): a guard against garbage, not a tuning knob.
 MAX_BODY = 1 << 36
 
@@ -108,13 +110,13 @@ class FrameReader:
         while end - start >= _HEAD_SIZE:
             head = _HEAD.unpack_from(data, start)
             size = head[0]
-            if size > self.limit or head[2] + 8 * (head[3] - 1) > size:
+            if size > self.limit or head[2] + 8 * (head[3] - 1) > size or (not head[3] and head[2] != size):
                 raise FrameError(f"a frame of kind {head[4]} claims a body of {size} bytes")
             begin = start + _HEAD_SIZE
             stop = begin + size
             if stop > end:
                 if size > _LARGE:
-                    self._head, self._body, self._filled = head, bytearray(size), end - begin
+                    self._head, self._body, self._filled = head, bytearray(min(size, _UPFRONT)), end - begin
                     self._body[: end - begin] = memoryview(data)[begin:end]
                     start = end
                 break
@@ -127,6 +129,7 @@ class FrameReader:
         assert self._head is not None
         size = self._head[0]
         take = min(size - self._filled, len(data))
+        # Behind its end the buffer grows, which moves no bytes: blocks of that size are remapped.
         self._body[self._filled : self._filled + take] = data if take == len(data) else memoryview(data)[:take]
         self._filled += take
         return take

@@ -141,7 +141,8 @@ def load_exception(text: str, parts: Sequence[Buffer]) -> BaseException:
     if not isinstance(error, BaseException):
         lines = text.strip().splitlines()
         return UserCodeError(f"{lines[-1] if lines else 'user code failed'}\n\nIn the replica:\n{text}")
-    error.__cause__ = RemoteTraceback(text)
+    # Not by plain assignment, which frozen dataclasses and the like refuse.
+    BaseException.__setattr__(error, "__cause__", RemoteTraceback(text))
     return error
 
 
