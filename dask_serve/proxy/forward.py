@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import math
 import os
 import re
@@ -21,33 +22,39 @@ from starlette.types import Receive, Scope, Send
 
 from .. import exceptions
 from ..config import HTTPOptions
-from ..exceptions import RequestError
+from ..exceptions import ReplicaLostError, RequestCancelledError, RequestError
 from ..policy.routes import Routes
 from ..routing.calls import Outgoing
 from ..routing.fabric import Fabric
+from ..routing.router import Router
 from ..routing.table import RouteEntry, Table
 from ..wire.frames import Buffer
 from ..wire.messages import Chunk, Failure, HttpHead, Reply
-from .protocol import CONNECTION
+from .protocol import CONNECTION, ProxyProtocol
 
 __all__ = ["Forwarder", "HttpCall"]
+
+logger = logging.getLogger("dask_serve.proxy")
 
 #: Requests that may wait for a deployment at one proxy before more are refused, unless the deployment says otherwise.
 MAX_QUEUED = 10_000
 #: Seconds that a streamed answer may be silent.
 STREAM_IDLE = 60.0
+#: Seconds that a client may take to read what was sent before its connection is cut off.
+LINGER = 5.0
 #: A replica lost before the first byte: methods that may be run twice are sent once more.
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 #: Upper bounds of the latency histogram, in seconds.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
+_ID_HEADER = b"x-request-id"
 _valid_id = re.compile(rb"[!-~]{1,128}").fullmatch
 
 
 class HttpCall(Outgoing):
     """A request on its way, and what has come of its answer."""
 
-    __slots__ = ("_loop", "chunks", "ended", "error", "head", "status", "waiter")
+    __slots__ = ("_loop", "chunks", "ended", "error", "head", "status", "waiter", "whole")
 
     def __init__(self, parts: Sequence[Buffer], request_id: str, head: HttpHead, loop: Any) -> None:
         super().__init__("__call__", parts, request_id, head)
@@ -55,6 +62,8 @@ class HttpCall(Outgoing):
         self.status = 0
         self.head: list[tuple[bytes, bytes]] = []
         self.chunks: deque[Buffer] = deque()
+        #: The answer's body has come; after `ended` nothing follows, else background tasks still run in the replica.
+        self.whole = False
         self.ended = False
         #: Status, name and text of what went wrong.
         self.error: tuple[int, str, str] | None = None
@@ -62,7 +71,7 @@ class HttpCall(Outgoing):
 
     async def more(self, timeout: float) -> None:
         """Wait until another part of the answer has come."""
-        if not self.chunks and not self.ended:
+        if not self.chunks and not self.whole and not self.ended:
             self.waiter = self._loop.create_future()
             await asyncio.wait_for(self.waiter, timeout)
 
@@ -82,17 +91,26 @@ class HttpCall(Outgoing):
         if chunk.status:
             self.status = chunk.status
             self.head = chunk.headers
+            # A part of the answer may be with the client already.
+            self.retries = 0
             # The deadline is for the first byte.
             if self.timer is not None:
                 self.timer.cancel()
                 self.timer = None
+        elif not parts:
+            self.whole = True
         self.chunks.extend(parts)
         self._wake()
 
     def on_error(self, failure: Failure, parts: Sequence[Buffer]) -> None:
         if failure.error:
             kind = getattr(exceptions, failure.error, RequestError)
-            self._end(kind.status, failure.error, failure.message)
+            if kind is RequestCancelledError:
+                # Not by the client, whose cancellation is answered on this side.
+                text = "the replica gave the request up: it was stopped, or its code raised CancelledError"
+                self._end(ReplicaLostError.status, ReplicaLostError.__name__, text)
+            else:
+                self._end(kind.status, failure.error, failure.message)
         else:
             # The traceback is in the replica's log, under the request's id; no client sees it.
             self._end(500, "InternalServerError", "the deployment raised an exception")
@@ -123,7 +141,6 @@ class Forwarder:
         self.statuses: Counter[int] = Counter()
         self.buckets = [0] * (len(BUCKETS) + 1)
         self.seconds = 0.0
-        self.draining = False
         self._fabric = fabric
         self._options = options
         self._loop = asyncio.get_running_loop()
@@ -145,17 +162,20 @@ class Forwarder:
         """Answer one request."""
         began = monotonic()
         given_id: bytes | None = None
+        bad_timeout: bytes | None = None
         timeout: float | None = None
         for name, value in scope["headers"]:
-            if name == b"x-request-id":
+            if name == _ID_HEADER:
                 given_id = value if _valid_id(value) else None
             elif name == b"x-request-timeout-seconds":
                 timeout = _timeout(value)
                 if timeout is None:
-                    text = f"the header X-Request-Timeout-Seconds is {value[:40]!r}: give a number of seconds above 0"
-                    await self._refuse(send, began, self._new_id(), 400, "BadRequest", text)
-                    return
+                    bad_timeout = value
         request_id = self._new_id() if given_id is None else given_id.decode()
+        if bad_timeout is not None:
+            text = f"X-Request-Timeout-Seconds is {bad_timeout[:40].decode('latin-1')!r}: give a number of seconds above 0"
+            await self._refuse(send, began, request_id, 400, "BadRequest", text)
+            return
         path = scope["path"]
         route = self.routes.match(path)
         if route is None:
@@ -163,6 +183,9 @@ class Forwarder:
             return
         body = await self._body(receive)
         if body is None:
+            self._count(499, began)
+            return
+        if len(body) > self._options.body_limit:
             text = f"the body is larger than {self._options.body_limit} bytes (body_limit of serve.start)"
             await self._refuse(send, began, request_id, 413, "BodyTooLarge", text)
             return
@@ -188,7 +211,7 @@ class Forwarder:
         call = HttpCall((body,) if body else (), request_id, head, self._loop)
         if method in _SAFE:
             call.retries = 1
-        connection = scope[CONNECTION]
+        connection: ProxyProtocol = scope[CONNECTION]
         connection.on_disconnect = lambda: router.cancel(call)
         router.submit(call, timeout, limit)
         if not call.waiter.done():
@@ -201,58 +224,85 @@ class Forwarder:
             await self._refuse(send, began, request_id, *call.error)
             return
         headers = call.head
-        headers.append((b"x-request-id", request_id.encode()))
+        if _ID_HEADER not in [name for name, _ in headers]:
+            headers.append((_ID_HEADER, request_id.encode()))
         await send({"type": "http.response.start", "status": call.status, "headers": headers})
         if call.ended:
-            body = call.chunks[0] if call.chunks else b""
+            chunks = call.chunks
+            # A short stream may have come as a whole.
+            body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             await send({"type": "http.response.body", "body": body})
             self._count(call.status, began)
         else:
-            await self._stream(call, router, send, began)
+            await self._stream(call, router, connection, method == "HEAD", send, began)
 
-    async def _stream(self, call: HttpCall, router: Any, send: Send, began: float) -> None:
+    async def _stream(
+        self, call: HttpCall, router: Router, connection: ProxyProtocol, only_head: bool, send: Send, began: float
+    ) -> None:
         """Pass on a streamed answer; the replica sends no more than its window ahead of what the client has read."""
         status = call.status
         try:
-            while True:
-                while call.chunks:
-                    chunk = bytes(call.chunks.popleft())
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                    if call.target is not None and not call.ended:
-                        call.target[1].link.widen(call.number, len(chunk))
-                if call.ended:
-                    break
-                await call.more(STREAM_IDLE)
-            if call.error is None:
-                await send({"type": "http.response.body", "body": b""})
-            else:
-                # The head is out: to end without the last chunk is the only way left to say that it failed.
+            if not only_head:
+                await self._pass_on(call, send)
+            if call.error is not None:
                 status = call.error[0]
-                raise _BrokenStreamError(call.error[2])
-        except (asyncio.TimeoutError, _BrokenStreamError):
-            router.cancel(call)
-            raise _BrokenStreamError(f"request {call.request_id}: the stream ended early") from None
-        except BaseException:
-            router.cancel(call)
-            raise
+                if status != RequestCancelledError.status:
+                    logger.warning("Request %s: its stream ended early: %s", call.request_id, call.error[2])
+                # The head is out: to end without the last chunk is the only way left to say that it failed.
+                await self._cut_off(connection)
+            else:
+                await send({"type": "http.response.body", "body": b""})
         finally:
             self._count(status, began)
+            # When the body is whole its background tasks go on.
+            if not call.whole:
+                router.cancel(call)
+
+    async def _pass_on(self, call: HttpCall, send: Send) -> None:
+        """Send the chunks as they come, until the body is whole or has failed."""
+        while True:
+            while call.chunks:
+                chunk = bytes(call.chunks.popleft())
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                if not call.ended:
+                    call.target[1].link.widen(call.number, len(chunk))
+            if call.whole or call.ended:
+                return
+            try:
+                await call.more(STREAM_IDLE)
+            except asyncio.TimeoutError:
+                call.error = (504, "RequestTimeoutError", f"nothing came for {STREAM_IDLE:g} s")
+                return
+
+    async def _cut_off(self, connection: ProxyProtocol) -> None:
+        """Close a connection without the end of the answer, once what was sent is read."""
+        if connection.transport.is_closing():
+            return
+        closed = self._loop.create_future()
+        connection.on_disconnect = lambda: closed.done() or closed.set_result(None)
+        connection.transport.close()
+        try:
+            await asyncio.wait_for(closed, LINGER)
+        except asyncio.TimeoutError:
+            connection.transport.abort()
+            await asyncio.sleep(0)
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """Read the whole body; None when it is larger than it may be."""
+        """Read the whole body, or a little more than may be; None when the client went away before its end."""
         message = await receive()
-        body: bytes = message.get("body", b"")
-        if not message.get("more_body"):
-            return body if len(body) <= self._options.body_limit else None
+        if message["type"] == "http.disconnect":
+            return None
+        body: bytes = message["body"]
+        if not message["more_body"]:
+            return body
         pieces = [body]
         size = len(body)
-        while message.get("more_body"):
+        while message["more_body"] and size <= self._options.body_limit:
             message = await receive()
-            piece = message.get("body", b"")
-            size += len(piece)
-            if size > self._options.body_limit:
+            if message["type"] == "http.disconnect":
                 return None
-            pieces.append(piece)
+            pieces.append(message["body"])
+            size += len(message["body"])
         return b"".join(pieces)
 
     async def _refuse(
@@ -264,12 +314,10 @@ class Forwarder:
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            (b"x-request-id", request_id.encode()),
+            (_ID_HEADER, request_id.encode()),
         ]
         if status == 503:
             headers.append((b"retry-after", b"1"))
-        if status == 413:
-            headers.append((b"connection", b"close"))
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
@@ -290,10 +338,6 @@ class Forwarder:
                 break
             index += 1
         self.buckets[index] += 1
-
-
-class _BrokenStreamError(Exception):
-    """Makes uvicorn close the connection instead of ending the answer as if it were whole."""
 
 
 def _timeout(value: bytes) -> float | None:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.responses import PlainTextResponse, Response
 
 from ..context import RequestContext, request_context
 from ..exceptions import MethodNotFoundError
 from ..wire.messages import HttpHead, Kind
 from .execution import Answer, Execution
+from .streams import END, opened
 
 if TYPE_CHECKING:
     from .user import UserCode
@@ -28,6 +30,13 @@ __all__ = ["HttpAdapter"]
 
 #: Bytes of a streamed answer that may be on their way.
 WINDOW = 256 * 1024
+
+#: What no header may contain; a proxy would have to break the connection.
+_bad_name = re.compile(rb"[\x00-\x20\x7f()<>@,;:\[\]={}\\\"]").search
+_bad_value = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]").search
+
+_TEXT = [(b"content-type", b"text/plain; charset=utf-8")]
+_BINARY = [(b"content-type", b"application/octet-stream")]
 
 
 class HttpAdapter:
@@ -52,11 +61,11 @@ class HttpAdapter:
         user = self._user
         call = execution.call
         assert call.http is not None
+        conversation = _Conversation(user, execution, call.http)
         try:
             request_context.set(RequestContext(call.request_id, execution.deadline))
             if self._function is None:
                 raise self._error
-            conversation = _Conversation(user, execution, _scope(call.http))
             function = self._function
             if self._is_async:
                 result = await (function(conversation.request()) if self._takes_request else function())
@@ -68,31 +77,72 @@ class HttpAdapter:
                     return function(request) if self._takes_request else function()
 
                 result = await user.in_pool(run)
-            answer = await conversation.finish(_response(result))
-        except HTTPException as error:
-            answer = _plain(PlainTextResponse(str(error.detail), error.status_code, dict(error.headers or {})))
+                if inspect.iscoroutine(result):
+                    # An async method behind a plain decorator.
+                    result = await result
+            if inspect.isasyncgen(result) or inspect.isgenerator(result):
+                answer = await conversation.stream(result)
+            else:
+                answer = await conversation.finish(_response(result))
         except BaseException as error:
-            answer = user.answer_for(execution, error)
+            answer = self._answer_for(execution, error, conversation.started)
         user.send(execution, answer)
+
+    def _answer_for(self, execution: Execution, error: BaseException, started: bool) -> Answer:
+        if isinstance(error, HTTPException) and not started:
+            try:
+                return _plain(_of_exception(error))
+            except ValueError as other:
+                error = other
+        return self._user.answer_for(execution, error)
 
 
 class _Conversation:
-    """One ASGI conversation, for the answers that need one."""
+    """One ASGI conversation, for the answers that need one.
 
-    def __init__(self, user: UserCode, execution: Execution, scope: dict[str, Any]) -> None:
+    Attributes
+    ----------
+    started : bool
+        The head of the answer is on its way: its status cannot change any more.
+    """
+
+    def __init__(self, user: UserCode, execution: Execution, head: HttpHead) -> None:
+        self.started = False
         self._user = user
         self._execution = execution
-        self._scope = scope
+        self._scope = _scope(head)
         self._body_taken = False
+        self._runs_on = False
 
     def request(self) -> Request:
         return Request(self._scope, self._receive, self._send)
 
     async def finish(self, response: Response) -> Answer:
         """Return the last frame of the answer; the others are on their way by then."""
-        if type(response).__call__ is Response.__call__ and response.background is None:
-            return _plain(response)
-        await response(self._scope, self._receive, self._send)
+        if response.background is None:
+            if type(response).__call__ is Response.__call__:
+                return _plain(response)
+        else:
+            self._runs_on = True
+        try:
+            await response(self._scope, self._receive, self._send)
+        finally:
+            source = getattr(response, "body_iterator", None)
+            if inspect.isasyncgen(source):
+                await source.aclose()
+        return Answer(Kind.END)
+
+    async def stream(self, generator: Any) -> Answer:
+        """Send what a generator yields. The head waits for the first chunk, so that an error before it has its own status."""
+        async with opened(generator, self._user.in_pool) as following:
+            chunk = await following()
+            headers = _TEXT if chunk is END or isinstance(chunk, str) else _BINARY
+            body = chunk if chunk is END else _as_bytes(chunk)
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+            while body is not END:
+                await self._send({"type": "http.response.body", "body": body, "more_body": True})
+                chunk = await following()
+                body = chunk if chunk is END else _as_bytes(chunk)
         return Answer(Kind.END)
 
     async def _receive(self) -> dict[str, Any]:
@@ -113,6 +163,8 @@ class _Conversation:
         execution = self._execution
         if message["type"] == "http.response.start":
             headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
+            _check(headers)
+            self.started = True
             self._user.send(execution, Answer(Kind.CHUNK, status=message["status"], headers=headers))
         elif message["type"] == "http.response.body":
             body = message.get("body", b"")
@@ -120,6 +172,9 @@ class _Conversation:
                 await self._room()
                 execution.outstanding += len(body)
                 self._user.send(execution, Answer(Kind.CHUNK, (bytes(body),)))
+            if self._runs_on and not message.get("more_body"):
+                # An empty chunk: the body is whole, and the client has its answer while background tasks run.
+                self._user.send(execution, Answer(Kind.CHUNK))
 
     async def _room(self) -> None:
         execution = self._execution
@@ -133,7 +188,7 @@ class _Conversation:
 def _scope(head: HttpHead) -> dict[str, Any]:
     return {
         "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": head.http_version,
         "method": head.method,
         "scheme": head.scheme,
@@ -150,7 +205,29 @@ def _scope(head: HttpHead) -> dict[str, Any]:
 
 def _plain(response: Response) -> Answer:
     body = response.body
+    _check(response.raw_headers)
     return Answer(Kind.RESULT, (bytes(body),), status=response.status_code, headers=response.raw_headers)
+
+
+def _check(headers: list[tuple[bytes, bytes]]) -> None:
+    for name, value in headers:
+        if _bad_value(value) or _bad_name(name):
+            raise ValueError(f"HTTP forbids the header {name!r} with the value {value!r}")
+
+
+def _of_exception(error: HTTPException) -> Response:
+    headers = dict(error.headers or {})
+    if error.status_code in (204, 304):
+        return Response(status_code=error.status_code, headers=headers)
+    return PlainTextResponse(str(error.detail), error.status_code, headers)
+
+
+def _as_bytes(chunk: Any) -> bytes:
+    if isinstance(chunk, str):
+        return chunk.encode()
+    if isinstance(chunk, (bytes, bytearray, memoryview)):
+        return bytes(chunk)
+    raise TypeError(f"a streamed answer is made of str or bytes; the generator yielded a {type(chunk).__name__}")
 
 
 def _response(result: Any) -> Response:
@@ -161,8 +238,6 @@ def _response(result: Any) -> Response:
         return PlainTextResponse(result)
     if isinstance(result, (bytes, bytearray, memoryview)):
         return Response(bytes(result), media_type="application/octet-stream")
-    if inspect.isasyncgen(result) or inspect.isgenerator(result):
-        return StreamingResponse(result, media_type="text/plain")
     return Response(msgspec.json.encode(result, enc_hook=_as_json), media_type="application/json")
 
 
