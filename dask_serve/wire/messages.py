@@ -1,8 +1,8 @@
 """What frames say: the kinds, and the header of each.
 
-Headers are msgpack arrays: a field may be added at the end with a default, and a version that does not know it skips it. A
-request's first frame is a CALL (or FETCH); it is answered exactly once: by RESULT, ERROR, FULL or DRAINING, or by CHUNKs and an
-END (or ERROR).
+Headers are msgpack arrays: a field may be added at the end with a default, and a version that does not know it skips it.
+A request's first frame is a CALL (or FETCH); it is answered exactly once: by RESULT, ERROR, FULL or DRAINING, or by
+CHUNKs and an END (or ERROR).
 """
 
 from __future__ import annotations
@@ -12,7 +12,20 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-__all__ = ["Attachment", "Call", "Chunk", "Failure", "Hello", "HttpHead", "Kind", "Proof", "ReplicaName", "Reply", "Want", "encode"]
+__all__ = [
+    "Attachment",
+    "Call",
+    "Chunk",
+    "Failure",
+    "Hello",
+    "HttpHead",
+    "Kind",
+    "Proof",
+    "ReplicaName",
+    "Reply",
+    "Want",
+    "encode",
+]
 
 #: The wire's versions that this code speaks, the preferred one first.
 VERSIONS: Final = (1,)

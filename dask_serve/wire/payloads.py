@@ -58,16 +58,34 @@ def dumps(obj: object, reducers: Reducers | None = None) -> list[Buffer]:
         Neither can serialise it; the message is theirs.
     """
     try:
-        parts = _dump(pickle.Pickler, obj, reducers)
+        parts = _dump(_Pickler, obj, reducers)
         # Pickle takes what __main__ defines by reference, and the worker's __main__ is another one.
         if b"__main__" not in parts[0]:
             return parts
-    except Exception:  # noqa: S110 - whatever pickle stumbles over, cloudpickle may manage
+    except Exception:  # noqa: BLE001 - whatever pickle stumbles over, cloudpickle may manage
         pass
     try:
-        return _dump(cloudpickle.Pickler, obj, reducers)
+        return _dump(_CloudPickler, obj, reducers)
     except Exception as error:
         raise PayloadError(f"cannot be pickled: {type(error).__name__}: {error}") from error
+
+
+class _Pickler(pickle.Pickler):
+    def reduce_with(self, reducers: Reducers) -> None:
+        self.dispatch_table = {**copyreg.dispatch_table, **reducers}
+
+
+class _CloudPickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """Cloudpickle's, which does not look at a dispatch table that is set on a pickler."""
+
+    reducers: Reducers | None = None
+
+    def reduce_with(self, reducers: Reducers) -> None:
+        self.reducers = reducers
+
+    def reducer_override(self, obj: Any) -> Any:
+        reduce = self.reducers.get(type(obj)) if self.reducers else None
+        return super().reducer_override(obj) if reduce is None else reduce(obj)
 
 
 def _dump(kind: Any, obj: object, reducers: Reducers | None) -> list[Buffer]:
@@ -75,7 +93,7 @@ def _dump(kind: Any, obj: object, reducers: Reducers | None) -> list[Buffer]:
     buffers: list[pickle.PickleBuffer] = []
     pickler = kind(file, protocol=5, buffer_callback=buffers.append)
     if reducers:
-        pickler.dispatch_table = {**getattr(pickler, "dispatch_table", copyreg.dispatch_table), **reducers}
+        pickler.reduce_with(reducers)
     pickler.dump(obj)
     if not buffers:
         return [file.getvalue()]
@@ -90,7 +108,7 @@ def _dump_in_band(kind: Any, obj: object, reducers: Reducers | None) -> list[Buf
     file = io.BytesIO()
     pickler = kind(file, protocol=5)
     if reducers:
-        pickler.dispatch_table = {**getattr(pickler, "dispatch_table", copyreg.dispatch_table), **reducers}
+        pickler.reduce_with(reducers)
     pickler.dump(obj)
     return [file.getvalue()]
 
@@ -125,7 +143,7 @@ def dump_exception(error: BaseException) -> tuple[str, list[Buffer]]:
         # Many exceptions pickle and then fail to unpickle (arguments that __init__ does not take).
         if not isinstance(loads(parts), BaseException):
             return text, []
-    except Exception:
+    except Exception:  # noqa: BLE001 - user code runs in there
         return text, []
     return text, parts
 
@@ -136,7 +154,7 @@ def load_exception(text: str, parts: Sequence[Buffer]) -> BaseException:
     if parts:
         try:
             error = loads(parts)
-        except Exception:
+        except Exception:  # noqa: BLE001 - user code runs in there
             error = None
     if not isinstance(error, BaseException):
         lines = text.strip().splitlines()
