@@ -1,7 +1,7 @@
 """What frames say: the kinds, and the header of each.
 
-Headers are msgpack arrays: a field may be added at the end with a default, and a version that does not know it skips it.
-A request's first frame is a CALL (or FETCH); it is answered exactly once: by RESULT, ERROR, FULL or DRAINING, or by
+Headers are msgpack arrays: a field may be added at the end with a default; a version that does not know it skips it. A
+request's first frame is a CALL (or FETCH); it is answered exactly once: by RESULT, ERROR, FULL or DRAINING, or by
 CHUNKs and an END (or ERROR).
 """
 

@@ -75,7 +75,7 @@ class _Pickler(pickle.Pickler):
         self.dispatch_table = {**copyreg.dispatch_table, **reducers}
 
 
-class _CloudPickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _CloudPickler(cloudpickle.Pickler):
     """Cloudpickle's, which does not look at a dispatch table that is set on a pickler."""
 
     reducers: Reducers | None = None
