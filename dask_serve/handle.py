@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import time
@@ -10,9 +11,11 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any
 
-from distributed import Client, Future
+from distributed import Client, Worker
+from distributed.core import Status
 from msgspec import UNSET, UnsetType
 
+from .arguments import Arguments
 from .context import request_context
 from .exceptions import ConfigError, NotRunningError, PayloadError, ServeError
 from .policy.desired import deployment_id
@@ -22,9 +25,11 @@ from .routing.session import Session
 from .routing.state import Outcome, RefState
 from .session import current_client, current_worker
 from .wire import payloads
-from .wire.messages import Attachment
 
 __all__ = ["DeploymentHandle"]
+
+#: States of a Dask worker in which it is connected.
+WORKS = (Status.running, Status.paused)
 
 #: Request ids are unique by this prefix, made anew in each process, and a count.
 _prefix = os.urandom(6).hex()
@@ -194,25 +199,25 @@ class DeploymentHandle:
         state = RefState(self._method, (), request_id)
         state.retries = self._retries
         ref = DeploymentResponse(session, state, _why_not_to_block)
-        waiting: list[Any] = []
+        arguments = Arguments(session, state, timeout)
         try:
-            state.parts = payloads.dumps((args, kwargs), _reducers(waiting))
+            state.parts = payloads.dumps((args, kwargs), arguments.reducers)
         except PayloadError as error:
             state.settle("error", Outcome(error=("PayloadError", f"an argument of {self!r} {error}")))
             return ref if self._sync else Assigned(ref)
         if router is not None:
             state.home, state.thread = loop, self._thread
-            ref._cancel = lambda: router.cancel(state)
-            if waiting:
-                _after(session, state, waiting, lambda: router.submit(state, timeout, None))
+            ref._cancel = lambda: _on_loop(loop, _cancel, router, state, arguments)
+            if arguments:
+                arguments.start(lambda left: router.submit(state, left, None))
             else:
                 router.submit(state, timeout, None)
         else:
             engine, fabric = session.engine()
             id = self._id
-            ref._cancel = lambda: engine.put(lambda: fabric.router(id).cancel(state))
-            if waiting:
-                _after(session, state, waiting, lambda: engine.put(_submit, fabric, id, state, timeout))
+            ref._cancel = lambda: engine.put(_cancel_at, fabric, id, state, arguments)
+            if arguments:
+                engine.put(arguments.start, lambda left: _submit(fabric, id, state, left))
             else:
                 engine.put(_submit, fabric, id, state, timeout)
         return ref if self._sync else Assigned(ref)
@@ -245,17 +250,21 @@ class DeploymentHandle:
         if worker is not None and self._address in (None, worker.scheduler.address):
             session = Session.of(worker)
         else:
-            session = Session.of(self._find_client())
+            session = Session.of(self._find_owner())
         self._session = session
         return session
 
-    def _find_client(self) -> Client:
+    def _find_owner(self) -> Client | Worker:
         candidates = [self._client, current_client(), *list(Client._instances)]
         for client in candidates:
             if client is None or client.status != "running" or client.scheduler is None:
                 continue
             if self._client is client or self._address in (None, client.scheduler.address):
                 return client
+        # A thread that user code started in a replica or a task.
+        for worker in list(Worker._instances):
+            if worker.status in WORKS and self._address in (None, worker.scheduler.address):
+                return worker
         where = "" if self._address is None else f" at {self._address}"
         raise NotRunningError(
             f"{self!r} belongs to the cluster{where}, and no open Dask client is connected to it here: make one with "
@@ -290,6 +299,26 @@ def _submit(fabric: Any, id: str, state: RefState, timeout: float | None) -> Non
     fabric.router(id).submit(state, timeout, None)
 
 
+def _cancel_at(fabric: Any, id: str, state: RefState, arguments: Arguments) -> None:
+    _cancel(fabric.router(id), state, arguments)
+
+
+def _cancel(router: Router, state: RefState, arguments: Arguments) -> None:
+    """Cancel a call wherever it is by now (on its router's loop)."""
+    if not arguments.cancel() and not state.done():
+        router.cancel(state)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop | None, function: Callable[..., None], *args: Any) -> None:
+    """Call a function on a loop, at once where that is the one that runs here."""
+    if loop is None or loop is _running_loop():
+        function(*args)
+    else:
+        # A loop that is closed has ended its calls.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(function, *args)
+
+
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:
         return asyncio.get_running_loop()
@@ -302,76 +331,3 @@ def _why_not_to_block() -> str | None:
     if _running_loop() is None or current_worker() is None:
         return None
     return "the event loop of this replica"
-
-
-# -- refs and Dask futures among the arguments --------------------------------------------------------------------------
-
-
-def _reducers(waiting: list[Any]) -> payloads.Reducers:
-    """Leave refs and Dask futures out of the pickle, and collect them in ``waiting``."""
-
-    def stand_in(value: Any) -> tuple[Any, ...]:
-        if isinstance(value, Assigned):
-            value = value.ref
-        waiting.append(value)
-        return payloads.attached, (len(waiting) - 1,)
-
-    return {DeploymentResponse: stand_in, Assigned: stand_in, Future: stand_in}
-
-
-def _after(session: Session, state: RefState, waiting: list[Any], submit: Callable[[], None]) -> None:
-    """Submit the call once all that it is given has ended; the first failure among that is its own, and it never runs."""
-    state.keep = list(waiting)
-    left = itertools.count(len(waiting) - 1, -1)
-
-    def arrived() -> None:
-        if next(left):
-            return
-        failed = next((value for value in waiting if value.status != "finished"), None)
-        if failed is not None:
-            state.settle("error", _failure_of(failed))
-            return
-        attachments, parts = [], list(state.parts)
-        for value in waiting:
-            attachments.append(_attach(value, parts))
-        state.attachments, state.parts = attachments, parts
-        submit()
-
-    for value in waiting:
-        if isinstance(value, DeploymentResponse):
-            value._read = True
-            value._local.on_done(arrived)
-        else:
-            _when_done(value, arrived)
-
-
-def _when_done(future: Future, callback: Callable[[], None]) -> None:
-    """Call back once a Dask future has ended; its state is for its client's loop only."""
-
-    async def wait() -> None:
-        await future._state.wait()
-        callback()
-
-    future.client.loop.add_callback(wait)
-
-
-def _attach(value: Any, parts: list[Any]) -> Attachment:
-    if isinstance(value, DeploymentResponse):
-        outcome = value._local.outcome
-        assert outcome is not None
-        if outcome.stored is not None:
-            return Attachment(outcome.stored.process, outcome.stored.door, outcome.stored.name)
-        assert outcome.parts is not None
-        parts.extend(outcome.parts)
-        return Attachment(parts=len(outcome.parts))
-    return Attachment(key=value.key)
-
-
-def _failure_of(value: Any) -> Outcome:
-    if isinstance(value, DeploymentResponse):
-        outcome = value._local.outcome
-        assert outcome is not None
-        return outcome
-    error = value._state.exception or ServeError(f"the Dask future {value.key} is {value.status}")
-    return Outcome(raised=payloads.dump_exception(error))
-

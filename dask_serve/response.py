@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextlib
 import functools
 import logging
 import threading
+import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 from dask.utils import parse_timedelta
-from distributed import Future, Worker
+from distributed import Future, Worker, secede
+from distributed.threadpoolexecutor import rejoin
+from distributed.worker import thread_state
 
-from .exceptions import RequestCancelledError, ServeError
+from .exceptions import ReplicaLostError, RequestCancelledError, ServeError
 from .routing.promotion import pack_outcome, raise_outcome, take_pending, take_stored, take_value
 from .routing.session import Session
-from .routing.state import Outcome, RefState
+from .routing.state import Outcome, RefState, Stored
 from .wire import payloads
 
 __all__ = ["DeploymentResponse"]
@@ -24,6 +29,9 @@ __all__ = ["DeploymentResponse"]
 logger = logging.getLogger("distributed.serve.refs")
 
 _UNREAD = object()
+
+#: Seconds that `result` in a Dask task waits before it gives the task's thread back to its worker.
+SECEDE_AFTER = 0.05
 
 #: One ref is promoted at a time in a process; a finaliser never takes it.
 _promotion = threading.RLock()
@@ -45,6 +53,8 @@ class DeploymentResponse(Future):  # type: ignore[misc]
         self._session = session
         self._local = state
         self._inner: Future | None = None
+        #: A call that has the ref as an argument fetches the stored value too: the value stays when the ref is promoted.
+        self._shared = False
         self._decoded: Any = _UNREAD
         self._read = False
         self._cancel: Callable[[], None] | None = None
@@ -121,14 +131,42 @@ class DeploymentResponse(Future):  # type: ignore[misc]
         if self._decoded is not _UNREAD:
             return self._decoded
         self._refuse_to_block("result()")
-        if not self._local.wait_in_thread(seconds):
+        begun = time.monotonic()
+        if not self._wait_in_thread(seconds):
             raise TimeoutError(f"no result of request {self.request_id} within {seconds:g} s; the call goes on")
         outcome = self._local.outcome
         assert outcome is not None
         if outcome.stored is not None and self._decoded is _UNREAD:
-            fetched = self._session.on_engine(self._session.fetch(*outcome.stored[:3])).result(seconds)
-            self._decoded = payloads.loads(fetched)
+            left = None if seconds is None else max(0.0, begun + seconds - time.monotonic())
+            self._decoded = self._fetch_in_thread(outcome.stored, left)
         return self._value(outcome)
+
+    def _wait_in_thread(self, seconds: float | None) -> bool:
+        """Wait for the end of the call; a Dask task gives its thread back meanwhile, which the call may need."""
+        local = self._local
+        if local.status != "pending":
+            return True
+        if not in_dask_task():
+            return local.wait_in_thread(seconds)
+        if local.wait_in_thread(SECEDE_AFTER if seconds is None else min(seconds, SECEDE_AFTER)):
+            return True
+        with seceded():
+            return local.wait_in_thread(None if seconds is None else max(0.0, seconds - SECEDE_AFTER))
+
+    def _fetch_in_thread(self, stored: Stored, seconds: float | None) -> Any:
+        try:
+            inner = self._inner
+            if inner is None:
+                try:
+                    parts = self._session.on_engine(self._session.fetch(*stored[:3])).result(seconds)
+                    return payloads.loads(parts)
+                except ReplicaLostError:
+                    inner = self._inner
+                    if inner is None:
+                        raise
+            return asyncio.run_coroutine_threadsafe(_value_of(inner), inner.client.loop.asyncio_loop).result(seconds)
+        except concurrent.futures.TimeoutError:
+            raise TimeoutError(f"the result of request {self.request_id} is there, and was not fetched in time") from None
 
     async def _result_within(self, seconds: float | None) -> Any:
         await self._local.wait(seconds)
@@ -145,8 +183,21 @@ class DeploymentResponse(Future):  # type: ignore[misc]
             error = outcome.exception()
             return type(error), error, None
         if outcome.stored is not None and self._decoded is _UNREAD:
-            self._decoded = payloads.loads(await self._session.fetch(*outcome.stored[:3]))
+            self._decoded = await self._fetch(outcome.stored)
         return self._value(outcome)
+
+    async def _fetch(self, stored: Stored) -> Any:
+        """Fetch the value from the store that has it, or from Dask, which has it once the ref is promoted."""
+        inner = self._inner
+        if inner is None:
+            try:
+                return payloads.loads(await self._session.fetch(*stored[:3]))
+            except ReplicaLostError:
+                inner = self._inner
+                if inner is None:
+                    raise
+        loop = inner.client.loop.asyncio_loop
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_value_of(inner), loop))
 
     def _value(self, outcome: Outcome) -> Any:
         self._read = True
@@ -182,7 +233,7 @@ class DeploymentResponse(Future):  # type: ignore[misc]
         if self._session.is_asynchronous:
             return self._exception(seconds)
         self._refuse_to_block("exception()")
-        if not self._local.wait_in_thread(seconds):
+        if not self._wait_in_thread(seconds):
             raise TimeoutError(f"request {self.request_id} did not end within {seconds:g} s; the call goes on")
         self._read = True
         return self._local.exception
@@ -217,7 +268,7 @@ class DeploymentResponse(Future):  # type: ignore[misc]
         ``def`` that runs finishes and its result is dropped. A settled ref is left alone."""
         if self._cancel is not None and self._local.status == "pending":
             self._cancel()
-        return _nothing() if self._session.is_asynchronous else None
+        return _Nothing() if self._session.is_asynchronous else None
 
     def cancelled(self) -> bool:
         """The request was cancelled."""
@@ -240,15 +291,20 @@ class DeploymentResponse(Future):  # type: ignore[misc]
     # ------------------------------------------------------------------ promotion
 
     def _promote(self) -> Future:
-        with _promotion:
-            if self._inner is None:
-                key = f"serve-{self._local.method.strip('_')}-{uuid.uuid4().hex}"
-                self._inner = self._submit(key)
-                self._read = True
-            return self._inner
+        inner = self._inner
+        if inner is None:
+            # In a worker this may have to make a client first.
+            client = self.client
+            with _promotion:
+                inner = self._inner
+                if inner is None:
+                    key = f"serve-{self._local.method.strip('_')}-{uuid.uuid4().hex}"
+                    inner = self._inner = self._submit(client, key)
+                    self._read = True
+                    client.loop.add_callback(_flush_later, client)
+        return inner
 
-    def _submit(self, key: str) -> Future:
-        client = self.client
+    def _submit(self, client: Any, key: str) -> Future:
         outcome = self._local.outcome
         if outcome is None:
             promise = uuid.uuid4().hex
@@ -263,12 +319,21 @@ class DeploymentResponse(Future):  # type: ignore[misc]
             return client.submit(
                 take_stored,
                 *outcome.stored,
+                self._shared,
                 key=key,
                 pure=False,
                 workers=self._session.worker_of(outcome.stored.process),
                 allow_other_workers=True,
             )
         return client.submit(raise_outcome, pack_outcome(outcome), key=key, pure=False)
+
+    def share(self) -> Future | None:
+        """A call is about to fetch the stored value: keep it when the ref is promoted. If it is already, return Dask's future."""
+        if self._inner is None:
+            with _promotion:
+                if self._inner is None:
+                    self._shared = True
+        return self._inner
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Future, (self.key,)
@@ -285,7 +350,9 @@ class DeploymentResponse(Future):  # type: ignore[misc]
         self._cleared = True
         inner, self._inner = self._inner, None
         if inner is not None:
-            # The task owns the value: its own release frees it.
+            # The task owns the value, and its own release frees it.
+            if self._shared:
+                self._session.later(_release_after, inner, self._session, self._local)
             return
         # No lock is taken here: the garbage collector calls this anywhere, and may hold one. The outcome is looked at before and after
         # the flag is set: whichever side comes second sees the other.
@@ -341,6 +408,53 @@ class _Discard:
             self._session.later(_log_unread, outcome)
 
 
+def _release_after(inner: Future, session: Session, state: RefState) -> None:
+    """Free a stored value that calls shared with Dask, once Dask has it."""
+
+    async def wait() -> None:
+        await inner._state.wait()
+        stored = _settled(state).stored
+        if stored is not None:
+            session.release(stored.process, stored.name)
+
+    inner.client.loop.add_callback(wait)
+
+
+def _flush_later(client: Any) -> None:
+    """`publish_dataset` flushes what the client sends before it reads the keys of futures: what that promotes must come first."""
+    buffer = getattr(client.scheduler_comm, "buffer", None)
+    if isinstance(buffer, list):
+        buffer.sort(key=lambda message: message.get("op") == "publish_flush_batched_send")
+
+
+async def _value_of(inner: Future) -> Any:
+    """Return a future's value, or raise a new exception (on the loop of its client)."""
+    try:
+        return await inner._result()
+    except ReplicaLostError as error:
+        raise ReplicaLostError(str(error)) from None
+
+
+def in_dask_task() -> bool:
+    """This thread runs a Dask task."""
+    return getattr(thread_state, "key", None) is not None
+
+
+@contextlib.contextmanager
+def seceded() -> Iterator[None]:
+    """Give the thread of this task back to its worker for a while."""
+    try:
+        secede()
+    except Exception:
+        # The task has done so itself, or runs in an executor that knows nothing of it.
+        yield
+        return
+    try:
+        yield
+    finally:
+        rejoin()
+
+
 def _log_unread(outcome: Outcome) -> None:
     text = outcome.raised[0] if outcome.raised is not None else ": ".join(outcome.error or ())
     logger.warning("A call failed, and its ref was dropped before anybody read the error:\n%s", text)
@@ -373,8 +487,13 @@ def _seconds(timeout: float | str | None) -> float | None:
     return None if timeout is None else float(parse_timedelta(timeout, "s"))
 
 
-async def _nothing() -> None:
-    return None
+class _Nothing:
+    """Awaited, it is None; unlike a coroutine it does not mind not being awaited."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Iterator[Any]:
+        return iter(())
 
 
 class Assigned:

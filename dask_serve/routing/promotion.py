@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from distributed import get_worker
+from distributed.utils import offload
 
 from ..exceptions import ReplicaLostError
 from ..wire import payloads
 from ..wire.frames import Buffer
 from .session import Session
 from .state import Outcome, Stored
+from .store import stores
 
 __all__ = ["pack_outcome", "raise_outcome", "take_pending", "take_stored", "take_value"]
 
@@ -54,18 +56,21 @@ def raise_outcome(packed: Sequence[Any]) -> None:
     raise error
 
 
-async def take_stored(process: str, door: str, name: str, nbytes: int) -> Any:
-    """Be the task of a value in a worker's store; from now on it is Dask's, and the store lets go of it."""
+async def take_stored(process: str, door: str, name: str, nbytes: int, shared: bool = False) -> Any:
+    """Be the task of a value in a worker's store; from now on it is Dask's, and the store lets go of it unless calls share it."""
     session = Session.of(get_worker())
     parts: Sequence[Buffer] = await asyncio.wrap_future(session.on_engine(_fetch(session, process, door, name)))
-    session.release(process, name)
-    return payloads.loads(parts)
+    value = await offload(payloads.loads, parts)
+    if not shared:
+        session.release(process, name)
+    return value
 
 
 async def _fetch(session: Session, process: str, door: str, name: str) -> Sequence[Buffer]:
     # A worker that has not heard from the controller yet has no secret to show to the door.
+    fabric = session.engine()[1]
     deadline = time.monotonic() + POLL
-    while session.table is None and time.monotonic() < deadline:
+    while fabric.table is None and process not in stores and time.monotonic() < deadline:
         await asyncio.sleep(0.01)
     return await session.fetch(process, door, name)
 

@@ -44,6 +44,8 @@ class Session:
         self.owner = owner
         self.id = uuid.uuid4().hex
         self.table: Table | None = None
+        #: There is no controller on the cluster.
+        self.absent = False
         self.closed = False
         self.in_worker = hasattr(owner, "batched_send")
         self._loop: asyncio.AbstractEventLoop = owner.loop.asyncio_loop
@@ -59,7 +61,10 @@ class Session:
         """Return the session of a client or worker, made at first use."""
         session = owner.__dict__.get("_dask_serve_session")
         if session is None or session.closed:
-            session = owner.__dict__["_dask_serve_session"] = cls(owner)
+            with _making:
+                session = owner.__dict__.get("_dask_serve_session")
+                if session is None or session.closed:
+                    session = owner.__dict__["_dask_serve_session"] = cls(owner)
         assert isinstance(session, Session)
         return session
 
@@ -93,6 +98,8 @@ class Session:
                 if not reply or "table" not in reply:
                     absent += 1
                     if absent == ABSENT_AFTER:
+                        with self._lock:
+                            self.absent, self.table = True, None
                         self._to_all(Fabric.absent)
                     await asyncio.sleep(RETRY)
                 elif reply["table"] is not None:
@@ -104,7 +111,7 @@ class Session:
 
     def _publish(self, table: Table) -> None:
         with self._lock:
-            self.table = table
+            self.absent, self.table = False, table
         self._to_all(Fabric.apply, table)
 
     def _to_all(self, function: Callable[..., None], *args: Any) -> None:
@@ -126,13 +133,15 @@ class Session:
         if engine is not None and fabric is not None and engine.pid == os.getpid():
             return engine, fabric
         with self._lock:
-            if self._engine is None or self._engine_fabric is None:
+            if self._engine is None or self._engine_fabric is None or self._engine.pid != os.getpid():
                 self._check_open()
                 engine = Engine.acquire()
                 fabric = Fabric(engine.loop, name="engine", ssl=self._ssl)
                 self._engine, self._engine_fabric = engine, fabric
                 if self.table is not None:
                     engine.put(fabric.apply, self.table)
+                elif self.absent:
+                    engine.put(fabric.absent)
             return self._engine, self._engine_fabric
 
     def fabric(self, loop: asyncio.AbstractEventLoop) -> Fabric:
@@ -146,9 +155,11 @@ class Session:
             fabric = Fabric(loop, name=f"loop-{id(loop):x}", ssl=self._ssl)
             with self._lock:
                 self._fabrics[loop] = fabric
-                table = self.table
+                table, absent = self.table, self.absent
             if table is not None:
                 fabric.apply(table)
+            elif absent:
+                fabric.absent()
             loop.create_task(self._close_with(loop, fabric))
         return fabric
 
@@ -264,6 +275,8 @@ class Session:
             except RuntimeError:
                 pass
 
+
+_making = threading.Lock()
 
 #: A client's and a worker's states in which their session is over.
 _CLOSED = {"closed", "closing", "Status.closed", "Status.closing", "Status.failed"}

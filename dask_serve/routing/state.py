@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from ..wire.messages import Chunk, Failure, Reply
 from .calls import Outgoing
 
 __all__ = ["Outcome", "RefState", "Stored"]
+
+logger = logging.getLogger("distributed.serve.refs")
 
 
 class Stored(NamedTuple):
@@ -97,9 +100,13 @@ class RefState(Outgoing):
             callbacks, self._callbacks = self._callbacks, None
         self.parts = ()
         self.keep = None
-        self.target = None
+        # The target stays: the answer to a cancelled request still comes, and is counted there.
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception:
+                # This may run on the router's loop, where it would break a connection that others share.
+                logger.exception("A callback of request %s failed", self.request_id)
         if self.unwanted is not None:
             self.unwanted(outcome)
         return True
@@ -151,7 +158,20 @@ class RefState(Outgoing):
         gate = threading.Lock()
         gate.acquire()
         self.on_done(gate.release)
-        return gate.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+        arrived = False
+        try:
+            arrived = gate.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+        finally:
+            if not arrived:
+                self._forget(gate.release)
+        return arrived
+
+    def _forget(self, callback: Callable[[], None]) -> None:
+        """Nobody waits any more: who asks again and again leaves nothing behind."""
+        with self._lock:
+            if self._callbacks is not None:
+                with contextlib.suppress(ValueError):
+                    self._callbacks.remove(callback)
 
     async def wait(self, timeout: float | None = None) -> None:
         """Wait on the running loop, whichever it is; at most ``timeout`` seconds.
@@ -170,18 +190,18 @@ class RefState(Outgoing):
 
     def waiter(self) -> asyncio.Future[None]:
         """Return a future of the running loop that ends when this is settled."""
-        home = self.home
-        if home is not None and self.thread == threading.get_ident() and home.is_running():
-            future: asyncio.Future[None] = home.create_future()
-            self.on_done(lambda: None if future.done() else future.set_result(None))
-        else:
-            loop = asyncio.get_running_loop()
-            future = loop.create_future()
+        home, thread = self.home, threading.get_ident()
+        loop = home if home is not None and self.thread == thread and home.is_running() else asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
 
-            def wake() -> None:
+        def wake() -> None:
+            if threading.get_ident() == thread and loop.is_running():
+                if not future.done():
+                    future.set_result(None)
+            else:
                 # The loop that waits may have been closed meanwhile.
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(None))
 
-            self.on_done(wake)
+        self.on_done(wake)
         return future
