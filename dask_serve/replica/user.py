@@ -23,13 +23,17 @@ from ..routing.store import INLINE_BELOW
 from ..wire import payloads
 from ..wire.frames import Buffer
 from ..wire.loops import new_event_loop
-from ..wire.mailbox import Mailbox
+from ..wire.mailbox import Mailbox, Outbox
 from ..wire.messages import Attachment, Kind
 from .asgi import HttpAdapter
 from .door import Door
 from .execution import Answer, Execution
 
 __all__ = ["UserCode"]
+
+#: Answers that took less than this many seconds wait for the end of the loop's tick, to leave with others. A longer one leaves at
+#: once: the code that runs next in the same tick may take as long.
+PROMPT = 0.002
 
 logger = logging.getLogger("distributed.serve.replica")
 
@@ -119,6 +123,8 @@ class UserCode:
     def open(self, door: Door, replica: ReplicaContext) -> None:
         """Everything is there: requests may come."""
         self._door = door
+        self._starts = Outbox(door.loop, self._inbox)
+        self._answers = Outbox(self.loop, door.mailbox)
         self._context.run(replica_context.set, replica)
         self._http = HttpAdapter(self)
 
@@ -157,15 +163,22 @@ class UserCode:
 
     def begin(self, execution: Execution) -> None:
         """Run an admitted request."""
-        self._inbox.put((self._start, execution))
+        call = execution.call
+        if call.http is None and not call.attachments:
+            method = self._methods.get(call.method)
+            if method is not None and not method[1]:
+                # A known `def`: nothing is to be done for it on the user loop.
+                self._pool.submit(self._run_blocking, execution, method[0], self._context.copy())
+                return
+        self._starts.put((self._start, execution))
 
     def cancel(self, execution: Execution) -> None:
         """Cancel a request that runs."""
-        self._inbox.put((self._cancel, execution))
+        self._starts.put((self._cancel, execution))
 
     def widen(self, execution: Execution, nbytes: int) -> None:
         """The caller has consumed ``nbytes`` of a streamed answer."""
-        self._inbox.put((self._widen, (execution, nbytes)))
+        self._starts.put((self._widen, (execution, nbytes)))
 
     def _on_mail(self, mail: tuple[Callable[[Any], None], Any]) -> None:
         mail[0](mail[1])
@@ -223,7 +236,9 @@ class UserCode:
             answer = context.run(self._blocking_answer, execution, function, ())
         except BaseException as error:
             answer = self.answer_for(execution, error)
-        self._answer(execution, answer)
+        assert self._door is not None
+        execution.core.answer_from_thread(execution, answer)
+        self._door.answer(execution, answer)
 
     def _blocking_answer(
         self, execution: Execution, function: Callable[..., Any], values: Sequence[Any]
@@ -304,9 +319,14 @@ class UserCode:
         return Answer(Kind.ERROR, parts, message=text)
 
     def _answer(self, execution: Execution, answer: Answer) -> None:
-        assert self._door is not None
+        """Hand an answer to the door, on the user loop: those of one tick together, unless it took long already."""
         execution.core.answer_from_thread(execution, answer)
-        self._door.answer(execution, answer)
+        try:
+            self._answers.put((execution, answer))
+            if time.monotonic() - execution.began > PROMPT:
+                self._answers.flush()
+        except RuntimeError:  # the door is closed: nobody is left who could read it
+            logger.debug("An answer came after the door was closed")
 
     def send(self, execution: Execution, answer: Answer) -> None:
         """Hand over an answer, or a part of one."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-__all__ = ["Mailbox"]
+__all__ = ["Mailbox", "Outbox"]
+
+#: An outbox hands over as many things as this without waiting for the end of the tick, so that the other thread begins
+#: meanwhile.
+FULL = 8
 
 #: Things handled before the loop gets a turn for its sockets.
 _BATCH = 256
@@ -61,6 +65,13 @@ class Mailbox:
                 self._awake = False
                 raise
 
+    def put_all(self, items: Iterable[object]) -> None:
+        """Append several things, with one wake-up."""
+        self._items.extend(items)
+        if not self._awake:
+            self._awake = True
+            self._loop.call_soon_threadsafe(self._drain, context=self._context)
+
     def drain(self) -> bool:
         """Handle now what waits, on the loop's thread; True if something did."""
         if not self._items:
@@ -83,3 +94,39 @@ class Mailbox:
             if items and not self._awake:
                 self._awake = True
                 self._loop.call_soon(self._drain, context=self._context)
+
+
+class Outbox:
+    """Things for a mailbox, collected on one loop and handed over once a tick.
+
+    Two threads that wake each other for every single thing spend their time handing over the interpreter lock.
+
+    Parameters
+    ----------
+    loop : asyncio.AbstractEventLoop
+        The loop that the things come from.
+    mailbox : Mailbox
+        Where they go.
+    """
+
+    __slots__ = ("_items", "_loop", "_mailbox")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, mailbox: Mailbox) -> None:
+        self._loop = loop
+        self._mailbox = mailbox
+        self._items: list[object] = []
+
+    def put(self, item: object) -> None:
+        """Append, on the loop's thread."""
+        items = self._items
+        if not items:
+            self._loop.call_soon(self.flush)
+        items.append(item)
+        if len(items) >= FULL:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand over now."""
+        if self._items:
+            items, self._items = self._items, []
+            self._mailbox.put_all(items)
