@@ -1,6 +1,7 @@
 """The hot path: one HTTP request from its head to the last byte of its answer.
 
-Routed by longest prefix, given an id and a deadline, put to the deployment's router, and answered with what the replica rendered.
+Routed by longest prefix, given an id and a deadline, put to the deployment's router, and answered with what the replica
+rendered.
 No task, no queue and no pickle is made on the way; a client that goes away cancels its request by a callback.
 """
 
@@ -12,13 +13,16 @@ import logging
 import math
 import os
 import re
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Sequence
+from functools import partial
 from time import monotonic
 from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from .. import exceptions
 from ..config import HTTPOptions
@@ -47,8 +51,16 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 #: Upper bounds of the latency histogram, in seconds.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
+#: Headers that say how the body is framed, or what becomes of the connection.
+_SPECIAL = frozenset({b"connection", b"transfer-encoding"})
+#: Bodies below this are copied behind their head.
+_JOIN_BELOW = 64 * 1024
 _ID_HEADER = b"x-request-id"
 _valid_id = re.compile(rb"[!-~]{1,128}").fullmatch
+
+
+#: Status, name and text of an error of ours.
+Refusal = tuple[int, str, str]
 
 
 class HttpCall(Outgoing):
@@ -65,8 +77,8 @@ class HttpCall(Outgoing):
         #: The answer's body has come; after `ended` nothing follows, else background tasks still run in the replica.
         self.whole = False
         self.ended = False
-        #: Status, name and text of what went wrong.
-        self.error: tuple[int, str, str] | None = None
+        #: What went wrong.
+        self.error: Refusal | None = None
         self.waiter: asyncio.Future[None] = loop.create_future()
 
     async def more(self, timeout: float) -> None:
@@ -161,59 +173,31 @@ class Forwarder:
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         began = monotonic()
-        given_id: bytes | None = None
-        bad_timeout: bytes | None = None
-        timeout: float | None = None
-        for name, value in scope["headers"]:
-            if name == _ID_HEADER:
-                given_id = value if _valid_id(value) else None
-            elif name == b"x-request-timeout-seconds":
-                timeout = _timeout(value)
-                if timeout is None:
-                    bad_timeout = value
-        request_id = self._new_id() if given_id is None else given_id.decode()
-        if bad_timeout is not None:
-            text = f"X-Request-Timeout-Seconds is {bad_timeout[:40].decode('latin-1')!r}: give a number of seconds above 0"
-            await self._refuse(send, began, request_id, 400, "BadRequest", text)
+        request_id, timeout, refusal = self._read_head(scope)
+        route = self.routes.match(scope["path"])
+        if refusal is None and route is None:
+            refusal = (404, "NotFound", self._unknown(scope["path"]))
+        if refusal is None:
+            # The parser is usually at the end of the request already: no need to ask for messages.
+            cycle = send.__self__  # type: ignore[attr-defined]
+            body = await self._body(receive) if cycle.more_body or cycle.disconnected else bytes(cycle.body)
+            if body is None:
+                self._count(499, began)
+                return
+            if len(body) > self._options.body_limit:
+                text = f"the body is larger than {self._options.body_limit} bytes (body_limit of serve.start)"
+                refusal = (413, "BodyTooLarge", text)
+        if refusal is not None:
+            await self._refuse(send, began, request_id, refusal)
             return
-        path = scope["path"]
-        route = self.routes.match(path)
-        if route is None:
-            await self._refuse(send, began, request_id, 404, "NotFound", self._unknown(path))
-            return
-        body = await self._body(receive)
-        if body is None:
-            self._count(499, began)
-            return
-        if len(body) > self._options.body_limit:
-            text = f"the body is larger than {self._options.body_limit} bytes (body_limit of serve.start)"
-            await self._refuse(send, began, request_id, 413, "BodyTooLarge", text)
-            return
-        router = self._fabric.router(route.deployment)
-        entry = router.entry
-        limit = MAX_QUEUED if entry is None or entry.max_queued_requests is None else entry.max_queued_requests
-        if timeout is None:
-            timeout = entry.request_timeout_s if entry is not None else None
-            if timeout is None:
-                timeout = self._options.request_timeout_s
-        method = scope["method"]
-        head = HttpHead(
-            method,
-            path,
-            "" if route.prefix == "/" else route.prefix,
-            scope["query_string"],
-            scope["headers"],
-            scope["scheme"],
-            scope["http_version"],
-            scope["client"],
-            scope["server"],
-        )
-        call = HttpCall((body,) if body else (), request_id, head, self._loop)
-        if method in _SAFE:
+        assert route is not None
+        call = HttpCall((body,) if body else (), request_id, _http_head(scope, route.prefix), self._loop)
+        if scope["method"] in _SAFE:
             call.retries = 1
+        router = self._fabric.router(route.deployment)
         connection: ProxyProtocol = scope[CONNECTION]
         connection.on_disconnect = lambda: router.cancel(call)
-        router.submit(call, timeout, limit)
+        self._submit(router, call, timeout)
         if not call.waiter.done():
             try:
                 await call.waiter
@@ -221,35 +205,60 @@ class Forwarder:
                 router.cancel(call)
                 raise
         if call.error is not None:
-            await self._refuse(send, began, request_id, *call.error)
+            await self._refuse(send, began, request_id, call.error)
             return
         headers = call.head
         if _ID_HEADER not in [name for name, _ in headers]:
             headers.append((_ID_HEADER, request_id.encode()))
-        await send({"type": "http.response.start", "status": call.status, "headers": headers})
         if call.ended:
             chunks = call.chunks
             # A short stream may have come as a whole.
-            body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-            await send({"type": "http.response.body", "body": body})
+            await _respond(send, call.status, headers, chunks[0] if len(chunks) == 1 else b"".join(chunks))
             self._count(call.status, began)
         else:
-            await self._stream(call, router, connection, method == "HEAD", send, began)
+            await send({"type": "http.response.start", "status": call.status, "headers": headers})
+            await self._stream(call, router, scope, send, began)
 
-    async def _stream(
-        self, call: HttpCall, router: Router, connection: ProxyProtocol, only_head: bool, send: Send, began: float
-    ) -> None:
+    def _read_head(self, scope: Scope) -> tuple[str, float | None, Refusal | None]:
+        """Return the request's id, its own deadline in seconds, and why it cannot be served."""
+        request_id: str | None = None
+        timeout: float | None = None
+        refusal = None
+        for name, value in scope["headers"]:
+            if name == _ID_HEADER:
+                request_id = value.decode() if _valid_id(value) else None
+            elif name == b"x-request-timeout-seconds":
+                timeout = _timeout(value)
+                if timeout is None:
+                    given = value[:40].decode("latin-1")
+                    text = f"the header X-Request-Timeout-Seconds is {given!r}: give a number of seconds above 0"
+                    refusal = (400, "BadRequest", text)
+        if request_id is None:
+            request_id = f"{self._id_prefix}{next(self._numbers):x}"
+        return request_id, timeout, refusal
+
+    def _submit(self, router: Router, call: HttpCall, timeout: float | None) -> None:
+        entry = router.entry
+        limit = MAX_QUEUED
+        if entry is not None:
+            if entry.max_queued_requests is not None:
+                limit = entry.max_queued_requests
+            if timeout is None:
+                timeout = entry.request_timeout_s
+        router.submit(call, self._options.request_timeout_s if timeout is None else timeout, limit)
+
+    async def _stream(self, call: HttpCall, router: Router, scope: Scope, send: Send, began: float) -> None:
         """Pass on a streamed answer; the replica sends no more than its window ahead of what the client has read."""
         status = call.status
         try:
-            if not only_head:
+            if scope["method"] != "HEAD":
                 await self._pass_on(call, send)
             if call.error is not None:
                 status = call.error[0]
                 if status != RequestCancelledError.status:
                     logger.warning("Request %s: its stream ended early: %s", call.request_id, call.error[2])
                 # The head is out: to end without the last chunk is the only way left to say that it failed.
-                await self._cut_off(connection)
+                await self._cut_off(scope[CONNECTION])
             else:
                 await send({"type": "http.response.body", "body": b""})
         finally:
@@ -279,11 +288,12 @@ class Forwarder:
         if connection.transport.is_closing():
             return
         closed = self._loop.create_future()
-        connection.on_disconnect = lambda: closed.done() or closed.set_result(None)
+        connection.on_disconnect = partial(closed.set_result, None)
         connection.transport.close()
         try:
             await asyncio.wait_for(closed, LINGER)
         except asyncio.TimeoutError:
+            connection.on_disconnect = None
             connection.transport.abort()
             await asyncio.sleep(0)
 
@@ -305,39 +315,76 @@ class Forwarder:
             size += len(message["body"])
         return b"".join(pieces)
 
-    async def _refuse(
-        self, send: Send, began: float, request_id: str, status: int, name: str, text: str
-    ) -> None:
+    async def _refuse(self, send: Send, began: float, request_id: str, refusal: Refusal) -> None:
         """Answer with an error of ours."""
+        status, name, text = refusal
         self._count(status, began)
         body = msgspec.json.encode({"error": name, "message": text, "request_id": request_id})
         headers = [
             (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
+            (b"content-length", b"%d" % len(body)),
             (_ID_HEADER, request_id.encode()),
         ]
         if status == 503:
             headers.append((b"retry-after", b"1"))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await _respond(send, status, headers, body)
 
     def _unknown(self, path: str) -> str:
         known = ", ".join(sorted(entry.prefix for entry in self.routes.entries)) or "none yet"
         return f"no application answers {path}; known route prefixes: {known}"
 
-    def _new_id(self) -> str:
-        return f"{self._id_prefix}{next(self._numbers):x}"
-
     def _count(self, status: int, began: float) -> None:
         seconds = monotonic() - began
         self.statuses[status] += 1
         self.seconds += seconds
-        index = 0
-        for bound in BUCKETS:
-            if seconds <= bound:
-                break
-            index += 1
-        self.buckets[index] += 1
+        self.buckets[bisect_left(BUCKETS, seconds)] += 1
+
+
+def _http_head(scope: Scope, prefix: str) -> HttpHead:
+    return HttpHead(
+        scope["method"],
+        scope["path"],
+        "" if prefix == "/" else prefix,
+        scope["query_string"],
+        scope["headers"],
+        scope["scheme"],
+        scope["http_version"],
+        scope["client"],
+        scope["server"],
+    )
+
+
+async def _respond(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: Buffer) -> None:
+    """Send a whole answer: in one write where nothing is special about it; uvicorn's ``send`` makes two."""
+    cycle = send.__self__  # type: ignore[attr-defined]
+    length = b""
+    usual = cycle.scope["method"] != "HEAD" and not (
+        cycle.disconnected or cycle.response_started or cycle.flow.write_paused
+    )
+    out: list[Buffer] = [STATUS_LINE[status]]
+    for name, value in (*cycle.default_headers, *headers):
+        out += (name, b": ", value, b"\r\n")
+        if name == b"content-length":
+            length = value
+        elif name in _SPECIAL:
+            usual = False
+    if not usual or length != b"%d" % len(body):
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": bytes(body)})
+        return
+    out.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
+    cycle.response_started = cycle.response_complete = True
+    cycle.waiting_for_100_continue = False
+    if len(body) < _JOIN_BELOW:
+        out.append(body)
+        cycle.transport.write(b"".join(out))
+    else:
+        cycle.transport.write(b"".join(out))
+        cycle.transport.write(body)
+    cycle.message_event.set()
+    if not cycle.keep_alive:
+        cycle.transport.close()
+    cycle.on_response()
 
 
 def _timeout(value: bytes) -> float | None:
@@ -345,6 +392,6 @@ def _timeout(value: bytes) -> float | None:
         seconds = float(value)
     except ValueError:
         return None
-    return seconds if 0 < seconds and math.isfinite(seconds) else None
+    return seconds if seconds > 0 and math.isfinite(seconds) else None
 
 

@@ -1,7 +1,7 @@
 """The replica's side of HTTP: user code is given a Starlette request, and its answer is rendered here.
 
-A plain answer leaves as one frame. A streaming one is an ordinary ASGI conversation whose chunks move against a window: user
-code waits in ``send`` while the caller has `WINDOW` bytes that it has not consumed.
+A plain answer leaves as one frame. A streaming one is an ordinary ASGI conversation whose chunks move against a window:
+user code waits in ``send`` while the caller has `WINDOW` bytes that it has not consumed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class HttpAdapter:
                 answer = await conversation.stream(result)
             else:
                 answer = await conversation.finish(_response(result))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the client gets an answer
             answer = self._answer_for(execution, error, conversation.started)
         user.send(execution, answer)
 
@@ -133,7 +133,7 @@ class _Conversation:
         return Answer(Kind.END)
 
     async def stream(self, generator: Any) -> Answer:
-        """Send what a generator yields. The head waits for the first chunk, so that an error before it has its own status."""
+        """Send what a generator yields; the head waits for the first chunk: an error before it has its own status."""
         async with opened(generator, self._user.in_pool) as following:
             chunk = await following()
             headers = _TEXT if chunk is END or isinstance(chunk, str) else _BINARY
@@ -248,7 +248,8 @@ def _as_json(value: Any) -> Any:
         if convert is not None:
             return convert(**kwargs)
     raise TypeError(
-        f"a {type(value).__name__} cannot be rendered as JSON; return a str, bytes, JSON-able value or starlette Response"
+        f"a {type(value).__name__} cannot be rendered as JSON; "
+        "return a str, bytes, JSON-able value or starlette Response"
     )
 
 
@@ -257,5 +258,5 @@ def _takes_request(function: Callable[..., Any]) -> bool:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return True
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return any(parameter.kind in positional for parameter in parameters)
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    return any(parameter.kind not in named for parameter in parameters)

@@ -1,7 +1,7 @@
 """Generators of user code, as one kind of asynchronous source that can be closed at any moment.
 
-Leaving a generator to the garbage collector would run its ``finally`` some time later, on whatever thread; here it has run when
-the request is answered.
+Leaving a generator to the garbage collector would run its ``finally`` some time later, on whatever thread; here it has
+run when the request is answered.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ async def opened(generator: Any, in_pool: InPool) -> AsyncIterator[Next]:
 class _Async:
     """An asynchronous generator."""
 
-    def __init__(self, generator: AsyncGenerator[Any, None]) -> None:
-        self._generator = generator
+    def __init__(self, generator: Any) -> None:
+        self._generator: AsyncGenerator[Any, None] = generator
         self.close = generator.aclose
 
     async def next(self) -> Any:
@@ -64,13 +64,13 @@ class _Blocking:
         await self._in_pool(self._close)
 
     def _step(self) -> Any:
-        # The request may have been cancelled while the step waited for a thread, or ran; a generator that runs can only be
-        # closed by the thread that runs it.
+        # The request may have been cancelled while the step waited for a thread, or ran; a generator that runs can only
+        # be closed by the thread that runs it.
         if self._closed:
             return END
         chunk = next(self._generator, END)
         if self._closed:
-            self._close()
+            self._close()  # type: ignore[unreachable]  # set meanwhile, by another thread
         return chunk
 
     def _close(self) -> None:
