@@ -103,6 +103,11 @@ class Admission:
             self._wants[router] = _Want(count, now - oldest)
         return self._grant(now)
 
+    def resize(self, limit: int, now: float) -> list[Hashable]:
+        """Take over another limit; what runs beyond a lower one goes on."""
+        self.limit = limit
+        return self._grant(now)
+
     def give_back(self, router: Hashable, now: float) -> list[Hashable]:
         """A router returns a credit for which it has no request any more."""
         if self._credits.get(router, 0):

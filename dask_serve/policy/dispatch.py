@@ -206,6 +206,13 @@ class Dispatcher:
             self._announced = 0
             self._announce(now)
 
+    def silent(self, target: Target, now: float) -> None:
+        """A replica cannot be asked at present (its ``usable`` is unset): ask others for what waits."""
+        if target.asked:
+            target.asked = False
+            self._announced = 0
+            self._announce(now)
+
     def fill(self, now: float) -> None:
         """Send unasked what waits while there is room by own count: replicas came, grew or are reachable again."""
         while self.queued:

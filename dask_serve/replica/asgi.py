@@ -63,6 +63,9 @@ class HttpAdapter:
         assert call.http is not None
         conversation = _Conversation(user, execution, call.http)
         try:
+            # The loop may have been blocked since the request came.
+            if execution.deadline is not None:
+                user.check(execution)
             request_context.set(RequestContext(call.request_id, execution.deadline))
             if self._function is None:
                 raise self._error

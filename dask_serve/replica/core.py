@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..policy.admission import Admission
@@ -45,6 +45,8 @@ class ReplicaCore:
         self.id = id
         self.admission = Admission(limit)
         self.draining = False
+        #: Everything is answered; what user code still answers is dropped.
+        self.closed = False
         #: Counts since the replica is ready: answers by kind, and seconds of work that nobody took.
         self.answered = 0
         self.failed = 0
@@ -231,13 +233,20 @@ class ReplicaCore:
 
     def set_limit(self, limit: int) -> None:
         """Change ``max_ongoing_requests`` in place."""
-        self.admission.limit = limit
+        self._send_credits(self.admission.resize(limit, time.monotonic()))
         while self._waiting and self._active < limit:
             self._begin(self._waiting.popleft())
 
-    def close(self) -> None:
-        """Forget everything; requests that still run are answered as lost by the closing connection."""
-        self.draining = True
+    def close(self, connections: Iterable[Any]) -> None:
+        """Forget everything, and answer what still runs as lost: user code will not any more."""
+        self.draining = self.closed = True
+        self._waiting.clear()
+        message = f"replica {self.id} was stopped while it ran the request"
+        for connection in connections:
+            for execution in [other for other in connection.executions.values() if other.core is self]:
+                del connection.executions[execution.request]
+                failure = Failure(0, 0, 0, "ReplicaLostError", message, execution.started)
+                connection.send(Kind.ERROR, execution.request, encode(failure))
         if self._lapse is not None:
             self._lapse.cancel()
             self._lapse = None

@@ -17,6 +17,7 @@ from concurrent.futures import Future as ConcurrentFuture
 from typing import Any, TypeVar
 
 from ..routing.fabric import Fabric
+from ..routing.link import notice_silence
 from ..routing.store import ResultStore, stores
 from ..wire.connection import DoorConnection
 from ..wire.frames import Buffer, Frame
@@ -62,6 +63,7 @@ class Visitor(DoorConnection):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        notice_silence(transport)
         self._door.connections.add(self)
 
 
@@ -157,9 +159,8 @@ class Door:
     async def _close(self) -> None:
         if self._server is not None:
             self._server.close()
-        for core in self.replicas.values():
-            core.close()
-        self.replicas.clear()
+        for core in list(self.replicas.values()):
+            self.remove(core)
         for connection in list(self.connections):
             connection.close()
         if self._fabric is not None:
@@ -247,21 +248,45 @@ class Door:
         if execution is None:
             content()
             return
+        if execution.core.closed:
+            if content.stored:
+                self.store.drop(content.stored)
+            return
         if content.stored:
-            execution.connection.stored.add(content.stored)
+            if execution.connection.closed:
+                self.loop.call_later(ORPHAN_LIFETIME, self.store.drop, content.stored)
+            else:
+                execution.connection.stored.add(content.stored)
         execution.core.on_answer(execution, content)
 
     # ------------------------------------------------------------------ replicas and results
 
     def add(self, core: ReplicaCore) -> None:
-        """Open the door for a replica (on the door's loop)."""
-        self.replicas[core.id] = core
+        """Open the door for a replica, if it has not ended meanwhile (on the door's loop)."""
+        if not core.draining:
+            self.replicas[core.id] = core
+
+    def retire(self, core: ReplicaCore, patience: float, ended: Callable[[], None]) -> None:
+        """Take no more requests, and remove the replica once nothing runs, at the latest after ``patience`` seconds.
+
+        On the door's loop; ``ended`` is called then.
+        """
+
+        def end() -> None:
+            timer.cancel()
+            self.remove(core)
+            ended()
+
+        timer = self.loop.call_later(patience, end)
+        core.drain(list(self.connections))
+        core.when_idle(end)
 
     def remove(self, core: ReplicaCore) -> None:
-        """No request reaches the replica any more (on the door's loop)."""
-        if self.replicas.pop(core.id, None) is not None:
+        """No request reaches the replica any more, and what runs there is answered (on the door's loop)."""
+        self.replicas.pop(core.id, None)
+        if not core.closed:
             core.drain(list(self.connections))
-            core.close()
+            core.close(self.connections)
 
     async def fetch(self, process: str, door: str, name: str) -> Sequence[Buffer]:
         """Return a stored result, from here or from another process's door (on the door's loop).

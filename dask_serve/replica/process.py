@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from distributed.comm.addressing import get_address_host
+from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 
+from ..exceptions import ServeError
 from .door import Door
 
 if TYPE_CHECKING:
@@ -24,6 +27,10 @@ logger = logging.getLogger("distributed.serve.process")
 #: Share of the time that Dask gives a closing worker's plugins (8 s for `dask worker`, 4 s in a LocalCluster) that replicas may
 #: take to drain; the rest is for closing.
 DRAIN_AT_CLOSE = 3.0
+#: Seconds to wait for the replicas' threads then.
+JOIN = 0.5
+
+_LEAVING = (Status.closing, Status.closed, Status.failed)
 
 
 class ServeProcess:
@@ -43,6 +50,8 @@ class ServeProcess:
         The unit is remembered as one of the worker's replicas.
         """
         with cls._lock:
+            if worker.status in _LEAVING:
+                raise ServeError(f"worker {worker.address} is closing")
             door = cls._doors.get(secret)
             if door is None:
                 listen = worker.security.get_listen_args("worker").get("ssl_context")
@@ -53,11 +62,15 @@ class ServeProcess:
                 cls._doors[secret] = door
             known = worker.address in cls._workers
             units = cls._workers.setdefault(worker.address, (secret, []))[1]
-            units[:] = [other for other in units if not other.released]
+            units[:] = [other for other in units if not other.ended]
             units.append(unit)
         if not known:
             loop = worker.loop.asyncio_loop
             asyncio.run_coroutine_threadsafe(worker.plugin_add(DrainAtClose(), name=DrainAtClose.name), loop).result(10)
+            if worker.status in _LEAVING:
+                # It may have looked for plugins to tear down before ours was there.
+                cls.leave(worker)
+                raise ServeError(f"worker {worker.address} is closing")
         return door
 
     @classmethod
@@ -72,9 +85,9 @@ class ServeProcess:
 
     @classmethod
     def units_of(cls, worker: Worker) -> list[ReplicaUnit]:
-        """Return the replicas of a worker that are not released."""
+        """Return the replicas of a worker that have not ended."""
         entry = cls._workers.get(worker.address)
-        return [] if entry is None else [unit for unit in entry[1] if not unit.released]
+        return [] if entry is None else [unit for unit in entry[1] if not unit.ended]
 
     @classmethod
     def leave(cls, worker: Worker) -> None:
@@ -85,9 +98,10 @@ class ServeProcess:
             last = all(other != secret for other, _ in cls._workers.values())
             door = cls._doors.pop(secret, None) if last else None
         for unit in units:
-            unit.release()
+            unit.end()
+        deadline = time.monotonic() + JOIN
         for unit in units:
-            unit.user.join(0.5)
+            unit.user.join(max(0.0, deadline - time.monotonic()))
         if door is not None:
             door.close()
 

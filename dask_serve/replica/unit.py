@@ -51,12 +51,19 @@ class ReplicaUnit:
         self.core: ReplicaCore | None = None
         self._worker = worker
         self._released = threading.Event()
+        self._ended = threading.Event()
+        self._drained_in_vain = False
         self.user = UserCode(self.id, self.options.threads, _user_context(worker), self._value_of)
 
     @property
     def released(self) -> bool:
-        """It has ended, or is about to."""
+        """Dask has let go of it: it takes no more requests, and ends when what runs has finished."""
         return self._released.is_set()
+
+    @property
+    def ended(self) -> bool:
+        """Its threads have been told to end."""
+        return self._ended.is_set()
 
     # ------------------------------------------------------------------ start
 
@@ -76,23 +83,27 @@ class ReplicaUnit:
                 None, ServeProcess.door_of, self._worker, reply["secret"], self
             )
             await self._construct(reply["code"])
-            if self._released.is_set():
-                return
             replica = ReplicaContext(
                 self.spec["app"], self.spec["deployment"], self.id, self._worker.address, self.user.instance
             )
             self.user.open(door, replica)
             self.core = ReplicaCore(self.id, self.options.max_ongoing_requests, self.user, door.loop, door.mailbox.drain)
             self.door = door
-            opened = asyncio.wrap_future(door.run(_call(door.add, self.core)))
-            await opened
+            # Who releases it sets the flag first and then looks for the door: one of the two sees the other.
+            if self._released.is_set():
+                return
+            await asyncio.wrap_future(door.run(self._open(door, self.core)))
             await self.report("ready", door=door.address, process=door.process)
         except BaseException as error:
-            if self._released.is_set() or isinstance(error, asyncio.CancelledError):
+            if self._released.is_set():
                 return
             text = "".join(traceback.format_exception(type(error), error, _user_part(error)))
             logger.error("Replica %s could not be started:\n%s", self.id, text)
             await self.report("failed", error=text)
+
+    async def _open(self, door: Door, core: ReplicaCore) -> None:
+        core.set_limit(self.options.max_ongoing_requests)
+        door.add(core)
 
     async def _construct(self, blob: bytes) -> None:
         from .. import code
@@ -100,7 +111,7 @@ class ReplicaUnit:
         keys = self.spec.get("keys") or []
         values = await self._on_worker(self._gather(keys)) if keys else {}
         target, args, kwargs = code.unpack(blob, values)
-        self.user.construct(target, args, kwargs)
+        await self.user.construct(target, args, kwargs)
         if self.options.user_config is not None:
             await self._reconfigure(self.options.user_config)
 
@@ -167,6 +178,7 @@ class ReplicaUnit:
         try:
             await asyncio.wait_for(idle.wait(), timeout)
         except asyncio.TimeoutError:
+            self._drained_in_vain = True
             logger.warning("Replica %s still ran requests after %.1f s of draining", self.id, timeout)
             return False
         return True
@@ -178,19 +190,44 @@ class ReplicaUnit:
         self.options = options
         if door is not None and core is not None:
             door.call(lambda: core.set_limit(options.max_ongoing_requests))
-        if changed:
+        if not changed or self.user.instance is None:
+            # While it is constructed, `_construct` comes to it.
+            return
+        try:
             await asyncio.wrap_future(
                 asyncio.run_coroutine_threadsafe(self._reconfigure(options.user_config), self.user.loop)
             )
+        except Exception as error:
+            logger.exception("reconfigure() of replica %s failed", self.id)
+            # The scheduler unpickles what an actor raises, and must not be given a class of the user's.
+            raise ServeError(f"{type(error).__name__}: {error}") from None
 
     def release(self) -> None:
-        """End it now; what runs is cancelled. From any thread, also from a finaliser: it waits for nothing."""
+        """Take no more requests, and end once what runs has finished. From any thread: it waits for nothing.
+
+        A replica that was drained in vain has no more time; one that Dask let go of unasked (``client.restart()``, a
+        cancelled key) has as long as it would have had to drain.
+        """
         if self._released.is_set():
             return
         self._released.set()
         door, core = self.door, self.core
+        if door is None or core is None:
+            self._end()
+        else:
+            patience = 0.0 if self._drained_in_vain else self.options.graceful_shutdown_timeout_s
+            door.call(lambda: door.retire(core, patience, self._end))
+
+    def end(self) -> None:
+        """End it now; what runs is cancelled, and answered as lost. From any thread."""
+        self._released.set()
+        door, core = self.door, self.core
         if door is not None and core is not None:
             door.call(lambda: door.remove(core))
+        self._end()
+
+    def _end(self) -> None:
+        self._ended.set()
         self.user.stop()
 
     async def report(self, event: str, **info: str) -> None:
@@ -204,10 +241,6 @@ class ReplicaUnit:
         """Await a coroutine on the worker's loop, from any other."""
         loop = self._worker.loop.asyncio_loop
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
-
-
-async def _call(function: Any, *args: Any) -> None:
-    function(*args)
 
 
 def _user_context(worker: Worker) -> contextvars.Context:

@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .. import exceptions
@@ -28,6 +27,7 @@ from ..wire.messages import Attachment, Kind
 from .asgi import HttpAdapter
 from .door import Door
 from .execution import Answer, Execution
+from .pool import Pool
 
 __all__ = ["UserCode"]
 
@@ -36,6 +36,9 @@ __all__ = ["UserCode"]
 PROMPT = 0.002
 
 logger = logging.getLogger("distributed.serve.replica")
+
+#: Seconds that cancelled coroutines have to clean up when the replica ends.
+CLEAN_UP = 1.0
 
 
 class UserCode:
@@ -65,7 +68,7 @@ class UserCode:
         self.instance: Any = None
         self.seconds_wasted = 0.0
         self.gather = gather
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"{id}-def")
+        self._pool = Pool(threads, f"{id}-def")
         self._context = context
         self._inbox = Mailbox(self.loop, self._on_mail, context)
         self._methods: dict[str, tuple[Callable[..., Any], bool] | None] = {}
@@ -93,32 +96,48 @@ class UserCode:
             self.loop.call_soon(begin, context=self._context)
             self.loop.run_forever()
         finally:
-            pending = asyncio.all_tasks(self.loop)
-            for task in pending:
-                task.cancel()
-            if pending:
-                self.loop.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
-            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.run_until_complete(self._clean_up())
             # The user's object is let go on its own thread: its __del__ may expect it.
             self.instance = None
             self._methods.clear()
             self._http = None
             self.loop.close()
 
+    async def _clean_up(self) -> None:
+        """Cancel what still runs. User code that does not let itself be cancelled cannot keep the thread."""
+        pending = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in pending:
+            task.cancel()
+        if pending:
+            _, pending = await asyncio.wait(pending, timeout=CLEAN_UP)
+        if pending:
+            logger.warning("User code of replica %s goes on after it was cancelled; it is dropped", self.id)
+        try:
+            await asyncio.wait_for(self.loop.shutdown_asyncgens(), CLEAN_UP)
+        except asyncio.TimeoutError:
+            logger.warning("Generators of replica %s do not end; they are dropped", self.id)
+
     def stop(self) -> None:
         """End the threads; what runs on them is cancelled (a ``def`` that runs cannot be). From any thread."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-        if not self.loop.is_closed():
+        self._pool.stop()
+        try:
             self.loop.call_soon_threadsafe(self.loop.stop)
+        except RuntimeError:  # it has ended already
+            pass
 
     def join(self, timeout: float) -> bool:
         """Wait for the user thread to end; False when user code still holds it."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def construct(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Make the user's object (on the user loop's thread). A function deployment is its own object."""
-        self.instance = target(*args, **kwargs) if inspect.isclass(target) else target
+    async def construct(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Make the user's object (on the user loop). A function deployment is its own object."""
+        if inspect.isclass(target) and inspect.iscoroutinefunction(init := target.__init__):
+            instance = target.__new__(target, *args, **kwargs)
+            await init(instance, *args, **kwargs)
+            self.instance = instance
+        else:
+            self.instance = target(*args, **kwargs) if inspect.isclass(target) else target
 
     def open(self, door: Door, replica: ReplicaContext) -> None:
         """Everything is there: requests may come."""
@@ -204,8 +223,16 @@ class UserCode:
     def _cancel(self, execution: Execution) -> None:
         if execution.on_cancel is not None:
             execution.on_cancel.set()
-        if execution.task is not None:
-            execution.task.cancel()
+        task = execution.task
+        if task is not None and not task.done():
+            task.cancel()
+
+            def answered(task: asyncio.Task[None]) -> None:
+                # Cancelled before its first step, it never got to the point where it answers.
+                if task.cancelled():
+                    self._answer(execution, _CANCELLED)
+
+            task.add_done_callback(answered)
 
     def _widen(self, change: tuple[Execution, int]) -> None:
         execution, nbytes = change
@@ -218,6 +245,9 @@ class UserCode:
     async def _run_async(self, execution: Execution, function: Callable[..., Any], is_async: bool) -> None:
         try:
             call = execution.call
+            # The loop may have been blocked since the request came.
+            if execution.deadline is not None:
+                self.check(execution)
             request_context.set(RequestContext(call.request_id, execution.deadline))
             values = await self._fetch_all(execution) if call.attachments else ()
             if is_async:
@@ -249,18 +279,18 @@ class UserCode:
         return self._result(function(*args, **kwargs))
 
     def check(self, execution: Execution) -> None:
-        """Raise when it makes no sense to start the request any more: it waited for a thread of the pool."""
+        """Raise when it makes no sense to start the request any more: it waited for its thread."""
         if execution.cancelled:
             raise asyncio.CancelledError
         if execution.deadline is not None and time.monotonic() >= execution.deadline:
             raise RequestTimeoutError(
-                f"the deadline passed while the request waited for a thread of replica {self.id}; it was not executed"
+                f"the deadline passed while the request waited in replica {self.id}; it was not executed"
             )
 
     async def in_pool(self, function: Callable[[], Any]) -> Any:
         """Run a function on the pool, in a copy of the present context."""
         context = contextvars.copy_context()
-        return await self.loop.run_in_executor(self._pool, context.run, function)
+        return await self._pool.run(lambda: context.run(function))
 
     def _arguments(self, execution: Execution, values: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         try:

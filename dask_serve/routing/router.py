@@ -164,6 +164,11 @@ class Router:
         self._dispatcher.answered(target, failure.running, failure.wanted, failure.credits, monotonic())
         if call.dropped:
             return
+        if failure.error == "ReplicaLostError" and call.retries > 0 and not failure.started:
+            call.retries -= 1
+            call.target = None
+            self._dispatcher.put_back(call, monotonic())
+            return
         self.failed += 1
         self._settled(call)
         call.on_error(failure, parts)
@@ -219,6 +224,8 @@ class Router:
         target.usable = usable
         if usable:
             self._dispatcher.fill(monotonic())
+        else:
+            self._dispatcher.silent(target, monotonic())
 
     # ------------------------------------------------------------------ the table
 
@@ -227,6 +234,7 @@ class Router:
         now = monotonic()
         self.entry = entry
         dispatcher = self._dispatcher
+        grown = False
         listed = {} if entry is None else {replica.id: replica for replica in entry.replicas}
         self._draining &= listed.keys()
         self._unreachable &= listed.keys()
@@ -236,13 +244,17 @@ class Router:
                 target.link.targets.pop(target.id, None)
                 dispatcher.remove(target, now)
             elif entry is not None:
+                grown = grown or entry.max_ongoing_requests > target.limit
                 target.limit = entry.max_ongoing_requests
+        if grown:
+            dispatcher.fill(now)
         for replica in listed.values():
             link = links.get(replica.process)
             if link is None or link.lost or replica.id in dispatcher.targets or replica.id in self._draining | self._unreachable:
                 continue
             assert entry is not None
             target = Target(replica.id, entry.max_ongoing_requests, link)
+            target.usable = not link.silent
             link.targets[replica.id] = (self, target)
             dispatcher.add(target, now)
         self._gone_for_good = None
