@@ -199,12 +199,16 @@ class DeploymentHandle:
         state = RefState(self._method, (), request_id)
         state.retries = self._retries
         ref = DeploymentResponse(session, state, _why_not_to_block)
-        arguments = Arguments(session, state, timeout)
-        try:
-            state.parts = payloads.dumps((args, kwargs), arguments.reducers)
-        except PayloadError as error:
-            state.settle("error", Outcome(error=("PayloadError", f"an argument of {self!r} {error}")))
-            return ref if self._sync else Assigned(ref)
+        arguments: Arguments | None = None
+        parts = payloads.dumps_plain(args, kwargs)
+        if parts is None:
+            arguments = Arguments(session, state, timeout)
+            try:
+                parts = payloads.dumps((args, kwargs), arguments.reducers)
+            except PayloadError as error:
+                state.settle("error", Outcome(error=("PayloadError", f"an argument of {self!r} {error}")))
+                return ref if self._sync else Assigned(ref)
+        state.parts = parts
         if router is not None:
             state.home, state.thread = loop, self._thread
             ref._cancel = lambda: _on_loop(loop, _cancel, router, state, arguments)
@@ -299,13 +303,13 @@ def _submit(fabric: Any, id: str, state: RefState, timeout: float | None) -> Non
     fabric.router(id).submit(state, timeout, None)
 
 
-def _cancel_at(fabric: Any, id: str, state: RefState, arguments: Arguments) -> None:
+def _cancel_at(fabric: Any, id: str, state: RefState, arguments: Arguments | None) -> None:
     _cancel(fabric.router(id), state, arguments)
 
 
-def _cancel(router: Router, state: RefState, arguments: Arguments) -> None:
+def _cancel(router: Router, state: RefState, arguments: Arguments | None) -> None:
     """Cancel a call wherever it is by now (on its router's loop)."""
-    if not arguments.cancel() and not state.done():
+    if not (arguments is not None and arguments.cancel()) and not state.done():
         router.cancel(state)
 
 

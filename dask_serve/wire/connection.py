@@ -25,8 +25,6 @@ logger = logging.getLogger("distributed.serve.wire")
 HANDSHAKE_TIMEOUT = 5.0
 #: Until it has, it may send no larger frame than this.
 _STRANGER_LIMIT = 4096
-#: As many buffers as this are written without waiting for the end of the tick, so that the peer begins meanwhile.
-FULL = 16
 #: Buffers at least this long are written by themselves, all smaller ones are joined.
 _JOIN_BELOW = 32 * 1024
 
@@ -73,12 +71,9 @@ class Connection(asyncio.Protocol):
         if self.closed:
             return
         encode_frame(kind, request, header, parts, self._out)
-        if self.ready and not self.paused:
-            if not self._flush_is_due:
-                self._flush_is_due = True
-                self.loop.call_soon(self._flush)
-            elif len(self._out) >= FULL:
-                self._flush()
+        if not self._flush_is_due and self.ready and not self.paused:
+            self._flush_is_due = True
+            self.loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flush_is_due = False

@@ -10,10 +10,6 @@ from typing import Any
 
 __all__ = ["Mailbox", "Outbox"]
 
-#: An outbox hands over as many things as this without waiting for the end of the tick, so that the other thread begins
-#: meanwhile.
-FULL = 8
-
 #: Things handled before the loop gets a turn for its sockets.
 _BATCH = 256
 
@@ -118,12 +114,9 @@ class Outbox:
 
     def put(self, item: object) -> None:
         """Append, on the loop's thread."""
-        items = self._items
-        if not items:
+        if not self._items:
             self._loop.call_soon(self.flush)
-        items.append(item)
-        if len(items) >= FULL:
-            self.flush()
+        self._items.append(item)
 
     def flush(self) -> None:
         """Hand over now."""
