@@ -57,7 +57,7 @@ def rows(cluster: Cluster, client: Client, pairs: int, seconds: float) -> Iterat
     """Measure synchronous callers, then those in an event loop."""
     handle = serve.run(NoOp.bind(), name="handle", route_prefix="/handle", client=client)
     yield from synchronous_rows(handle, cluster, pairs, seconds)
-    yield from asyncio_rows(handle, cluster, pairs, seconds)
+    yield from asyncio_rows(cluster, pairs, seconds)
     serve.delete("handle", client=client)
 
 
@@ -76,18 +76,20 @@ def synchronous_rows(handle: serve.DeploymentHandle, cluster: Cluster, pairs: in
                 yield Row(f"Handle, synchronous, {in_flight} in flight", "calls/s", *samples)
 
 
-def asyncio_rows(handle: serve.DeploymentHandle, cluster: Cluster, pairs: int, seconds: float) -> Iterator[Row]:
+def asyncio_rows(cluster: Cluster, pairs: int, seconds: float) -> Iterator[Row]:
     """Compare callers in one event loop, which lives as long as the comparison."""
     with asyncio.Runner() if hasattr(asyncio, "Runner") else LoopRunner() as runner:
         direct = runner.run(open_client(cluster.address))
         try:
             actor = runner.run(make_actor(direct))
+            # The handle of an asynchronous client: the running loop carries its calls, as it carries the actor's.
+            echo = runner.run(find_handle(direct)).echo
             for in_flight in IN_FLIGHT:
 
                 def measure(call: Callable[[int], Awaitable[Any]], in_flight: int = in_flight) -> Sample:
                     return runner.run(concurrent(call, in_flight, cluster, seconds))
 
-                samples = interleave(pairs, partial(measure, handle.echo.remote), partial(measure, actor.echo))
+                samples = interleave(pairs, partial(measure, echo.remote), partial(measure, actor.echo))
                 what = "one after the other" if in_flight == 1 else f"{in_flight} in flight"
                 least = 12.0 if in_flight == 50 else None
                 yield Row(f"Handle, asyncio, {what}", "calls/s", *samples, least=least)
@@ -98,6 +100,12 @@ def asyncio_rows(handle: serve.DeploymentHandle, cluster: Cluster, pairs: int, s
 async def open_client(address: str) -> Client:
     """Connect in the running loop, straight to the workers."""
     return await Client(address, asynchronous=True, direct_to_workers=True)
+
+
+async def find_handle(client: Client) -> serve.DeploymentHandle:
+    """Return the handle of this comparison's application."""
+    handle: serve.DeploymentHandle = await serve.get_app_handle("handle", client=client)
+    return handle
 
 
 async def make_actor(client: Client) -> Any:
