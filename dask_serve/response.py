@@ -26,7 +26,7 @@ from .wire import payloads
 
 __all__ = ["DeploymentResponse"]
 
-logger = logging.getLogger("distributed.serve.refs")
+logger = logging.getLogger("dask_serve.refs")
 
 _UNREAD = object()
 

@@ -262,7 +262,7 @@ async def test_strangers_are_shown_out_and_disturb_nobody(c, s, a):
                 answered += 1
 
         callers = [asyncio.ensure_future(caller()) for _ in range(5)]
-        with captured_logger("distributed.serve.wire", level=logging.WARNING) as log:
+        with captured_logger("dask_serve.wire", level=logging.WARNING) as log:
             for greeting in (
                 b"\x00" * 100,
                 b"\xff" * 100,
@@ -295,7 +295,7 @@ async def test_a_caller_with_another_secret_is_refused(c, s, a):
     connection = CallerConnection(
         b"guessed", door.process, lambda _, frame: frames.append(frame), lambda _: None, lambda _: lost.set()
     )
-    with captured_logger("distributed.serve.wire", level=logging.WARNING) as log:
+    with captured_logger("dask_serve.wire", level=logging.WARNING) as log:
         await asyncio.get_running_loop().create_connection(lambda: connection, *split_address(door.address))
         await asyncio.wait_for(lost.wait(), 5)
     assert "secret" in log.getvalue()

@@ -159,7 +159,7 @@ def test_a_failing_callback_hides_the_outcome_from_nobody():
     calls: list[int] = []
     state.on_done(lambda: 1 / 0)
     state.on_done(lambda: calls.append(1))
-    with captured_logger("distributed.serve.refs", level=logging.ERROR) as log:
+    with captured_logger("dask_serve.refs", level=logging.ERROR) as log:
         assert state.settle("finished", settled(1))
     assert calls == [1]
     assert "ZeroDivisionError" in log.getvalue()
@@ -479,7 +479,7 @@ async def test_errors_are_new_each_time_and_keep_no_frame_alive(c, s, a, b):
 @gen_cluster(client=True)
 async def test_unread_errors_are_logged_once(c, s, a, b):
     handle = await serve.run(Model.bind(), route_prefix=None, client=c)
-    with captured_logger("distributed.serve.refs", level=logging.WARNING) as log:
+    with captured_logger("dask_serve.refs", level=logging.WARNING) as log:
         ref = handle.fail.remote("nobody looked")
         await wait(ref)
         del ref

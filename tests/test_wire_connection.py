@@ -17,7 +17,7 @@ from dask_serve.wire.loops import new_event_loop
 from dask_serve.wire.messages import Call, Hello, Kind, Proof, decode_hello, encode
 
 SECRET = b"the cluster's secret"
-LOGGER = "distributed.serve.wire"
+LOGGER = "dask_serve.wire"
 
 
 @pytest.fixture(params=[asyncio.new_event_loop, new_event_loop], ids=["asyncio", "uvloop"])

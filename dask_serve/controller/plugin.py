@@ -18,6 +18,7 @@ from tornado.ioloop import PeriodicCallback
 
 from ..config import HTTPOptions
 from ..exceptions import ConfigError, DeploymentUnavailableError, ServeError
+from ..logs import join_dask
 from ..policy.desired import ApplicationSpec
 from ..routing.table import Table, encode_table
 from .changes import Changes
@@ -79,6 +80,7 @@ class Controller(SchedulerPlugin):
 
     async def start(self, scheduler: Scheduler) -> None:
         """Install the operations. Never waits, so that two registrations cannot overlap."""
+        join_dask()
         self.scheduler = scheduler
         self.epoch = uuid.uuid4().hex
         self.secret = secrets.token_bytes(32)

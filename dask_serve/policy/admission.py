@@ -4,9 +4,14 @@ The replica's half of the credit protocol; `dispatch` is the router's. The invar
 
     running + granted <= limit + ahead
 
+(where ``limit`` or ``ahead`` falls, what was admitted before stays, and nothing is added until it fits).
+
 A *credit* is a slot promised to one router: it is used at once by a call that carries it, returned, or lapses. A *want* is
 a level: how many requests wait at a router, and since when the oldest does. Slots go to the router whose oldest waits
-longest. Pure: the time is an argument, credits are returned for the caller to send.
+longest. A router that let a credit lapse is granted no more until it is heard of. It always will be, if it lives: frames
+of one connection arrive, in their order, so each credit is answered by a call, a return, or the loss of the connection.
+
+Pure: the time is an argument, credits are returned for the caller to send.
 """
 
 from __future__ import annotations
@@ -55,7 +60,7 @@ class Admission:
         Moving mean of the service time in seconds; 0.0 before the first request has finished.
     """
 
-    __slots__ = ("_credits", "_lapses", "_wants", "ahead", "granted", "limit", "running", "service")
+    __slots__ = ("_credits", "_lapses", "_silent", "_wants", "ahead", "granted", "limit", "running", "service")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -64,6 +69,8 @@ class Admission:
         self.ahead = 0
         self.service = 0.0
         self._wants: dict[Hashable, _Want] = {}
+        # Wants of routers that let a credit lapse. They keep nobody from being admitted.
+        self._silent: dict[Hashable, _Want] = {}
         self._credits: dict[Hashable, int] = {}
         # When each credit lapses, oldest first. Used and returned ones leave a stale entry, counted off when it is due.
         self._lapses: deque[tuple[float, Hashable]] = deque()
@@ -75,10 +82,16 @@ class Admission:
 
     def admit(self, router: Hashable, credit: bool) -> bool:
         """Decide on a call; an unasked one is admitted only while nobody waits."""
-        if credit and self._credits.get(router, 0):
+        if not credit:
+            if self._wants or self.running + self.granted >= self.limit + self.ahead:
+                return False
+        elif router in self._credits:
             self._take_credit(router)
-        elif self._wants or self.running + self.granted >= self.limit + self.ahead:
-            return False
+        else:
+            # Its credit lapsed. Where there is room now, nobody is waiting for that: it would have been granted.
+            self._revive(router)
+            if self.running + self.granted >= self.limit + self.ahead:
+                return False
         self.running += 1
         return True
 
@@ -97,6 +110,7 @@ class Admission:
 
     def want(self, router: Hashable, count: int, oldest: float, now: float) -> list[Hashable]:
         """A router says how many wait there and for how many seconds the oldest has."""
+        self._silent.pop(router, None)
         if count <= 0:
             self._wants.pop(router, None)
         else:
@@ -109,19 +123,23 @@ class Admission:
         return self._grant(now)
 
     def give_back(self, router: Hashable, now: float) -> list[Hashable]:
-        """A router returns a credit for which it has no request any more."""
-        if self._credits.get(router, 0):
+        """A router returns a credit: it had no request for this replica any more when it sent that, so it wants none."""
+        self._silent.pop(router, None)
+        self._wants.pop(router, None)
+        if router in self._credits:
             self._take_credit(router)
         return self._grant(now)
 
     def lapse(self, now: float) -> list[Hashable]:
-        """Take back the credits that were out for too long; their routers have to ask again."""
+        """Take back the credits that were out for too long; their routers get no more until they are heard of."""
         while self._lapses and self._lapses[0][0] <= now:
             _, router = self._lapses.popleft()
             stale = sum(1 for _, other in self._lapses if other == router)
             if self._credits.get(router, 0) > stale:
                 self._take_credit(router)
-                self._wants.pop(router, None)
+                want = self._wants.pop(router, None)
+                if want is not None:
+                    self._silent[router] = want
         return self._grant(now)
 
     def next_lapse(self) -> float | None:
@@ -130,10 +148,21 @@ class Admission:
 
     def lost(self, router: Hashable, now: float) -> list[Hashable]:
         """A router is gone with its wants and credits; its calls are ended one by one through `drop` or `finish`."""
+        self._silent.pop(router, None)
         self._wants.pop(router, None)
         self.granted -= self._credits.pop(router, 0)
         self._forget_lapses(router)
         return self._grant(now)
+
+    def set_limit(self, limit: int, now: float) -> list[Hashable]:
+        """``max_ongoing_requests`` was changed."""
+        self.limit = limit
+        return self._grant(now)
+
+    def _revive(self, router: Hashable) -> None:
+        want = self._silent.pop(router, None)
+        if want is not None:
+            self._wants[router] = want
 
     def _take_credit(self, router: Hashable) -> None:
         left = self._credits[router] - 1

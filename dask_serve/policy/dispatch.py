@@ -4,6 +4,9 @@ A call goes out unasked while nothing waits here and a replica has room by this 
 on own requests in flight plus what the last answer told of others. Everything else waits in the backlog, where it can still
 be cancelled, and leaves it on a credit, or unasked to a replica that just answered and said that nobody waits for it.
 
+While the backlog is not empty a want stands at some replicas, at least `ASKED_AT_LEAST` of them and one for each request
+that waits, where there are so many; at all of them once a request has waited for long. While it is empty none stands.
+
 Pure: sending goes through a `Port`, time and randomness are arguments.
 """
 
@@ -18,8 +21,10 @@ __all__ = ["Dispatcher", "Port", "Queued", "Target"]
 #: What an answer told of others is believed for this many seconds; a replica that was busy once is tried again after.
 STALE_AFTER = 0.1
 
-#: A want is sent to at most this many replicas.
-MAX_WANTS = 4
+#: A backlog, however small, asks this many replicas (all, if there are fewer).
+ASKED_AT_LEAST = 4
+#: A backlog whose oldest request has waited for this many seconds asks all of them.
+PATIENCE = 0.1
 
 
 class Queued(Protocol):
@@ -124,25 +129,31 @@ class Dispatcher:
     def cancelled(self, call: Queued, now: float) -> None:
         """A request in the backlog was given up (its ``dropped`` is set)."""
         self.queued -= 1
-        if not self.queued:
-            self._backlog.clear()
+        if len(self._backlog) > 2 * self.queued:
+            # Those behind one that waits for long would pile up.
+            self._backlog = deque(other for other in self._backlog if not other.dropped)
         self._announce(now)
 
     def refused(self, target: Target, call: Queued, running: int, wanted: int, now: float) -> None:
-        """FULL or DRAINING: not executed, so it goes back to the head, and the replica is asked for a credit."""
+        """FULL or DRAINING: not executed, so it goes back to the head and waits for a credit."""
         target.mine -= 1
         self._remember(target, running, wanted, now)
         if not call.dropped:
             self._backlog.appendleft(call)
             self.queued += 1
-        self._announced = 0
         self._announce(now)
 
     def put_back(self, call: Queued, now: float) -> None:
-        """A request whose replica went away before it was sent goes back to the head."""
+        """A request whose replica went away is to be sent again: at once, or from the head of the backlog."""
+        if not self.queued:
+            target = self._choose(now)
+            if target is not None:
+                target.mine += 1
+                self._port.send(target, call, False)
+                return
         self._backlog.appendleft(call)
         self.queued += 1
-        self.fill(now)
+        self._announce(now)
 
     def answered(self, target: Target, running: int, wanted: int, credits: int, now: float) -> None:
         """A replica answered a request and told its load; use the credits that came with it."""
@@ -150,12 +161,12 @@ class Dispatcher:
         self._remember(target, running, wanted, now)
         for _ in range(credits):
             self.credited(target, now)
-        if (
+        while (
             self.queued
             and not wanted
             and target.usable
             and target.mine + target.others < target.limit
-            and target.id in self.targets
+            and self.targets.get(target.id) is target
         ):
             self._send_head(target, False, now)
 
@@ -167,7 +178,7 @@ class Dispatcher:
 
     def credited(self, target: Target, now: float) -> None:
         """A credit came: use it at once, or return it."""
-        if self.queued and target.id in self.targets:
+        if self.queued and self.targets.get(target.id) is target:
             self._send_head(target, True, now)
         else:
             self._port.give_back(target)
@@ -200,28 +211,23 @@ class Dispatcher:
 
     def remove(self, target: Target, now: float) -> None:
         """A replica is gone or drains; its calls in flight are answered or failed by the router."""
-        if self.targets.pop(target.id, None) is not None:
+        if self.targets.get(target.id) is target:
+            del self.targets[target.id]
             self._order = list(self.targets.values())
-            target.asked = False
-            self._announced = 0
-            self._announce(now)
-
-    def silent(self, target: Target, now: float) -> None:
-        """A replica cannot be asked at present (its ``usable`` is unset): ask others for what waits."""
-        if target.asked:
-            target.asked = False
-            self._announced = 0
-            self._announce(now)
+            if target.asked:
+                target.asked = False
+                if self.queued:
+                    self._ask(now, self.queued)
 
     def fill(self, now: float) -> None:
-        """Send unasked what waits while there is room by own count: replicas came, grew or are reachable again."""
-        while self.queued:
-            target = self._choose(now)
-            if target is None or target.wanted:
-                break
-            self._send_head(target, False, now)
-        self._announced = 0
-        self._announce(now)
+        """Replicas came, or are reachable again: ask all of them for what waits."""
+        if self.queued:
+            self._ask(now, len(self._order))
+
+    def remind(self, now: float) -> None:
+        """To be called about twice a second: what has waited for long is asked of all replicas, and asked again."""
+        if self.queued and now - self._oldest() >= PATIENCE:
+            self._ask(now, len(self._order))
 
     def _choose(self, now: float) -> Target | None:
         order = self._order
@@ -248,21 +254,29 @@ class Dispatcher:
 
     def _announce(self, now: float) -> None:
         """Tell the level of the backlog when it left or reached 0, doubled or halved."""
-        level = self.queued.bit_length()
-        if level == self._announced:
+        queued, told = self.queued, self._announced
+        if queued == told or told < 2 * queued < 4 * told:
             return
-        self._announced = level
-        if not level:
-            for target in self._order:
-                if target.asked:
-                    target.asked = False
-                    self._port.want(target, 0, 0.0)
+        if queued:
+            self._ask(now, queued)
             return
+        self._announced = 0
+        self._backlog.clear()
+        for target in self._order:
+            if target.asked:
+                target.asked = False
+                self._port.want(target, 0, 0.0)
+
+    def _ask(self, now: float, enough: int) -> None:
+        """Tell ``enough`` replicas how many wait: those that know of it already, and the least loaded others."""
+        self._announced = self.queued
         asked = [target for target in self._order if target.asked]
-        if len(asked) < MAX_WANTS:
-            rest = [target for target in self._order if not target.asked and target.usable]
-            rest.sort(key=lambda target: target.load(now) + target.wanted)
-            asked += rest[: MAX_WANTS - len(asked)]
+        missing = max(enough, ASKED_AT_LEAST) - len(asked)
+        if missing > 0:
+            rest = [target for target in self._order if target.usable and not target.asked]
+            if len(rest) > missing:
+                rest.sort(key=lambda target: target.load(now) + target.wanted)
+            asked += rest[:missing]
         oldest = max(0.0, now - self._oldest())
         for target in asked:
             target.asked = True

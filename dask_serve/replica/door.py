@@ -39,7 +39,7 @@ from .execution import Answer, Execution
 
 __all__ = ["Door", "Visitor"]
 
-logger = logging.getLogger("distributed.serve.door")
+logger = logging.getLogger("dask_serve.door")
 
 #: The interpreter hands over between threads after this many seconds. Beside CPU-bound Python threads the default (5 ms) makes
 #: the door's median 5.6 ms, this one 0.34 ms, for about a tenth of the user code's speed.

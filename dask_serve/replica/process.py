@@ -13,6 +13,7 @@ from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 
 from ..exceptions import ServeError
+from ..logs import join_dask
 from .door import Door
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DrainAtClose", "ServeProcess"]
 
-logger = logging.getLogger("distributed.serve.process")
+logger = logging.getLogger("dask_serve.process")
 
 #: Share of the time that Dask gives a closing worker's plugins (8 s for `dask worker`, 4 s in a LocalCluster) that replicas may
 #: take to drain; the rest is for closing.
@@ -57,6 +58,7 @@ class ServeProcess:
                 listen = worker.security.get_listen_args("worker").get("ssl_context")
                 dial = worker.security.get_connection_args("worker").get("ssl_context")
                 host = "127.0.0.1" if worker.address.startswith("inproc") else get_address_host(worker.address)
+                join_dask()
                 door = Door(secret, host, listen, dial)
                 door.start()
                 cls._doors[secret] = door

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplicaUnit"]
 
-logger = logging.getLogger("distributed.serve.replica")
+logger = logging.getLogger("dask_serve.replica")
 
 _decode_options = msgspec.msgpack.Decoder(DeploymentOptions).decode
 

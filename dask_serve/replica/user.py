@@ -35,7 +35,7 @@ __all__ = ["UserCode"]
 #: once: the code that runs next in the same tick may take as long.
 PROMPT = 0.002
 
-logger = logging.getLogger("distributed.serve.replica")
+logger = logging.getLogger("dask_serve.replica")
 
 #: Seconds that cancelled coroutines have to clean up when the replica ends.
 CLEAN_UP = 1.0

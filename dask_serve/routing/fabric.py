@@ -15,7 +15,7 @@ from .table import Table
 
 __all__ = ["Fabric"]
 
-logger = logging.getLogger("distributed.serve.routing")
+logger = logging.getLogger("dask_serve.routing")
 
 #: Seconds between two looks at the links.
 CHECK_EVERY = 0.5

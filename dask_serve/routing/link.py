@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Link", "notice_silence", "split_address"]
 
-logger = logging.getLogger("distributed.serve.routing")
+logger = logging.getLogger("dask_serve.routing")
 
 #: A process from which nothing was heard for this many seconds while it was asked is silent: no new requests go there.
 SILENT_AFTER = 1.0

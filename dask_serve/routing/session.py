@@ -19,7 +19,7 @@ from .table import Table, decode_table
 
 __all__ = ["Session"]
 
-logger = logging.getLogger("distributed.serve.session")
+logger = logging.getLogger("dask_serve.session")
 
 #: Seconds that the controller may hold a question for a newer table.
 POLL = 30.0

@@ -22,7 +22,7 @@ from .calls import Outgoing
 
 __all__ = ["Outcome", "RefState", "Stored"]
 
-logger = logging.getLogger("distributed.serve.refs")
+logger = logging.getLogger("dask_serve.refs")
 
 
 class Stored(NamedTuple):

@@ -19,7 +19,7 @@ from .messages import VERSIONS, Hello, Kind, Proof, decode_hello, decode_proof, 
 
 __all__ = ["HANDSHAKE_TIMEOUT", "CallerConnection", "Connection", "DoorConnection"]
 
-logger = logging.getLogger("distributed.serve.wire")
+logger = logging.getLogger("dask_serve.wire")
 
 #: Seconds a peer has to prove itself.
 HANDSHAKE_TIMEOUT = 5.0
