@@ -11,12 +11,14 @@ __all__ = ["LOST", "Promises"]
 LOST: dict[str, Any] = {"lost": True}
 #: How long an outcome stays after it was first fetched: several tasks may ask for it, a moment apart.
 KEEP_FETCHED = 60.0
+#: A promise that was asked for and not opened for this long will not be: its client died before it could, or it was dropped.
+UNOPENED = 20.0
 #: How long an outcome stays that nobody asks for.
 KEEP_UNFETCHED = 600.0
 
 
 class _Promise:
-    __slots__ = ("client", "fetched", "outcome", "settled", "timer", "waiting")
+    __slots__ = ("client", "fetched", "outcome", "settled", "since", "timer", "waiting")
 
     def __init__(self, client: str = "") -> None:
         self.client = client
@@ -24,6 +26,7 @@ class _Promise:
         self.settled = asyncio.Event()
         self.fetched = False
         self.waiting = 0
+        self.since = asyncio.get_running_loop().time()
         self.timer: asyncio.TimerHandle | None = None
 
 
@@ -53,13 +56,14 @@ class Promises:
         self._drop_later(name, promise, KEEP_UNFETCHED)
 
     async def outcome(self, name: str, timeout: float) -> Any:
-        """Wait for the outcome; None after ``timeout`` seconds."""
+        """Wait for the outcome; None after ``timeout`` seconds, or lost when nobody has promised anything by then."""
         promise = self._get(name)
         promise.waiting += 1
         try:
             await asyncio.wait_for(promise.settled.wait(), timeout)
         except asyncio.TimeoutError:
-            return None
+            unopened = not promise.client and asyncio.get_running_loop().time() - promise.since >= UNOPENED
+            return LOST if unopened else None
         finally:
             promise.waiting -= 1
             if not (promise.waiting or promise.client or promise.settled.is_set()):

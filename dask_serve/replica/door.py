@@ -202,7 +202,6 @@ class Door:
                 execution.core._user.widen(execution, decode_window(frame.header).nbytes)
         elif kind == Kind.RELEASE:
             for name in decode_names(frame.header).names:
-                connection.stored.discard(name)
                 self.store.drop(name)
         elif kind == Kind.FETCH:
             self._on_fetch(connection, frame)
@@ -224,7 +223,7 @@ class Door:
             execution.core.on_cancel(execution)
         for core in self.replicas.values():
             core.on_lost(connection)
-        for name in connection.stored:
+        for name in list(connection.stored):
             self.loop.call_later(ORPHAN_LIFETIME, self.store.drop, name)
 
     # ------------------------------------------------------------------ from user threads
@@ -253,10 +252,10 @@ class Door:
                 self.store.drop(content.stored)
             return
         if content.stored:
-            if execution.connection.closed:
-                self.loop.call_later(ORPHAN_LIFETIME, self.store.drop, content.stored)
+            if execution.connection.closed:  # nobody will ever ask for it
+                self.store.drop(content.stored)
             else:
-                execution.connection.stored.add(content.stored)
+                self.store.own(content.stored, execution.connection.stored)
         execution.core.on_answer(execution, content)
 
     # ------------------------------------------------------------------ replicas and results

@@ -16,17 +16,27 @@ INLINE_BELOW = 64 * 1024
 class ResultStore:
     """Serialised results by name. They belong to the process: they outlive their replica.
 
-    Every method is one dictionary operation, so any thread may call it.
+    Every method is a few dictionary operations, so any thread may call it.
     """
 
     def __init__(self) -> None:
         self._results: dict[str, Sequence[Buffer]] = {}
+        #: By name: the names that a caller has here.
+        self._owners: dict[str, set[str]] = {}
 
     def put(self, parts: Sequence[Buffer]) -> str:
         """Keep a result and return its name."""
         name = uuid.uuid4().hex
         self._results[name] = parts
         return name
+
+    def own(self, name: str, owned: set[str]) -> None:
+        """Note a result with its caller; the name leaves that set with the result."""
+        owned.add(name)
+        self._owners[name] = owned
+        if name not in self._results:
+            # The caller was faster: it has read the answer, and dropped the result already.
+            self.drop(name)
 
     def get(self, name: str) -> Sequence[Buffer] | None:
         """Return a result, which stays; None when it is not (or no longer) here."""
@@ -35,6 +45,9 @@ class ResultStore:
     def drop(self, name: str) -> None:
         """Free a result; one that is gone already is no error."""
         self._results.pop(name, None)
+        owned = self._owners.pop(name, None)
+        if owned is not None:
+            owned.discard(name)
 
     def __len__(self) -> int:
         return len(self._results)
