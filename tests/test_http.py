@@ -918,7 +918,7 @@ def kill_during(service: Service, path: Path, method: str) -> tuple[httpx.Respon
 
 
 def test_a_replica_that_dies(apps, tmp_path):
-    apps.deploy(Victim, "victim", num_replicas=2)
+    apps.deploy(Victim, "victim", num_replicas=2, max_replicas_per_worker=1)
 
     seen: set[str] = set()
 
