@@ -94,11 +94,10 @@ class DeploymentHandle:
         self._on_exit = on_exit
         self._client = client
         self._id = deployment_id(app_name, deployment_name)
-        # What the last call found: the session, and with a loop of its own that loop and its router.
+        # What the last call found: the session, and with a loop of its own that loop, its router and its thread (in one tuple, because
+        # loops in several threads may share the handle).
         self._session: Session | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._router: Router | None = None
-        self._thread = 0
+        self._here: tuple[asyncio.AbstractEventLoop, Router, int] | None = None
         self._methods: dict[str, DeploymentHandle] = {}
 
     # ------------------------------------------------------------------ identity
@@ -180,17 +179,13 @@ class DeploymentHandle:
         DeploymentResponse
             The ref; with ``sync=False`` an awaitable of it.
         """
-        loop = self._loop
         session = self._session
         if session is None or session.closed:
             session = self._connect()
-            loop = None
+        here = self._here
         # A loop that runs in this thread is the one that runs here; before Python 3.12 asking asyncio costs a system call.
-        if loop is not None and self._thread == get_ident() and loop.is_running():
-            router = self._router
-        else:
-            loop = _running_loop()
-            router = self._find_router(session, loop)
+        if here is None or here[2] != get_ident() or not here[0].is_running():
+            here = self._find_router(session)
         context = request_context.get()
         if context is None:
             request_id, timeout = _new_request_id(), self._timeout
@@ -209,8 +204,9 @@ class DeploymentHandle:
                 state.settle("error", Outcome(error=("PayloadError", f"an argument of {self!r} {error}")))
                 return ref if self._sync else Assigned(ref)
         state.parts = parts
-        if router is not None:
-            state.home, state.thread = loop, self._thread
+        if here is not None:
+            loop, router, thread = here
+            state.home, state.thread = loop, thread
             ref._cancel = lambda: _on_loop(loop, _cancel, router, state, arguments)
             if arguments:
                 arguments.start(lambda left: router.submit(state, left, None))
@@ -233,23 +229,21 @@ class DeploymentHandle:
         remaining = max(1e-3, deadline - time.monotonic())
         return remaining if self._timeout is None else min(remaining, self._timeout)
 
-    def _find_router(self, session: Session, loop: asyncio.AbstractEventLoop | None) -> Router | None:
-        """Return the running loop's router, or None where the background loop carries the request."""
+    def _find_router(self, session: Session) -> tuple[asyncio.AbstractEventLoop, Router, int] | None:
+        """Return the running loop, its router and its thread, or None where the background loop carries the request."""
+        loop = _running_loop()
         if not self._sync and loop is None:
             raise ServeError(
                 f"{self!r} was made with sync=False: call remote() inside a running event loop, or get a handle with sync=True"
             )
-        direct = loop is not None and (not self._sync or session.in_worker or session.is_asynchronous)
-        if not direct:
+        if loop is None or (self._sync and not session.in_worker and not session.is_asynchronous):
             return None
-        assert loop is not None
-        router = session.fabric(loop).router(self._id)
-        self._loop, self._router, self._thread = loop, router, get_ident()
-        return router
+        here = self._here = loop, session.fabric(loop).router(self._id), get_ident()
+        return here
 
     def _connect(self) -> Session:
         """Find the connection to the cluster that this handle belongs to."""
-        self._loop = self._router = None
+        self._here = None
         worker = current_worker()
         if worker is not None and self._address in (None, worker.scheduler.address):
             session = Session.of(worker)
@@ -313,9 +307,9 @@ def _cancel(router: Router, state: RefState, arguments: Arguments | None) -> Non
         router.cancel(state)
 
 
-def _on_loop(loop: asyncio.AbstractEventLoop | None, function: Callable[..., None], *args: Any) -> None:
+def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
     """Call a function on a loop, at once where that is the one that runs here."""
-    if loop is None or loop is _running_loop():
+    if loop is _running_loop():
         function(*args)
     else:
         # A loop that is closed has ended its calls.

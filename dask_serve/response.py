@@ -37,7 +37,7 @@ SECEDE_AFTER = 0.05
 _promotion = threading.RLock()
 
 
-class DeploymentResponse(Future):  # type: ignore[misc]
+class DeploymentResponse(Future):
     """A ref: the result of a call, which may be on its way.
 
     It is a `distributed.Future`: wait for it, gather it, pass it to ``client.submit``, to `dask.delayed`, to another handle. Nothing
@@ -505,5 +505,5 @@ class Assigned:
         self.ref = ref
 
     def __await__(self) -> Generator[Any, None, DeploymentResponse]:
+        yield from ()
         return self.ref
-        yield

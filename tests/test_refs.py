@@ -22,7 +22,9 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils_test import captured_logger, gen_cluster
 
 import dask_serve as serve
+from dask_serve import response
 from dask_serve.exceptions import RequestCancelledError, ServeError
+from dask_serve.routing.engine import Engine
 from dask_serve.routing.session import Session
 from dask_serve.routing.state import Outcome, RefState
 from dask_serve.routing.store import stores
@@ -651,7 +653,7 @@ def test_a_hundred_thousand_refs_come_and_go(client, handle):
 
     def collect() -> None:
         while not stop.is_set():
-            with mutex, session._lock:
+            with mutex, session._lock, Engine._lock, response._promotion:
                 gc.collect(1)
                 box: list[Any] = []
                 box.append(box)
@@ -669,21 +671,32 @@ def test_a_hundred_thousand_refs_come_and_go(client, handle):
             if number % 3 == 0:
                 refs.append(refs)
             with mutex:
-                del refs
+                refs = []
         assert handle.remote(1).result(30) == 2
     finally:
         gc.set_threshold(*thresholds)
         stop.set()
         thread.join(10)
+    del refs
+    for number in range(100):
+        refs = [handle.large.remote() for _ in range(5)]
+        if number % 2:
+            refs.append(refs)
+            wait(refs[0])
+        del refs
     gc.collect()
     (router,) = session.engine()[1].routers.values()
     deadline = time.monotonic() + 30
     while router.in_flight or router.queued:
         assert time.monotonic() < deadline, router
         time.sleep(0.01)
-    assert router.answered == 100_002
+    assert router.answered == 100_502
     assert not router.failed
-    assert not [ref for ref in gc.get_objects() if isinstance(ref, serve.DeploymentResponse)]
+    gc.collect()
+    assert not [left for left in gc.get_objects() if isinstance(left, (serve.DeploymentResponse, RefState))]
+    while any(client.run(stored).values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_cancelled_refs(client, handle):

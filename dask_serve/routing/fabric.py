@@ -43,6 +43,8 @@ class Fabric:
         #: Kept alive for the session, which closes the fabric through it when the loop ends.
         self.guard: AsyncGenerator[None, None] | None = None
         self.routers: dict[str, Router] = {}
+        #: Why nothing can be called, where there is no controller.
+        self._absent: str | None = None
         self._name = name
         self._loop = loop
         self._secret = secret
@@ -59,6 +61,7 @@ class Fabric:
     def apply(self, table: Table) -> None:
         """Take over a new version of the table."""
         self.table = table
+        self._absent = None
         self._secret = table.secret
         for router in list(self.routers.values()):
             self._apply_to(router)
@@ -71,8 +74,9 @@ class Fabric:
     def absent(self) -> None:
         """There is no controller on the cluster: nothing that waits will ever be answered."""
         self.table = Table(epoch="", version=0, secret=b"", deployments={}, routes=[])
+        self._absent = "dask_serve does not run on this cluster: start it with serve.run(app)"
         for router in list(self.routers.values()):
-            router.close("dask_serve does not run on this cluster: start it with serve.run(app)")
+            router.close(self._absent)
 
     def _apply_to(self, router: Router) -> None:
         assert self.table is not None
@@ -87,7 +91,9 @@ class Fabric:
         router = self.routers.get(deployment)
         if router is None:
             router = self.routers[deployment] = Router(deployment)
-            if self.table is not None:
+            if self._absent is not None:
+                router.close(self._absent)
+            elif self.table is not None:
                 self._apply_to(router)
         return router
 
