@@ -8,7 +8,7 @@ has had exactly one answer.
 
 Run as a script it prints the table of ``docs/decisions/credits.md``::
 
-    python -m tests.credits_simulator
+    PYTHONPATH=. python tests/credits_simulator.py
 """
 
 from __future__ import annotations

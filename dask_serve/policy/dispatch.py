@@ -219,6 +219,13 @@ class Dispatcher:
                 if self.queued:
                     self._ask(now, self.queued)
 
+    def silent(self, target: Target, now: float) -> None:
+        """A replica cannot be asked at present (its ``usable`` is unset): others are asked instead."""
+        if target.asked:
+            target.asked = False
+            if self.queued:
+                self._ask(now, self.queued)
+
     def fill(self, now: float) -> None:
         """Replicas came, or are reachable again: ask all of them for what waits."""
         if self.queued:

@@ -133,11 +133,12 @@ class Door:
             return Visitor(self, self._secret)
 
         try:
-            self._server = await self.loop.create_server(visit, self._host, 0, ssl=self._ssl, backlog=1024)
+            server = await self.loop.create_server(visit, self._host, 0, ssl=self._ssl, backlog=1024)
         except OSError:
-            # The contact address of a worker behind a NAT is no interface of this machine.
-            self._server = await self.loop.create_server(visit, "0.0.0.0", 0, ssl=self._ssl, backlog=1024)
-        port = self._server.sockets[0].getsockname()[1]
+            # The contact address of a worker behind a NAT is no interface of this machine: all of them, then.
+            server = await self.loop.create_server(visit, None, 0, ssl=self._ssl, backlog=1024)
+        self._server = server
+        port = server.sockets[0].getsockname()[1]
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.address = f"{'tls' if self._ssl else 'tcp'}://{host}:{port}"
 

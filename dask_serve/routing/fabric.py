@@ -127,6 +127,8 @@ class Fabric:
         now = monotonic()
         for link in list(self._links.values()):
             link.check(now)
+        for router in self.routers.values():
+            router.remind()
         self._check = self._loop.call_later(CHECK_EVERY, self._on_check) if self._links else None
 
     def knows(self, process: str) -> bool:

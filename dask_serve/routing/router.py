@@ -227,6 +227,10 @@ class Router:
         else:
             self._dispatcher.silent(target, monotonic())
 
+    def remind(self) -> None:
+        """Called about twice a second."""
+        self._dispatcher.remind(monotonic())
+
     # ------------------------------------------------------------------ the table
 
     def apply(self, entry: DeploymentEntry | None, links: dict[str, Link]) -> None:
