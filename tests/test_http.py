@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import signal
@@ -40,7 +39,7 @@ BODY_LIMIT = 2 * 2**20
 MEGABYTE = bytes(range(256)) * 4096
 
 
-# -- what is served ------------------------------------------------------------------------------------------------------
+# -- what is served ------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -52,7 +51,7 @@ class Point:
 def marker(request: Request, word: str) -> None:
     """Leave a line in the file that the test named: a side effect that it can see."""
     if path := request.headers.get("x-marker"):
-        with open(path, "a") as file:
+        with Path(path).open("a") as file:
             file.write(word + "\n")
 
 
@@ -312,7 +311,7 @@ class Victim:
 
     async def __call__(self, request: Request) -> Any:
         path = request.headers["x-marker"]
-        with open(path, "a") as file:
+        with Path(path).open("a") as file:
             file.write(f"{os.getpid()}\n")
         if len(Path(path).read_text().split()) == 1:
             if "stream" in request.query_params:
@@ -347,7 +346,7 @@ class Ingress:
         return {"double": await self.doubler.double.remote(x), "id": await self.doubler.request_id.remote()}
 
 
-# -- the service ---------------------------------------------------------------------------------------------------------
+# -- the service ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -379,7 +378,7 @@ def logged_to(path: Path) -> Iterator[None]:
     """Point this process's standard error at a file, for the processes that are started meanwhile."""
     sys.stderr.flush()
     before = os.dup(2)
-    with open(path, "ab") as file:
+    with path.open("ab") as file:
         os.dup2(file.fileno(), 2)
     try:
         yield
@@ -469,7 +468,7 @@ def read_answer(file: Any) -> tuple[int, dict[str, str], bytes]:
     return status, headers, file.read(int(headers.get("content-length", 0)))
 
 
-# -- routes --------------------------------------------------------------------------------------------------------------
+# -- routes --------------------------------------------------------------------------------------------------
 
 
 def test_the_longest_prefix_answers_and_the_rest_of_the_path_is_the_applications(http):
@@ -509,7 +508,7 @@ def test_every_kind_of_call(http, path):
         assert "def" in answer.json()["thread"]
 
 
-# -- answers -------------------------------------------------------------------------------------------------------------
+# -- answers -------------------------------------------------------------------------------------------------
 
 
 def test_what_user_code_returns_becomes_a_response(http):
@@ -561,7 +560,7 @@ def test_head_has_the_head_only(http, mark):
     assert http.get("/answers/str").text == "text äö"
 
 
-# -- streams -------------------------------------------------------------------------------------------------------------
+# -- streams -------------------------------------------------------------------------------------------------
 
 
 def test_short_streams_are_whole(http):
@@ -648,7 +647,7 @@ def test_background_tasks_run_after_the_answer(http, mark):
     wait_until(lambda: words(path) == ["done"])
 
 
-# -- bodies --------------------------------------------------------------------------------------------------------------
+# -- bodies --------------------------------------------------------------------------------------------------
 
 
 def test_bodies_arrive_as_they_were_sent(http):
@@ -678,7 +677,7 @@ def test_a_client_that_goes_away_within_its_body_is_not_served(apps, http, mark)
     assert not words(path)
 
 
-# -- request ids and deadlines -------------------------------------------------------------------------------------------
+# -- request ids and deadlines -------------------------------------------------------------------------------
 
 
 def test_request_ids_are_taken_over_or_made(http):
@@ -730,7 +729,7 @@ def test_the_deadline_is_for_the_first_byte(http):
     assert answer.text == "0\n1\n2\n"
 
 
-# -- clients that go away ------------------------------------------------------------------------------------------------
+# -- clients that go away ------------------------------------------------------------------------------------
 
 
 def test_a_client_that_goes_away_cancels_user_code(apps, mark):
@@ -755,7 +754,7 @@ def test_a_client_that_goes_away_leaves_the_queue(apps, http, mark, tmp_path):
     assert not words(never)
 
 
-# -- errors --------------------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -833,7 +832,7 @@ def test_too_many_waiting_requests_are_refused_at_once(apps, mark):
     assert all(answer.elapsed.total_seconds() < 0.8 for answer in refused)
 
 
-# -- more than one step --------------------------------------------------------------------------------------------------
+# -- more than one step --------------------------------------------------------------------------------------
 
 
 def test_a_handle_bound_into_the_ingress(http):
@@ -841,7 +840,7 @@ def test_a_handle_bound_into_the_ingress(http):
     assert answer.json() == {"double": 42, "id": "chain"}
 
 
-# -- the protocol --------------------------------------------------------------------------------------------------------
+# -- the protocol --------------------------------------------------------------------------------------------
 
 
 def test_a_websocket_is_refused_and_the_server_lives(apps, http):
@@ -899,7 +898,7 @@ def test_two_proxies_share_the_port(apps):
     assert len(seen) == 2
 
 
-# -- a replica's death ---------------------------------------------------------------------------------------------------
+# -- a replica's death ---------------------------------------------------------------------------------------
 
 
 def kill(path: Path) -> None:
