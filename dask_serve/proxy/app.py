@@ -1,4 +1,4 @@
-"""What a proxy serves: `/-/...` goes to a small Starlette application, everything else takes the hot path in `forward`."""
+"""What a proxy serves: `/-/...` goes to a small Starlette application, all else takes the hot path in `forward`."""
 
 from __future__ import annotations
 
