@@ -15,10 +15,16 @@ from distributed import Client, LocalCluster
 from distributed.utils_test import captured_logger, gen_cluster
 
 import dask_serve as serve
+from dask_serve.exceptions import ReplicaLostError
 from dask_serve.replica.process import ServeProcess
+from dask_serve.routing import fabric as fabric_module
+from dask_serve.routing import link as link_module
+from dask_serve.routing.fabric import Fabric
 from dask_serve.routing.link import Link, split_address
+from dask_serve.routing.router import Router
 from dask_serve.routing.session import Session
-from dask_serve.routing.table import ReplicaEntry, Table, decode_table
+from dask_serve.routing.state import RefState
+from dask_serve.routing.table import DeploymentEntry, ReplicaEntry, Table, decode_table
 from dask_serve.wire import connection as wire_connection
 from dask_serve.wire import payloads
 from dask_serve.wire.connection import CallerConnection
@@ -215,9 +221,6 @@ class TestBesideRudeCode:
 
 
 def test_a_replica_found_behind_a_silent_door_gets_nothing_before_it_is_back():
-    from dask_serve.routing.router import Router
-    from dask_serve.routing.table import DeploymentEntry
-
     async def check() -> None:
         # Nobody listens there: the link only waits.
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -231,6 +234,39 @@ def test_a_replica_found_behind_a_silent_door_gets_nothing_before_it_is_back():
             link._mark(False)
             assert target.usable
             link.close()
+
+    asyncio.run(check())
+
+
+def test_a_door_that_hangs_for_good_is_given_up_once_the_table_has_lost_it(monkeypatch):
+    """Its kernel acknowledges everything, so that the connection stands for ever."""
+    monkeypatch.setattr(link_module, "SILENT_AFTER", 0.1)
+    monkeypatch.setattr(fabric_module, "CHECK_EVERY", 0.02)
+    monkeypatch.setattr(fabric_module, "GIVE_UP_AFTER", 0.1)
+
+    async def check() -> None:
+        loop = asyncio.get_running_loop()
+        calls: list[Frame] = []
+        server = await loop.create_server(
+            lambda: wire_connection.DoorConnection(b"s", "p", lambda _, frame: calls.append(frame), lambda _: None),
+            "127.0.0.1",
+        )
+        door = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        entry = DeploymentEntry("a/d", [ReplicaEntry("a/d/1", "p", door, "tcp://w")], 10, None, None, [])
+        fabric = Fabric(loop, name="test")
+        fabric.apply(Table("e", 1, b"s", {"a/d": entry}, []))
+        call = RefState("m", payloads.dumps(((), {})), "id")
+        fabric.router("a/d").submit(call, None, None)
+        [link] = fabric._links.values()
+        while not link.silent or loop.time() - link.silent_since < 0.3:
+            await asyncio.sleep(0.01)
+        assert not call.done()
+        gone = DeploymentEntry("a/d", [], 10, None, None, [])
+        fabric.apply(Table("e", 2, b"s", {"a/d": gone}, []))
+        await asyncio.wait_for(call.wait(), 5)
+        assert isinstance(call.exception, ReplicaLostError)
+        await fabric.close()
+        server.close()
 
     asyncio.run(check())
 

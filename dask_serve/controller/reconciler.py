@@ -17,7 +17,7 @@ from ..policy.lifecycle import ENDS
 from ..policy.placement import Need, place, wanted_workers
 from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
 from .registry import Registry, Replica, settings_of
-from .workers import WorkerViews
+from .workers import WorkerViews, what_is_missing
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
@@ -210,7 +210,26 @@ class Reconciler:
             return
         replica = Replica(app, spec, choice.worker, now)
         self.registry.replicas[replica.id] = replica
-        self._submit(replica)
+        if replica.worker in self.workers.equipped:
+            self._submit(replica)
+        else:
+            self._spawn(self._ask_and_submit(replica))
+
+    async def _ask_and_submit(self, replica: Replica) -> None:
+        assert self._client is not None
+        try:
+            missing = await what_is_missing(self._client, replica.worker)
+        except (OSError, asyncio.TimeoutError) as error:
+            missing = f"worker {replica.worker} does not answer: {error!r}"
+        if replica.state != "starting":
+            return
+        if replica.worker not in self.scheduler.workers:
+            self._lose([replica])
+        elif missing:
+            self.reported_failed(replica, missing)
+        else:
+            self.workers.equipped.add(replica.worker)
+            self._submit(replica)
 
     def _submit(self, replica: Replica) -> None:
         assert self._client is not None

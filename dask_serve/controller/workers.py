@@ -2,19 +2,67 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING
 
+import cloudpickle
 from distributed.core import Status
 
 from ..policy.placement import WorkerView
 
 if TYPE_CHECKING:
+    from distributed import Client
     from distributed.scheduler import Scheduler
 
     from .registry import Registry, Replica
 
-__all__ = ["WorkerViews"]
+__all__ = ["WorkerViews", "what_is_missing"]
+
+#: Seconds that a worker may take to import the package.
+IMPORT_TIMEOUT = 60.0
+
+
+def _probe() -> Callable[[], Coroutine[None, None, str]]:
+    async def probe() -> str:
+        import asyncio
+        import importlib
+        import sys
+
+        name = "dask_serve.replica.actor"
+        try:
+            if name not in sys.modules:
+                # Not on the worker's loop, which it would hold for a while.
+                await asyncio.get_running_loop().run_in_executor(None, importlib.import_module, name)
+        except Exception as error:  # noqa: BLE001 - whatever keeps it from being imported
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    return probe
+
+
+async def what_is_missing(client: Client, worker: str) -> str:
+    """Return why a worker cannot hold replicas, or "".
+
+    A task that names a class which a worker cannot import breaks the worker's connection to the scheduler, and with it
+    the worker. So it is asked first, by a function that travels by value.
+
+    Raises
+    ------
+    OSError
+        The worker cannot be reached.
+    """
+    call = client.rpc(worker).run(function=cloudpickle.dumps(_probe()), wait=True)
+    answer = await asyncio.wait_for(call, IMPORT_TIMEOUT)
+    if answer["status"] != "OK":
+        return f"worker {worker} could not be asked for dask_serve: {answer.get('text', answer['status'])}"
+    if not answer["result"]:
+        return ""
+    return (
+        f"dask_serve cannot be imported on worker {worker} ({answer['result']}): run `pip install dask-serve` there, in "
+        "the environment of `dask worker` and in the version of the scheduler"
+    )
 
 
 class WorkerViews:
@@ -25,6 +73,8 @@ class WorkerViews:
         self._registry = registry
         #: Workers that are about to close though the scheduler does not say so yet.
         self._doomed: set[str] = set()
+        #: Workers that have the package.
+        self.equipped: set[str] = set()
         #: Failed starts by (worker, revision).
         self._failures: Counter[tuple[str, str]] = Counter()
 
@@ -35,6 +85,7 @@ class WorkerViews:
     def forget(self, worker: str) -> None:
         """A worker left; one that comes at its address is another one."""
         self._doomed.discard(worker)
+        self.equipped.discard(worker)
         for key in [key for key in self._failures if key[0] == worker]:
             del self._failures[key]
 

@@ -21,6 +21,9 @@ logger = logging.getLogger("dask_serve.routing")
 CHECK_EVERY = 0.5
 #: Seconds until a process that could not be reached, though the table lists it, is dialled again.
 REDIAL_AFTER = 1.0
+#: A process that is silent for this many seconds, and that the controller has taken out of the table, is given up though its
+#: connection stands: it is stopped or hangs for good. One that the controller still lists may take its time.
+GIVE_UP_AFTER = 30.0
 
 
 class Fabric:
@@ -127,9 +130,17 @@ class Fabric:
         now = monotonic()
         for link in list(self._links.values()):
             link.check(now)
+            if link.silent and self._loop.time() - link.silent_since > GIVE_UP_AFTER and not self._lists(link.process):
+                link.give_up()
         for router in self.routers.values():
             router.remind()
         self._check = self._loop.call_later(CHECK_EVERY, self._on_check) if self._links else None
+
+    def _lists(self, process: str) -> bool:
+        table = self.table
+        return table is None or any(
+            replica.process == process for entry in table.deployments.values() for replica in entry.replicas
+        )
 
     def knows(self, process: str) -> bool:
         """There is a link to the process."""

@@ -77,6 +77,8 @@ class Link:
         self.door = door
         self.lost = False
         self.silent = False
+        #: Since when it is.
+        self.silent_since = 0.0
         #: Routers with a target on this link, by replica.
         self.targets: dict[str, tuple[Router, Target]] = {}
         self._loop = asyncio.get_running_loop()
@@ -144,6 +146,11 @@ class Link:
         if transport is not None:
             transport.close()
 
+    def give_up(self) -> None:
+        """Nothing will come any more; what is under way there is lost."""
+        logger.warning("Gave up the door %s, which is silent and not in the table any more", self.door)
+        self._connection.abort()
+
     def check(self, now: float) -> None:
         """Called about twice a second: ask a process that owes an answer whether it is there."""
         connection = self._connection
@@ -164,6 +171,7 @@ class Link:
         if self.silent == silent:
             return
         self.silent = silent
+        self.silent_since = self._loop.time()
         logger.warning("The door %s is %s", self.door, "silent: no new requests go there" if silent else "back")
         for router, target in list(self.targets.values()):
             router.set_usable(target, not silent)
