@@ -92,7 +92,8 @@ class Arguments:
         except asyncio.CancelledError:
             state.fail(RequestCancelledError(f"request {state.request_id} was cancelled"))
         except Exception as error:
-            state.settle("error", Outcome(error=("ServeError", f"an argument of {state.method!r} could not be had: {error!r}")))
+            message = f"an argument of {state.method!r} could not be had: {error!r}"
+            state.settle("error", Outcome(error=(ServeError.__name__, message)))
         else:
             submit(None if self._timeout is None else max(1e-3, self._timeout - (time.monotonic() - begun)))
         finally:

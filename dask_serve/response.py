@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import functools
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
-from dask.utils import parse_timedelta
-from distributed import Future, Worker, secede
-from distributed.threadpoolexecutor import rejoin
-from distributed.worker import thread_state
+from distributed import Future, Worker
 
 from .exceptions import ReplicaLostError, RequestCancelledError, ServeError
-from .routing.promotion import pack_outcome, raise_outcome, take_pending, take_stored, take_value
+from .routing.promotion import (
+    flush_later,
+    pack_outcome,
+    raise_outcome,
+    take_pending,
+    take_stored,
+    take_value,
+    value_of,
+)
 from .routing.session import Session
 from .routing.state import Outcome, RefState, Stored
+from .waiting import NOTHING, call_back, in_dask_task, seceded, seconds_of
 from .wire import payloads
 
 __all__ = ["DeploymentResponse"]
@@ -125,7 +130,7 @@ class DeploymentResponse(Future):
         Exception
             What the method raised, with its remote traceback as the cause.
         """
-        seconds = _seconds(timeout if timeout_s is None else timeout_s)
+        seconds = seconds_of(timeout if timeout_s is None else timeout_s)
         if self._session.is_asynchronous:
             return self._result_within(seconds)
         if self._decoded is not _UNREAD:
@@ -164,7 +169,7 @@ class DeploymentResponse(Future):
                     inner = self._inner
                     if inner is None:
                         raise
-            return asyncio.run_coroutine_threadsafe(_value_of(inner), inner.client.loop.asyncio_loop).result(seconds)
+            return asyncio.run_coroutine_threadsafe(value_of(inner), inner.client.loop.asyncio_loop).result(seconds)
         except concurrent.futures.TimeoutError:
             raise TimeoutError(f"the result of request {self.request_id} is there, and was not fetched in time") from None
 
@@ -197,7 +202,7 @@ class DeploymentResponse(Future):
                 if inner is None:
                     raise
         loop = inner.client.loop.asyncio_loop
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_value_of(inner), loop))
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(value_of(inner), loop))
 
     def _value(self, outcome: Outcome) -> Any:
         self._read = True
@@ -229,7 +234,7 @@ class DeploymentResponse(Future):
 
     def exception(self, timeout: float | str | None = None, **kwargs: Any) -> Any:
         """Wait for the end of the call; return its exception, or None. An awaitable when the client is asynchronous."""
-        seconds = _seconds(timeout)
+        seconds = seconds_of(timeout)
         if self._session.is_asynchronous:
             return self._exception(seconds)
         self._refuse_to_block("exception()")
@@ -268,7 +273,7 @@ class DeploymentResponse(Future):
         ``def`` that runs finishes and its result is dropped. A settled ref is left alone."""
         if self._cancel is not None and self._local.status == "pending":
             self._cancel()
-        return _Nothing() if self._session.is_asynchronous else None
+        return NOTHING if self._session.is_asynchronous else None
 
     def cancelled(self) -> bool:
         """The request was cancelled."""
@@ -286,7 +291,7 @@ class DeploymentResponse(Future):
 
     def add_done_callback(self, fn: Callable[[DeploymentResponse], Any]) -> None:
         """Call ``fn(ref)`` once the call has ended, in a thread of Dask's pool for callbacks."""
-        self._local.on_done(functools.partial(_callbacks().submit, _run_callback, fn, self))
+        self._local.on_done(functools.partial(call_back, fn, self))
 
     # ------------------------------------------------------------------ promotion
 
@@ -301,7 +306,7 @@ class DeploymentResponse(Future):
                     key = f"serve-{self._local.method.strip('_')}-{uuid.uuid4().hex}"
                     inner = self._inner = self._submit(client, key)
                     self._read = True
-                    client.loop.add_callback(_flush_later, client)
+                    client.loop.add_callback(flush_later, client)
         return inner
 
     def _submit(self, client: Any, key: str) -> Future:
@@ -328,7 +333,13 @@ class DeploymentResponse(Future):
         return client.submit(raise_outcome, pack_outcome(outcome), key=key, pure=False)
 
     def share(self) -> Future | None:
-        """A call is about to fetch the stored value: keep it when the ref is promoted. If it is already, return Dask's future."""
+        """Keep the stored value even when the ref is promoted: a call is about to fetch it.
+
+        Returns
+        -------
+        Future or None
+            What to fetch instead where the ref is promoted already.
+        """
         if self._inner is None:
             with _promotion:
                 if self._inner is None:
@@ -350,9 +361,10 @@ class DeploymentResponse(Future):
         self._cleared = True
         inner, self._inner = self._inner, None
         if inner is not None:
-            # The task owns the value, and its own release frees it.
-            if self._shared:
-                self._session.later(_release_after, inner, self._session, self._local)
+            # The task frees the value once it has taken it; if it never runs, or calls share the value, nobody does.
+            if self._shared or inner.status == "pending":
+                session = self._session
+                session.later(session.leftovers.add, inner.key, self._local)
             return
         # No lock is taken here: the garbage collector calls this anywhere, and may hold one. The outcome is looked at before and after
         # the flag is set: whichever side comes second sees the other.
@@ -366,7 +378,7 @@ class DeploymentResponse(Future):
     def __del__(self) -> None:
         try:
             self.release()
-        except AttributeError:  # not fully made, or the interpreter is going down
+        except (AttributeError, RuntimeError):  # not fully made, or the interpreter or a loop is going down
             pass
 
     def __repr__(self) -> str:
@@ -408,53 +420,6 @@ class _Discard:
             self._session.later(_log_unread, outcome)
 
 
-def _release_after(inner: Future, session: Session, state: RefState) -> None:
-    """Free a stored value that calls shared with Dask, once Dask has it."""
-
-    async def wait() -> None:
-        await inner._state.wait()
-        stored = _settled(state).stored
-        if stored is not None:
-            session.release(stored.process, stored.name)
-
-    inner.client.loop.add_callback(wait)
-
-
-def _flush_later(client: Any) -> None:
-    """`publish_dataset` flushes what the client sends before it reads the keys of futures: what that promotes must come first."""
-    buffer = getattr(client.scheduler_comm, "buffer", None)
-    if isinstance(buffer, list):
-        buffer.sort(key=lambda message: message.get("op") == "publish_flush_batched_send")
-
-
-async def _value_of(inner: Future) -> Any:
-    """Return a future's value, or raise a new exception (on the loop of its client)."""
-    try:
-        return await inner._result()
-    except ReplicaLostError as error:
-        raise ReplicaLostError(str(error)) from None
-
-
-def in_dask_task() -> bool:
-    """This thread runs a Dask task."""
-    return getattr(thread_state, "key", None) is not None
-
-
-@contextlib.contextmanager
-def seceded() -> Iterator[None]:
-    """Give the thread of this task back to its worker for a while."""
-    try:
-        secede()
-    except Exception:
-        # The task has done so itself, or runs in an executor that knows nothing of it.
-        yield
-        return
-    try:
-        yield
-    finally:
-        rejoin()
-
-
 def _log_unread(outcome: Outcome) -> None:
     text = outcome.raised[0] if outcome.raised is not None else ": ".join(outcome.error or ())
     logger.warning("A call failed, and its ref was dropped before anybody read the error:\n%s", text)
@@ -463,37 +428,6 @@ def _log_unread(outcome: Outcome) -> None:
 def _settled(state: RefState) -> Outcome:
     assert state.outcome is not None
     return state.outcome
-
-
-def _callbacks() -> Any:
-    """Return the pool that Dask runs callbacks of futures in."""
-    import os
-    from concurrent.futures import ThreadPoolExecutor
-
-    if Future._cb_executor is None or Future._cb_executor_pid != os.getpid():
-        Future._cb_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Callback-Thread")
-        Future._cb_executor_pid = os.getpid()
-    return Future._cb_executor
-
-
-def _run_callback(fn: Callable[[Any], Any], ref: DeploymentResponse) -> None:
-    try:
-        fn(ref)
-    except BaseException:
-        logger.exception("Error in callback %s of %s:", fn, ref)
-
-
-def _seconds(timeout: float | str | None) -> float | None:
-    return None if timeout is None else float(parse_timedelta(timeout, "s"))
-
-
-class _Nothing:
-    """Awaited, it is None; unlike a coroutine it does not mind not being awaited."""
-
-    __slots__ = ()
-
-    def __await__(self) -> Iterator[Any]:
-        return iter(())
 
 
 class Assigned:

@@ -20,6 +20,7 @@ from dask_serve.controller import promises
 from dask_serve.exceptions import ReplicaLostError, RequestCancelledError, RequestError
 from dask_serve.replica.process import ServeProcess
 from dask_serve.routing import promotion
+from dask_serve.routing.session import Session
 from dask_serve.routing.store import stores
 
 LARGE = 100_000
@@ -222,6 +223,25 @@ async def test_cancelled_and_failed_after_promotion(c, s, a, b):
     ref = handle.after.options(request_timeout_s=0.1).remote(30, 1)
     with pytest.raises(TimeoutError):
         await c.submit(inc, ref)
+
+
+@gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])
+async def test_promoted_and_forgotten_before_the_task_could_run(c, s, a):
+    handle = await serve.run(Model.bind(), route_prefix=None, client=c)
+    await handle.remote(1)
+    blocker = c.submit(time.sleep, 1.5, pure=False)
+    await until(lambda: blocker.key in s.tasks and s.tasks[blocker.key].state == "processing")
+    finished = handle.large.remote()
+    await wait(finished)
+    running = handle.after.remote(0.1, b"x" * LARGE)
+    futures = [c.submit(len, finished), c.submit(len, running)]
+    keys = [finished.key, running.key, *(future.key for future in futures)]
+    await until(lambda: all(key in s.tasks for key in keys))
+    del finished, running, futures
+    await until(lambda: not any(key in s.tasks for key in keys))
+    assert not blocker.done()
+    await until(lambda: not stored())
+    await until(lambda: not Session.of(c).leftovers)
 
 
 # -- holders -----------------------------------------------------------------------------------------------------------

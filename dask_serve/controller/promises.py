@@ -11,7 +11,7 @@ __all__ = ["LOST", "Promises"]
 LOST: dict[str, Any] = {"lost": True}
 #: How long an outcome stays after it was first fetched: several tasks may ask for it, a moment apart.
 KEEP_FETCHED = 60.0
-#: A promise that was asked for and not opened for this long will not be: its client died before it could, or it was dropped.
+#: A promise that was asked for and not opened for this long will not be: its client died before, or it was dropped.
 UNOPENED = 20.0
 #: How long an outcome stays that nobody asks for.
 KEEP_UNFETCHED = 600.0

@@ -1,4 +1,4 @@
-"""Promotion: making a real Dask task of a ref, once Dask asks for its key. The functions here are those tasks.
+"""Promotion: making a real Dask task of a ref, once Dask asks for its key. The first functions here are those tasks.
 
 - A small value travels into the task's graph as bytes, which the scheduler does not open.
 - A large value stays where it is. The task prefers that worker, and takes the value from the store of its process; anywhere else
@@ -24,7 +24,7 @@ from .session import Session
 from .state import Outcome, Stored
 from .store import stores
 
-__all__ = ["pack_outcome", "raise_outcome", "take_pending", "take_stored", "take_value"]
+__all__ = ["flush_later", "pack_outcome", "raise_outcome", "take_pending", "take_stored", "take_value", "value_of"]
 
 #: Seconds of one question for the outcome of a request that is under way.
 POLL = 30.0
@@ -57,7 +57,7 @@ def raise_outcome(packed: Sequence[Any]) -> None:
 
 
 async def take_stored(process: str, door: str, name: str, nbytes: int, shared: bool = False) -> Any:
-    """Be the task of a value in a worker's store; from now on it is Dask's, and the store lets go of it unless calls share it."""
+    """Be the task of a value in a worker's store; it is Dask's now, and the store lets go of it unless calls share it."""
     session = Session.of(get_worker())
     parts: Sequence[Buffer] = await asyncio.wrap_future(session.on_engine(_fetch(session, process, door, name)))
     value = await offload(payloads.loads, parts)
@@ -104,3 +104,21 @@ def _give_thread_back(worker: Any, key: str) -> None:
 
     event = SecedeEvent(key=key, compute_duration=0.0, stimulus_id=f"serve-secede-{time.time()}")
     worker.loop.add_callback(worker.handle_stimulus, event)
+
+
+# -- on the side of the ref --------------------------------------------------------------------------------------------
+
+
+def flush_later(client: Any) -> None:
+    """Let what was promoted go first: `publish_dataset` flushes before it reads the keys of futures (on the client's loop)."""
+    buffer = getattr(client.scheduler_comm, "buffer", None)
+    if isinstance(buffer, list):
+        buffer.sort(key=lambda message: message.get("op") == "publish_flush_batched_send")
+
+
+async def value_of(future: Any) -> Any:
+    """Return a future's value, or raise a new exception (on the loop of its client)."""
+    try:
+        return await future._result()
+    except ReplicaLostError as error:
+        raise ReplicaLostError(str(error)) from None

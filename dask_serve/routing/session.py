@@ -14,6 +14,7 @@ from typing import Any
 from ..wire.frames import Buffer
 from .engine import Engine
 from .fabric import Fabric
+from .leftovers import Leftovers
 from .store import stores
 from .table import Table, decode_table
 
@@ -49,6 +50,7 @@ class Session:
         self.closed = False
         self.in_worker = hasattr(owner, "batched_send")
         self._loop: asyncio.AbstractEventLoop = owner.loop.asyncio_loop
+        self.leftovers = Leftovers(self)
         self._ssl = owner.security.get_connection_args("client").get("ssl_context")
         self._lock = threading.Lock()
         self._engine: Engine | None = None

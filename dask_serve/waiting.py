@@ -1,0 +1,71 @@
+"""Threads that wait for refs, and the thread that calls back."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from dask.utils import parse_timedelta
+from distributed import Future, secede
+from distributed.threadpoolexecutor import rejoin
+from distributed.worker import thread_state
+
+__all__ = ["NOTHING", "call_back", "in_dask_task", "seceded", "seconds_of"]
+
+logger = logging.getLogger("distributed.serve.refs")
+
+
+def seconds_of(timeout: float | str | None) -> float | None:
+    """Parse a time to wait as Dask does."""
+    return None if timeout is None else float(parse_timedelta(timeout, "s"))
+
+
+def in_dask_task() -> bool:
+    """Tell whether this thread runs a Dask task."""
+    return getattr(thread_state, "key", None) is not None
+
+
+@contextlib.contextmanager
+def seceded() -> Iterator[None]:
+    """Give the thread of this task back to its worker for a while."""
+    try:
+        secede()
+    except Exception:
+        # The task has done so itself, or runs in an executor that knows nothing of it.
+        yield
+        return
+    try:
+        yield
+    finally:
+        rejoin()
+
+
+def call_back(fn: Callable[[Any], Any], ref: Any) -> None:
+    """Call ``fn(ref)`` in the pool that Dask runs callbacks of futures in."""
+    if Future._cb_executor is None or Future._cb_executor_pid != os.getpid():
+        Future._cb_executor = ThreadPoolExecutor(1, thread_name_prefix="Dask-Callback-Thread")
+        Future._cb_executor_pid = os.getpid()
+    Future._cb_executor.submit(_run_callback, fn, ref)
+
+
+def _run_callback(fn: Callable[[Any], Any], ref: Any) -> None:
+    try:
+        fn(ref)
+    except BaseException:
+        logger.exception("Error in callback %s of %s:", fn, ref)
+
+
+class _Nothing:
+    """Awaited, it is None; unlike a coroutine it does not mind not being awaited."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Iterator[Any]:
+        return iter(())
+
+
+NOTHING = _Nothing()
