@@ -335,6 +335,8 @@ class Simulation:
         Share of the requests that are cancelled after up to three times the mean service.
     delay, jitter : float
         Seconds that a frame takes, and by which share it varies.
+    reminding : bool
+        Routers call `Dispatcher.remind`, as the fabric lets them.
     """
 
     def __init__(
@@ -351,6 +353,7 @@ class Simulation:
         delay: float = 1.2e-4,
         jitter: float = 0.0,
         constant: bool = False,
+        reminding: bool = True,
         seed: int = 0,
     ) -> None:
         self.now = 0.0
@@ -379,7 +382,8 @@ class Simulation:
             if load:
                 rate = load * replicas * limit / service * weight / sum(weights)
                 self.after(self.random.expovariate(rate), self._arrive, router, rate)
-            self.after(CHECK_EVERY * self.random.random(), self._remind, router)
+            if reminding:
+                self.after(CHECK_EVERY * self.random.random(), self._remind, router)
         for i in range(callers):
             self.after(self.random.random() * service, self._call, self.routers[i % routers])
 

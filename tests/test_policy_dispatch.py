@@ -1,0 +1,645 @@
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import credits_simulator as simulator
+import pytest
+from credits_simulator import Simulation
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from dask_serve.policy.dispatch import ASKED_AT_LEAST, PATIENCE, STALE_AFTER, Dispatcher, Target
+
+
+@dataclass(eq=False)
+class Call:
+    since: float = 0.0
+    dropped: bool = False
+    number: int = 0
+
+
+class Port:
+    """Notes what a dispatcher tells the world."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Target, Call, bool]] = []
+        self.wants: list[tuple[str, int, float]] = []
+        self.returned: list[Target] = []
+
+    def send(self, target: Target, call: Call, credit: bool) -> None:
+        self.sent.append((target, call, credit))
+
+    def want(self, target: Target, count: int, oldest: float) -> None:
+        self.wants.append((target.id, count, oldest))
+
+    def give_back(self, target: Target) -> None:
+        self.returned.append(target)
+
+    def take_wants(self) -> list[tuple[str, int, float]]:
+        wants, self.wants = self.wants, []
+        return wants
+
+
+def make(replicas: int, limit: int = 1) -> tuple[Dispatcher, Port, list[Target]]:
+    port = Port()
+    dispatcher = Dispatcher(port, random.Random(0).random)
+    targets = [Target(f"r{i}", limit) for i in range(replicas)]
+    for target in targets:
+        dispatcher.add(target, 0.0)
+    return dispatcher, port, targets
+
+
+def submit(dispatcher: Dispatcher, count: int = 1, now: float = 0.0) -> list[Call]:
+    calls = [Call(now, number=i) for i in range(count)]
+    for call in calls:
+        dispatcher.submit(call)
+    return calls
+
+
+def fill_up(dispatcher: Dispatcher) -> None:
+    """Send as much as goes out unasked."""
+    submit(dispatcher, sum(target.limit for target in dispatcher.targets.values()))
+    assert not dispatcher.queued
+
+
+def test_unasked_up_to_the_limit():
+    dispatcher, port, targets = make(3, limit=2)
+    submit(dispatcher, 6)
+    assert [target.mine for target in targets] == [2, 2, 2]
+    assert not any(credit for _, _, credit in port.sent)
+    assert port.wants == []
+    submit(dispatcher)
+    assert dispatcher.queued == 1
+    assert sorted(port.take_wants()) == [("r0", 1, 0.0), ("r1", 1, 0.0), ("r2", 1, 0.0)]
+
+
+def test_the_less_loaded_of_two():
+    dispatcher, port, (busy, _) = make(2, limit=100)
+    for _ in range(20):
+        submit(dispatcher, 1, now=1.0)
+        dispatcher.answered(port.sent[-1][0], 60 if port.sent[-1][0] is busy else 0, 0, 0, 1.0)
+    assert sum(target is busy for target, _, _ in port.sent) <= 1
+    # What was heard of others is believed for a while only.
+    assert busy.load(1.0 + STALE_AFTER / 2) == 60
+    assert busy.load(1.0 + STALE_AFTER * 2) == 0
+
+
+def test_silent_replicas_get_nothing_new():
+    dispatcher, port, (one, two) = make(2, limit=2)
+    one.usable = False
+    submit(dispatcher, 3)
+    assert (one.mine, two.mine, dispatcher.queued) == (0, 2, 1)
+    assert [name for name, *_ in port.take_wants()] == ["r1"]
+    one.usable = True
+    dispatcher.fill(0.0)
+    assert ("r0", 1, 0.0) in port.wants
+
+
+def test_the_level_is_told_when_it_doubles_or_halves():
+    dispatcher, port, (target,) = make(1)
+    target.limit = 100
+    target.mine = 100
+    told = []
+    for _ in range(9):
+        submit(dispatcher)
+        told += [count for _, count, _ in port.take_wants()]
+    assert told == [1, 2, 4, 8]
+    for _ in range(9):
+        dispatcher.credited(target, 0.0)
+        told += [count for _, count, _ in port.take_wants()]
+    assert told == [1, 2, 4, 8, 4, 2, 1, 0]
+
+
+def test_no_chatter_around_a_level():
+    """Requests that are refused or cancelled as fast as they come move a backlog to and fro between 7 and 8."""
+    dispatcher, port, (target,) = make(1)
+    target.limit = target.mine = 100
+    calls = submit(dispatcher, 8)
+    port.take_wants()
+    for _ in range(10):
+        calls[-1].dropped = True
+        dispatcher.cancelled(calls[-1], 0.0)
+        calls += submit(dispatcher)
+    assert port.wants == []
+
+
+def test_no_more_is_asked_than_a_replica_can_hold():
+    dispatcher, port, _ = make(1, limit=2)
+    submit(dispatcher, 20)
+    assert port.wants[-1] == ("r0", 3, 0.0)
+
+
+@pytest.mark.parametrize("queued", [1, 3, 7, 40])
+def test_a_longer_backlog_asks_more_replicas(queued: int):
+    dispatcher, _, targets = make(16)
+    fill_up(dispatcher)
+    submit(dispatcher, queued)
+    told = 1 << queued.bit_length() - 1
+    assert sum(target.asked for target in targets) == min(16, max(ASKED_AT_LEAST, told))
+
+
+def test_what_waits_for_long_is_asked_of_all():
+    """The few that were asked may be stuck with long requests while others are free."""
+    dispatcher, port, targets = make(16)
+    fill_up(dispatcher)
+    submit(dispatcher, now=1.0)
+    assert sum(target.asked for target in targets) == ASKED_AT_LEAST
+    dispatcher.remind(1.0 + PATIENCE / 2)
+    assert sum(target.asked for target in targets) == ASKED_AT_LEAST
+    port.take_wants()
+    dispatcher.remind(1.5)
+    assert sorted(port.take_wants()) == sorted((target.id, 1, 0.5) for target in targets)
+    # Once more, in case that it was not heard.
+    dispatcher.remind(2.0)
+    assert len(port.take_wants()) == 16
+    dispatcher.credited(targets[3], 2.0)
+    assert sorted(port.take_wants()) == sorted((target.id, 0, 0.0) for target in targets)
+    dispatcher.remind(9.0)
+    assert port.wants == []
+
+
+def test_a_credit_is_used_or_returned():
+    dispatcher, port, (target,) = make(1)
+    fill_up(dispatcher)
+    (call,) = submit(dispatcher)
+    dispatcher.credited(target, 1.0)
+    assert port.sent[-1] == (target, call, True)
+    dispatcher.credited(target, 1.0)
+    assert port.returned == [target]
+
+
+def test_credits_in_an_answer():
+    dispatcher, port, (target,) = make(1, limit=3)
+    fill_up(dispatcher)
+    calls = submit(dispatcher, 2)
+    dispatcher.answered(target, 2, 2, 3, 1.0)
+    assert port.sent[-2:] == [(target, calls[0], True), (target, calls[1], True)]
+    assert port.returned == [target]
+    assert target.mine == 4
+
+
+def test_an_answer_lets_in_as_many_as_have_room():
+    dispatcher, port, (target,) = make(1, limit=5)
+    target.mine = 5
+    submit(dispatcher, 6)
+    # 4 of its own are there still by its count; the replica says that 2 run, and nobody waits.
+    target.mine = 3
+    dispatcher.answered(target, 2, 0, 0, 1.0)
+    assert [credit for _, _, credit in port.sent] == [False] * 3
+    assert target.mine == 5
+    # Others wait for it: its slots are theirs.
+    dispatcher.answered(target, 4, 1, 0, 1.0)
+    assert len(port.sent) == 3
+
+
+def test_refused_goes_back_to_the_head():
+    dispatcher, port, (target,) = make(1, limit=2)
+    first, second, third = submit(dispatcher, 3)
+    dispatcher.refused(target, second, 2, 0, 1.0)
+    dispatcher.refused(target, first, 2, 0, 1.0)
+    assert dispatcher.queued == 3
+    for _ in range(3):
+        dispatcher.credited(target, 1.0)
+    assert [call for _, call, credit in port.sent if credit] == [first, second, third]
+
+
+def test_refused_after_it_was_given_up():
+    dispatcher, port, (target,) = make(1)
+    (call,) = submit(dispatcher)
+    call.dropped = True
+    dispatcher.refused(target, call, 1, 0, 1.0)
+    assert (dispatcher.queued, port.wants) == (0, [])
+
+
+def test_cancelled_while_it_waits():
+    dispatcher, port, (target,) = make(1)
+    fill_up(dispatcher)
+    calls = submit(dispatcher, 3)
+    for call in calls[:2]:
+        call.dropped = True
+        dispatcher.cancelled(call, 0.0)
+    dispatcher.credited(target, 1.0)
+    assert port.sent[-1][1] is calls[2]
+    assert port.wants[-1] == ("r0", 0, 0.0)
+
+
+def test_given_up_requests_do_not_pile_up():
+    """Behind one that waits for ever, since there is no replica."""
+    dispatcher, _, _ = make(0)
+    submit(dispatcher)
+    for _ in range(1000):
+        (call,) = submit(dispatcher)
+        call.dropped = True
+        dispatcher.cancelled(call, 0.0)
+    assert dispatcher.queued == 1
+    assert len(dispatcher._backlog) <= 3
+
+
+def test_nothing_is_kept_alive_by_an_empty_backlog():
+    dispatcher, _, (target,) = make(1)
+    fill_up(dispatcher)
+    calls = submit(dispatcher, 3)
+    calls[2].dropped = calls[1].dropped = True
+    dispatcher.cancelled(calls[2], 0.0)
+    dispatcher.cancelled(calls[1], 0.0)
+    dispatcher.credited(target, 0.0)
+    assert len(dispatcher._backlog) == 0
+
+
+def test_new_replicas_are_asked_at_once():
+    """However many others are asked already: a backlog that stands must not keep scaling up from helping."""
+    dispatcher, port, _ = make(8)
+    fill_up(dispatcher)
+    submit(dispatcher, 20)
+    port.take_wants()
+    for i in range(3):
+        dispatcher.add(Target(f"new{i}", 4), 1.0)
+    assert {name: count for name, count, _ in port.wants if name.startswith("new")} == {"new0": 5, "new1": 5, "new2": 5}
+
+
+def test_the_first_replica_is_asked_for_what_waited():
+    dispatcher, port, _ = make(0)
+    submit(dispatcher, 3)
+    assert port.wants == []
+    dispatcher.add(Target("r0", 10), 2.0)
+    assert port.wants == [("r0", 3, 2.0)]
+
+
+def test_another_is_asked_in_place_of_one_that_went():
+    dispatcher, port, targets = make(5)
+    fill_up(dispatcher)
+    submit(dispatcher)
+    (left_out,) = [target for target in targets if not target.asked]
+    asked = next(target for target in targets if target.asked)
+    dispatcher.remove(asked, 0.0)
+    assert left_out.asked
+    # A late credit of the one that went is returned, so that nobody waits for it to lapse.
+    dispatcher.credited(asked, 0.0)
+    assert port.returned == [asked]
+
+
+def test_the_same_replica_after_a_new_connection():
+    dispatcher, port, (old,) = make(1)
+    dispatcher.remove(old, 0.0)
+    new = Target(old.id, 1)
+    dispatcher.add(new, 0.0)
+    dispatcher.remove(old, 0.0)
+    assert dispatcher.targets == {new.id: new}
+    fill_up(dispatcher)
+    submit(dispatcher)
+    dispatcher.answered(old, 0, 0, 1, 0.0)
+    assert dispatcher.queued == 1
+    assert port.returned == [old]
+
+
+def test_put_back():
+    dispatcher, port, (one, two) = make(2)
+    first, _, third = submit(dispatcher, 3)
+    dispatcher.remove(one, 0.0)
+    dispatcher.put_back(first, 0.0)
+    assert dispatcher.queued == 2
+    dispatcher.credited(two, 0.0)
+    dispatcher.credited(two, 0.0)
+    assert [call for _, call, credit in port.sent if credit] == [first, third]
+    two.mine = 0
+    dispatcher.put_back(third, 0.0)
+    assert port.sent[-1] == (two, third, False)
+
+
+def test_take_all():
+    dispatcher, port, _ = make(1)
+    fill_up(dispatcher)
+    calls = submit(dispatcher, 3)
+    calls[1].dropped = True
+    dispatcher.cancelled(calls[1], 0.0)
+    assert dispatcher.take_all() == [calls[0], calls[2]]
+    assert dispatcher.queued == 0
+    assert port.wants[-1] == ("r0", 0, 0.0)
+    assert dispatcher.take_all() == []
+
+
+# -- every method in every order
+
+
+class DispatchMachine(RuleBasedStateMachine):
+    """Replicas that answer whatever they like. Each call is at one place, and no want or credit is forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.port = Port()
+        self.dispatcher = Dispatcher(self, random.Random(0).random)
+        self.targets: list[Target] = []
+        self.sent: list[tuple[Target, Call]] = []
+        self.waiting: list[Call] = []
+        self.count = 0
+        self.expected: bool | None = None
+        self.wants: dict[Target, int] = {}
+
+    # The port.
+    def send(self, target: Target, call: Call, credit: bool) -> None:
+        assert not call.dropped
+        assert target in self.targets
+        if call in self.waiting:
+            assert call is self.waiting[0], "out of turn"
+            self.waiting.pop(0)
+        if not credit:
+            assert target.usable
+            assert target.mine <= target.limit
+        self.sent.append((target, call))
+
+    def want(self, target: Target, count: int, oldest: float) -> None:
+        assert count <= target.limit + 1
+        assert oldest >= 0
+        self.wants[target] = count
+
+    def give_back(self, target: Target) -> None:
+        assert not self.dispatcher.queued or target not in self.targets
+        self.returned = True
+
+    @initialize(replicas=st.integers(0, 6))
+    def begin(self, replicas: int) -> None:
+        for _ in range(replicas):
+            self.add(2)
+
+    @rule(limit=st.integers(1, 3))
+    def add(self, limit: int) -> None:
+        target = Target(f"r{self.count}", limit)
+        self.count += 1
+        self.targets.append(target)
+        self.dispatcher.add(target, self.now)
+
+    @rule()
+    def submit(self) -> None:
+        call = Call(self.now)
+        self.waiting.append(call)
+        waited = len(self.waiting) > 1
+        self.dispatcher.submit(call)
+        assert not waited or call in self.waiting
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data) -> None:
+        call = data.draw(st.sampled_from(self.waiting))
+        call.dropped = True
+        self.waiting.remove(call)
+        self.dispatcher.cancelled(call, self.now)
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data(), running=st.integers(0, 5), wanted=st.integers(0, 2), credits=st.integers(0, 3))
+    def answer(self, data, running: int, wanted: int, credits: int) -> None:
+        target, _ = self.take(data)
+        self.dispatcher.answered(target, running, wanted, credits, self.now)
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data(), dropped=st.booleans())
+    def refuse(self, data, dropped: bool) -> None:
+        target, call = self.take(data)
+        call.dropped = dropped
+        if not dropped:
+            self.waiting.insert(0, call)
+        self.dispatcher.refused(target, call, target.limit, 0, self.now)
+
+    def take(self, data) -> tuple[Target, Call]:
+        index = data.draw(st.integers(0, len(self.sent) - 1))
+        return self.sent.pop(index)
+
+    @precondition(lambda self: self.targets)
+    @rule(data=st.data())
+    def credit(self, data) -> None:
+        before = len(self.sent)
+        self.returned = False
+        self.dispatcher.credited(data.draw(st.sampled_from(self.targets)), self.now)
+        assert (len(self.sent) == before + 1) != self.returned
+
+    @precondition(lambda self: self.targets)
+    @rule(data=st.data(), again=st.booleans())
+    def remove(self, data, again: bool) -> None:
+        target = data.draw(st.sampled_from(self.targets))
+        self.targets.remove(target)
+        self.wants.pop(target, None)
+        self.dispatcher.remove(target, self.now)
+        calls = [call for other, call in self.sent if other is target]
+        self.sent = [(other, call) for other, call in self.sent if other is not target]
+        for call in calls:
+            target.mine -= 1
+            if again:
+                self.waiting.insert(0, call)
+                self.dispatcher.put_back(call, self.now)
+        self.returned = False
+        self.dispatcher.credited(target, self.now)
+        assert self.returned
+
+    @precondition(lambda self: self.targets)
+    @rule(data=st.data())
+    def toggle(self, data) -> None:
+        target = data.draw(st.sampled_from(self.targets))
+        target.usable = not target.usable
+        if target.usable:
+            self.dispatcher.fill(self.now)
+
+    @precondition(lambda self: self.targets)
+    @rule(data=st.data(), limit=st.integers(1, 3))
+    def change_limit(self, data, limit: int) -> None:
+        for target in self.targets:
+            target.limit = limit
+
+    @rule(seconds=st.sampled_from([0.01, 0.2, 1.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.dispatcher.remind(self.now)
+        if self.waiting and self.now - self.waiting[0].since >= PATIENCE:
+            assert all(target.asked for target in self.targets if target.usable)
+
+    @invariant()
+    def everything_is_somewhere(self) -> None:
+        dispatcher = self.dispatcher
+        assert dispatcher.queued == len(self.waiting)
+        assert [call for call in dispatcher._backlog if not call.dropped] == self.waiting
+        for target in self.targets:
+            assert target.mine == sum(other is target for other, _ in self.sent)
+            # What it says of itself is what the replica was told last.
+            assert target.asked == bool(self.wants.get(target))
+        asked = sum(target.asked for target in self.targets)
+        if not self.waiting:
+            assert not asked
+        elif all(target.usable for target in self.targets):
+            assert asked >= min(ASKED_AT_LEAST, len(self.targets))
+
+    def teardown(self) -> None:
+        for call in self.dispatcher.take_all():
+            self.waiting.remove(call)
+        assert not self.waiting
+        assert not any(target.asked for target in self.targets)
+
+
+TestDispatchMachine = DispatchMachine.TestCase
+TestDispatchMachine.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+# -- both halves together
+
+
+def test_a_router_that_stood_still_hangs_not():
+    """Its credits lapse, no level changes: only that it answers the credits late tells the replica that it is there."""
+    sim = Simulation(replicas=1, routers=2, limit=2, service=0.05, constant=True, reminding=False)
+    slow, other = sim.routers
+    for _ in range(60):
+        sim.at(0.0, other.submit)
+    for _ in range(7):
+        sim.at(0.01, slow.submit)
+    sim.at(0.03, sim.freeze, slow, 0.7)
+    sim.run(0.6)
+    assert sim.replicas[0].admission._silent
+    sim.finish(within=20.0)
+
+
+def test_a_router_that_forgot_a_replica_and_its_credits():
+    """A replica goes on granting to those who asked; each such credit comes back once, not to and fro."""
+    sim = Simulation(replicas=1, routers=1, limit=1, service=0.01, constant=True)
+    (router,), (replica,) = sim.routers, sim.replicas
+    for _ in range(5):
+        sim.at(0.0, router.submit)
+
+    def forget() -> None:
+        (target,) = router.connections
+        router.dispatcher.remove(target, sim.now)
+
+    sim.at(0.005, forget)
+    sim.run(1.0)
+    assert sim.messages["on_return"] <= 2
+    assert (replica.admission.wanted, replica.admission.granted) == (0, 0)
+    for request in router.dispatcher.take_all():
+        router.backlog.discard(request)
+        request.end("gone")
+    sim.finish()
+
+
+def test_scaling_up_under_a_standing_backlog():
+    sim = Simulation(replicas=5, routers=2, service=0.02, load=1.4, seed=3)
+    sim.at(1.0, sim.add_replica)
+    sim.at(1.0, sim.add_replica)
+    sim.run(3.0)
+    for replica in sim.replicas[5:]:
+        assert replica.busy > 0.9 * 2.0
+    sim.finish()
+
+
+def test_cold_start():
+    """Requests came before there was a replica."""
+    sim = Simulation(replicas=0, routers=3, limit=2, service=0.01)
+    for router in sim.routers:
+        for _ in range(20):
+            sim.at(0.0, router.submit)
+    sim.at(1.0, sim.add_replica)
+    sim.run(1.05)
+    assert sim.replicas[0].busy > 0.9 * 2 * 0.05
+    sim.finish()
+
+
+def test_more_slots_while_all_wait():
+    """Raising the limit helps those who wait at once, not when one of the long requests ends."""
+    sim = Simulation(replicas=1, routers=2, limit=1, service=5.0, constant=True)
+    for router in sim.routers:
+        for _ in range(5):
+            sim.at(0.0, router.submit)
+    sim.at(1.0, lambda: sim.replicas[0].set_limit(8))
+    sim.run(1.01)
+    assert sim.replicas[0].active == 8
+    sim.finish(within=60)
+
+
+@pytest.mark.parametrize(
+    ("row", "seconds", "not_full", "idle", "frames"),
+    [
+        ("load 0.9", 2.0, 0.01, 0.01, 9),
+        ("load 1.3", 1.0, 0.01, 0.01, 5),
+        ("load 0.9, 30 % cancelled", 2.0, 0.01, 0.01, 10),
+        ("load 0.6, heavy router partitioned", 4.0, 0.01, 0.01, 8),
+        ("load 0.9, 8 slots", 1.0, 0.15, 0.04, 10),
+        ("load 0.9, 1 ms service", 0.5, 0.06, 0.06, 10),
+        ("load 0.9, 50 ms service", 15.0, 0.01, 0.01, 10),
+        ("load 0.9, 16 replicas, 12 routers", 0.7, 0.08, 0.08, 10),
+    ],
+)
+def test_figures(row: str, seconds: float, not_full: float, idle: float, frames: float):
+    """The table of ``docs/decisions/credits.md``, shorter and with slack."""
+    got = simulator.row(row, seconds)
+    assert got.not_full < not_full
+    assert got.idle_slots < idle
+    assert got.messages < frames
+    # Who has ten times the requests waits neither for ever nor for nothing.
+    assert got.heavy < 3 * got.light + 0.02
+    assert got.light < 3 * got.heavy + 0.02
+
+
+@pytest.mark.parametrize(
+    ("row", "busy"),
+    [
+        ("1 slot, 50 callers, 10 ms", 0.95),
+        ("1 slot, 50 callers, 1 ms", 0.85),
+        ("the same, 5 routers", 0.85),
+        ("2 replicas, 50 callers, 25 ms", 0.95),
+    ],
+)
+def test_one_slot_stays_busy(row: str, busy: float):
+    assert simulator.row(row, 1.0).served > busy
+
+
+FAULTS = ("partition", "retry", "freeze", "kill replica", "add replica", "limit", "kill router")
+
+
+def strike(sim: Simulation, fault: str, which: float, how: float) -> None:
+    """Let something go wrong; ``which`` and ``how`` are in [0, 1)."""
+    routers = [router for router in sim.routers if router.alive]
+    router = routers[int(which * len(routers))]
+    if fault == "partition":
+        sim.partition(router, how, again=False)
+    elif fault == "retry":
+        sim.partition(router, how / 2, again=True)
+    elif fault == "freeze":
+        sim.freeze(router, how)
+    elif fault == "kill replica" and sim.replicas:
+        sim.kill_replica(sim.replicas[int(which * len(sim.replicas))], again=how < 0.5)
+        sim.after(how / 2, sim.add_replica)
+    elif fault == "add replica":
+        sim.add_replica()
+    elif fault == "limit":
+        sim.limit = int(how * 6) + 1
+        for replica in sim.replicas:
+            replica.set_limit(sim.limit)
+    elif fault == "kill router" and len(routers) > 1:
+        sim.kill_router(router)
+
+
+share = st.floats(0, 1, exclude_max=True)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.fixed_dictionaries(
+        {
+            "replicas": st.sampled_from([1, 2, 5]),
+            "routers": st.sampled_from([1, 2, 5]),
+            "limit": st.sampled_from([1, 1, 2, 8]),
+            "service": st.sampled_from([0.005, 0.03, 0.2]),
+            "load": st.sampled_from([0.5, 0.9, 1.5]),
+            "cancelled": st.sampled_from([0, 0.3, 0.8]),
+            "jitter": st.sampled_from([0, 2.0, 20.0]),
+            "reminding": st.booleans(),
+            "seed": st.integers(0, 1000),
+        }
+    ),
+    st.lists(st.tuples(st.floats(0, 1), st.sampled_from(FAULTS), share, share), max_size=6),
+)
+def test_nothing_leaks_and_nothing_hangs(settings: dict, faults: list):
+    """Whatever dies: the invariants hold after every event, and at the end every request was answered once."""
+    sim = Simulation(**settings)
+    for when, *fault in faults:
+        sim.at(when, strike, sim, *fault)
+    sim.run(1.0)
+    sim.finish(within=200.0)
