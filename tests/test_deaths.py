@@ -281,7 +281,7 @@ def test_user_code_that_ends_its_process(processes):
 # -- SIGTERM
 
 
-@pytest.mark.parametrize("nanny", [False, True])
+@pytest.mark.parametrize("nanny", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_terminated_worker_fails_no_request(processes, nanny):
     processes.scheduler()
     workers = [processes.worker(*[] if nanny else ["--no-nanny"]) for _ in range(2)]
@@ -303,6 +303,7 @@ def test_a_terminated_worker_fails_no_request(processes, nanny):
         assert not load.errors
 
 
+@pytest.mark.slow
 def test_code_that_never_returns_does_not_keep_a_worker(processes):
     processes.scheduler()
     worker = processes.worker("--no-nanny")
@@ -316,6 +317,7 @@ def test_code_that_never_returns_does_not_keep_a_worker(processes):
         worker.wait(15)
 
 
+@pytest.mark.slow
 def test_restart(processes):
     processes.scheduler()
     processes.worker()
@@ -423,7 +425,7 @@ def session(processes: Processes, directory: Path, script: str) -> list[str]:
     return done.stdout.split("\n")
 
 
-@pytest.mark.parametrize("preload", [True, False])
+@pytest.mark.parametrize("preload", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_what_one_session_deploys_another_finds(processes, tmp_path, preload):
     processes.scheduler(*["--preload", "dask_serve.preload", "--serve-port", "0"] if preload else [])
     processes.worker()

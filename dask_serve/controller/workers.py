@@ -60,8 +60,8 @@ async def what_is_missing(client: Client, worker: str) -> str:
     if not answer["result"]:
         return ""
     return (
-        f"dask_serve cannot be imported on worker {worker} ({answer['result']}): run `pip install dask-serve` there, in "
-        "the environment of `dask worker` and in the version of the scheduler"
+        f"dask_serve cannot be imported on worker {worker} ({answer['result']}): run `pip install dask-serve` there, "
+        "in the environment of `dask worker` and in the version of the scheduler"
     )
 
 
