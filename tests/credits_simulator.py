@@ -172,7 +172,7 @@ class Replica:
 
     def set_limit(self, limit: int) -> None:
         self.account()
-        self.send_credits(self.admission.set_limit(limit, self.sim.now))
+        self.send_credits(self.admission.resize(limit, self.sim.now))
         while self.waiting and self.active < limit:
             self.begin(self.waiting.popleft())
 

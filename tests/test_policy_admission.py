@@ -185,8 +185,8 @@ def test_a_lost_router_takes_its_wants_and_credits_along():
 def test_the_limit_changes_in_place():
     admission = full(1)
     admission.want("a", 5, 0.0, 0.0)
-    assert admission.set_limit(3, 0.0) == ["a", "a"]
-    assert admission.set_limit(1, 0.0) == []
+    assert admission.resize(3, 0.0) == ["a", "a"]
+    assert admission.resize(1, 0.0) == []
     assert admission.admit("a", True)
     assert admission.admit("a", True)
     assert admission.finish(1.0, 0.0) == []
@@ -274,7 +274,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 5))
     def change_limit(self, limit: int) -> None:
-        self.granted(self.admission.set_limit(limit, self.now))
+        self.granted(self.admission.resize(limit, self.now))
 
     @invariant()
     def no_more_than_allowed(self) -> None:

@@ -97,6 +97,20 @@ def test_silent_replicas_get_nothing_new():
     assert ("r0", 1, 0.0) in port.wants
 
 
+def test_others_are_asked_in_place_of_a_silent_one():
+    dispatcher, port, targets = make(6)
+    fill_up(dispatcher)
+    submit(dispatcher)
+    silent = next(target for target in targets if target.asked)
+    silent.usable = False
+    dispatcher.silent(silent, 0.0)
+    assert not silent.asked
+    assert sum(target.asked for target in targets) == ASKED_AT_LEAST
+    # The want stands there nevertheless, and where it is answered that is welcome.
+    dispatcher.credited(silent, 0.0)
+    assert port.sent[-1][0] is silent
+
+
 def test_the_level_is_told_when_it_doubles_or_halves():
     dispatcher, port, (target,) = make(1)
     target.limit = 100
@@ -439,6 +453,10 @@ class DispatchMachine(RuleBasedStateMachine):
         target.usable = not target.usable
         if target.usable:
             self.dispatcher.fill(self.now)
+        else:
+            # The want stands there still; its credit is used, or returned.
+            self.wants.pop(target, None)
+            self.dispatcher.silent(target, self.now)
 
     @precondition(lambda self: self.targets)
     @rule(data=st.data(), limit=st.integers(1, 3))
@@ -465,8 +483,9 @@ class DispatchMachine(RuleBasedStateMachine):
         asked = sum(target.asked for target in self.targets)
         if not self.waiting:
             assert not asked
-        elif all(target.usable for target in self.targets):
-            assert asked >= min(ASKED_AT_LEAST, len(self.targets))
+        else:
+            assert asked >= min(ASKED_AT_LEAST, sum(target.usable for target in self.targets))
+            assert not any(target.asked for target in self.targets if not target.usable)
 
     def teardown(self) -> None:
         for call in self.dispatcher.take_all():

@@ -6,10 +6,10 @@ The replica's half of the credit protocol; `dispatch` is the router's. The invar
 
 (where ``limit`` or ``ahead`` falls, what was admitted before stays, and nothing is added until it fits).
 
-A *credit* is a slot promised to one router: it is used at once by a call that carries it, returned, or lapses. A *want* is
-a level: how many requests wait at a router, and since when the oldest does. Slots go to the router whose oldest waits
-longest. A router that let a credit lapse is granted no more until it is heard of. It always will be, if it lives: frames
-of one connection arrive, in their order, so each credit is answered by a call, a return, or the loss of the connection.
+A *credit* is a slot promised to one router: it is used at once by a call that carries it, returned, or lapses. A *want*
+is a level: how many requests wait at a router, and since when the oldest does. Slots go to the router whose oldest waits
+longest. A router that let a credit lapse is granted no more until it is heard of. It will be, if it lives: the frames of
+a connection arrive, in their order, so each credit is answered by a call, a return, or the loss of the connection.
 
 Pure: the time is an argument, credits are returned for the caller to send.
 """
@@ -24,8 +24,8 @@ __all__ = ["CREDIT_LIFETIME", "Admission"]
 #: Seconds after which an unused credit lapses: its router is silent, or the message was lost with it.
 CREDIT_LIFETIME = 0.25
 
-#: With a mean service below this many seconds one request is admitted ahead of a free slot, so that the replica does not
-#: idle for the round trip of a credit (a 1 ms service would for 19 % of the time).
+#: With a mean service below this many seconds one request is admitted ahead of a free slot, so that the replica does
+#: not idle for the round trip of a credit (a 1 ms service would for 19 % of the time).
 AHEAD_BELOW = 0.02
 
 #: Weight of the newest sample in the moving mean of the service time.
@@ -123,7 +123,7 @@ class Admission:
         return self._grant(now)
 
     def give_back(self, router: Hashable, now: float) -> list[Hashable]:
-        """A router returns a credit: it had no request for this replica any more when it sent that, so it wants none."""
+        """A router returns a credit: it had no request for this replica any more, so its want is void."""
         self._silent.pop(router, None)
         self._wants.pop(router, None)
         if router in self._credits:
@@ -152,11 +152,6 @@ class Admission:
         self._wants.pop(router, None)
         self.granted -= self._credits.pop(router, 0)
         self._forget_lapses(router)
-        return self._grant(now)
-
-    def set_limit(self, limit: int, now: float) -> list[Hashable]:
-        """``max_ongoing_requests`` was changed."""
-        self.limit = limit
         return self._grant(now)
 
     def _revive(self, router: Hashable) -> None:

@@ -1,11 +1,12 @@
 """Where a router sends its requests: choice of the replica, the backlog, and the router's half of the credits.
 
 A call goes out unasked while nothing waits here and a replica has room by this router's own count; power of two choices
-on own requests in flight plus what the last answer told of others. Everything else waits in the backlog, where it can still
-be cancelled, and leaves it on a credit, or unasked to a replica that just answered and said that nobody waits for it.
+on own requests in flight plus what the last answer told of others. Everything else waits in the backlog, where it can
+still be cancelled, and leaves it on a credit, or unasked to a replica that just answered and said that nobody waits for
+it.
 
-While the backlog is not empty a want stands at some replicas, at least `ASKED_AT_LEAST` of them and one for each request
-that waits, where there are so many; at all of them once a request has waited for long. While it is empty none stands.
+While the backlog is not empty a want stands at some replicas: at least at `ASKED_AT_LEAST` and at one for each request
+that waits, where there are so many; at all once a request has waited for long. While it is empty no want stands.
 
 Pure: sending goes through a `Port`, time and randomness are arguments.
 """
