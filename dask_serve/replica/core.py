@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplicaCore"]
 
+#: Seconds between two looks whether a replica that drains is idle.
+LOOK_EVERY = 0.02
+
 
 class ReplicaCore:
     """Admission and bookkeeping of one replica.
@@ -31,7 +34,7 @@ class ReplicaCore:
     user : UserCode
         Where admitted requests run.
     settle : callable
-        Handles the answers that wait for the door, and says whether there were any.
+        Handles what user threads have left for the door.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class ReplicaCore:
         limit: int,
         user: UserCode,
         loop: asyncio.AbstractEventLoop,
-        settle: Callable[[], bool],
+        settle: Callable[[], object],
     ) -> None:
         self.id = id
         self.admission = Admission(limit)
@@ -66,10 +69,7 @@ class ReplicaCore:
         if self.draining:
             connection.send(Kind.DRAINING, frame.request, encode(Reply(admission.running, admission.wanted)))
             return
-        # An answer may have reached its caller before the door heard of it: the books come first, then the refusal.
-        if not admission.admit(connection, call.credit) and not (
-            self._settle() and admission.admit(connection, call.credit)
-        ):
+        if not admission.admit(connection, call.credit):
             connection.send(Kind.FULL, frame.request, encode(Reply(admission.running, admission.wanted)))
             return
         execution = Execution(self, connection, frame.request, call, frame.parts, time.monotonic())
@@ -204,6 +204,7 @@ class ReplicaCore:
             self._lapse = self._loop.call_later(max(0.0, due - time.monotonic()), self._on_lapse)
 
     def _on_lapse(self) -> None:
+        self._settle()
         self._lapse = None
         self._send_credits(self.admission.lapse(time.monotonic()))
         if self._lapse is None:
@@ -221,10 +222,16 @@ class ReplicaCore:
 
     def when_idle(self, tell: Callable[[], None]) -> None:
         """Call ``tell`` once nothing runs."""
-        if self.admission.running:
-            self._idle.append(tell)
-        else:
-            tell()
+        self._idle.append(tell)
+        self._look_whether_idle()
+
+    def _look_whether_idle(self) -> None:
+        # Answers that user threads gave by themselves are noted without waking the door.
+        self._settle()
+        if not self.admission.running:
+            self._tell_idle()
+        elif self._idle:
+            self._loop.call_later(LOOK_EVERY, self._look_whether_idle)
 
     def _tell_idle(self) -> None:
         waiting, self._idle = self._idle, []

@@ -21,6 +21,7 @@ from ..routing.link import notice_silence
 from ..routing.store import ResultStore, stores
 from ..wire.connection import DoorConnection
 from ..wire.frames import Buffer, Frame
+from ..wire.local import listen_locally
 from ..wire.loops import new_event_loop
 from ..wire.mailbox import Mailbox
 from ..wire.messages import (
@@ -99,7 +100,8 @@ class Door:
         self._host = host
         self._ssl = ssl
         self._dial_ssl = dial_ssl
-        self._server: asyncio.Server | None = None
+        self._server: asyncio.AbstractServer | None = None
+        self._local: asyncio.AbstractServer | None = None
         self._fabric: Fabric | None = None
         self._thread = threading.Thread(target=self._run, name="dask-serve-door", daemon=True)
 
@@ -138,7 +140,10 @@ class Door:
             # The contact address of a worker behind a NAT is no interface of this machine: all of them, then.
             server = await self.loop.create_server(visit, None, 0, ssl=self._ssl, backlog=1024)
         self._server = server
-        port = server.sockets[0].getsockname()[1]
+        local = listen_locally(self.process) if self._ssl is None else None
+        if local is not None:
+            self._local = await self.loop.create_unix_server(visit, sock=local, backlog=1024)
+        port = server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.address = f"{'tls' if self._ssl else 'tcp'}://{host}:{port}"
 
@@ -158,8 +163,9 @@ class Door:
         stores.pop(self.process, None)
 
     async def _close(self) -> None:
-        if self._server is not None:
-            self._server.close()
+        for server in (self._server, self._local):
+            if server is not None:
+                server.close()
         for core in list(self.replicas.values()):
             self.remove(core)
         for connection in list(self.connections):
@@ -175,6 +181,8 @@ class Door:
 
     def _on_frame(self, connection: Visitor, frame: Frame) -> None:
         kind = frame.kind
+        # What was answered from user threads is in the books before anything new is decided.
+        self.mailbox.drain()
         if kind == Kind.CALL:
             call = decode_call(frame.header)
             core = self.replicas.get(call.replica)
@@ -219,6 +227,7 @@ class Door:
             connection.send(Kind.RESULT, frame.request, encode(Reply()), parts)
 
     def _on_lost(self, connection: Visitor) -> None:
+        self.mailbox.drain()
         self.connections.discard(connection)
         for execution in list(connection.executions.values()):
             execution.core.on_cancel(execution)
@@ -235,6 +244,10 @@ class Door:
             self.mailbox.put((execution, answer))
         except RuntimeError:  # the door is closed: nobody is left who could read it
             logger.debug("An answer came after the door was closed")
+
+    def note(self, execution: Execution, answer: Answer) -> None:
+        """Leave an answer that its caller has already, for the books: nobody waits for them, so the door is not woken."""
+        self.mailbox.leave((execution, answer))
 
     def call(self, function: Callable[[], None]) -> None:
         """Run a function on the door's loop, from any thread; silently nothing once the door is closed."""

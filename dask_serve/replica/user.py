@@ -267,8 +267,10 @@ class UserCode:
         except BaseException as error:
             answer = self.answer_for(execution, error)
         assert self._door is not None
-        execution.core.answer_from_thread(execution, answer)
-        self._door.answer(execution, answer)
+        if execution.core.answer_from_thread(execution, answer):
+            self._door.note(execution, answer)
+        else:
+            self._door.answer(execution, answer)
 
     def _blocking_answer(
         self, execution: Execution, function: Callable[..., Any], values: Sequence[Any]
@@ -350,7 +352,10 @@ class UserCode:
 
     def _answer(self, execution: Execution, answer: Answer) -> None:
         """Hand an answer to the door, on the user loop: those of one tick together, unless it took long already."""
-        execution.core.answer_from_thread(execution, answer)
+        assert self._door is not None
+        if execution.core.answer_from_thread(execution, answer):
+            self._door.note(execution, answer)
+            return
         try:
             self._answers.put((execution, answer))
             if time.monotonic() - execution.began > PROMPT:

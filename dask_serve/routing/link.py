@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..exceptions import ReplicaLostError
 from ..wire.connection import CallerConnection
 from ..wire.frames import Buffer, Frame
+from ..wire.local import connect_locally
 from ..wire.messages import (
     Call,
     Kind,
@@ -93,7 +94,11 @@ class Link:
 
     async def _dial(self, ssl: Any) -> None:
         host, port = split_address(self.door)
+        local = connect_locally(self.process) if ssl is None else None
         try:
+            if local is not None:
+                await self._loop.create_unix_connection(lambda: self._connection, sock=local)
+                return
             transport, _ = await asyncio.wait_for(
                 self._loop.create_connection(
                     lambda: self._connection, host, port, ssl=ssl, server_hostname="" if ssl else None

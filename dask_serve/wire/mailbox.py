@@ -61,6 +61,10 @@ class Mailbox:
                 self._awake = False
                 raise
 
+    def leave(self, item: object) -> None:
+        """Append without waking the loop: it is handled with what comes next, or by `drain`."""
+        self._items.append(item)
+
     def put_all(self, items: Iterable[object]) -> None:
         """Append several things, with one wake-up."""
         self._items.extend(items)

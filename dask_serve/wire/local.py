@@ -1,0 +1,48 @@
+"""The short way between processes of one machine: a Unix socket beside the door's port, at a quarter of the cost of a write.
+
+The name is derived from the incarnation of the process, in Linux's abstract namespace: nothing lies in a file system, nothing is left
+behind, and whoever asks for it on another machine (or in another container) is told at once that it does not exist there.
+Who connects has to prove itself as on the port.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+__all__ = ["connect_locally", "listen_locally"]
+
+_EXISTS = sys.platform == "linux"
+
+
+def _name(process: str) -> str:
+    return f"\0dask-serve-door-{process}"
+
+
+def listen_locally(process: str) -> socket.socket | None:
+    """Return the listening socket of a process's door; None where there is no such thing."""
+    if not _EXISTS:
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(_name(process))
+        sock.setblocking(False)
+    except OSError:
+        sock.close()
+        return None
+    return sock
+
+
+def connect_locally(process: str) -> socket.socket | None:
+    """Return a socket connected to the door of a process on this machine; None when it is on another one."""
+    if not _EXISTS:
+        return None
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        # Never waits: it is there and has room for one more caller, or it is not.
+        sock.connect(_name(process))
+    except OSError:
+        sock.close()
+        return None
+    return sock
