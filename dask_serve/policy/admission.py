@@ -7,9 +7,9 @@ The replica's half of the credit protocol; `dispatch` is the router's. The invar
 (where ``limit`` or ``ahead`` falls, what was admitted before stays, and nothing is added until it fits).
 
 A *credit* is a slot promised to one router: it is used at once by a call that carries it, returned, or lapses. A *want*
-is a level: how many requests wait at a router, and since when the oldest does. Slots go to the router whose oldest waits
-longest. A router that let a credit lapse is granted no more until it is heard of. It will be, if it lives: the frames of
-a connection arrive, in their order, so each credit is answered by a call, a return, or the loss of the connection.
+is a level: how many requests wait at a router, and since when the oldest does. Slots go to the router whose oldest has
+waited longest. A router that let a credit lapse is granted no more until it is heard of. It will be, if it lives: the
+frames of a connection arrive in order, so each credit is answered by a call, a return, or the loss of the connection.
 
 Pure: the time is an argument, credits are returned for the caller to send.
 """
