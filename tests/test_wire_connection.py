@@ -14,6 +14,7 @@ from dask_serve.wire import auth, connection
 from dask_serve.wire.connection import CallerConnection, Connection, DoorConnection
 from dask_serve.wire.frames import Frame, encode_frame
 from dask_serve.wire.loops import new_event_loop
+from dask_serve.wire.mailbox import Mailbox
 from dask_serve.wire.messages import Call, Hello, Kind, Proof, decode_hello, encode
 
 SECRET = b"the cluster's secret"
@@ -609,3 +610,52 @@ def test_answers_from_another_thread(run):
             assert theirs.send_from_thread(Kind.RESULT, 1, b"", [b""]) in (True, False)
 
     run(test())
+
+
+# -- the way into a loop from other threads
+
+
+def test_a_mailbox_keeps_order_and_loses_nothing():
+    loop = new_event_loop()
+    received: list[int] = []
+    mailbox = Mailbox(loop, received.append)
+
+    async def test() -> None:
+        await loop.run_in_executor(None, lambda: [mailbox.put(i) for i in range(2000)])
+        await until(lambda: len(received) == 2000)
+
+    loop.run_until_complete(asyncio.wait_for(test(), 30))
+    loop.close()
+    assert received == list(range(2000))
+
+
+def test_what_raises_in_a_mailbox_holds_up_nothing():
+    loop = new_event_loop()
+    received: list[int] = []
+    unheard: list[dict] = []
+    loop.set_exception_handler(lambda loop, context: unheard.append(context))
+
+    def handle(item: int) -> None:
+        if item == 1:
+            raise ZeroDivisionError
+        received.append(item)
+
+    mailbox = Mailbox(loop, handle)
+
+    async def test() -> None:
+        mailbox.put_all(range(4))
+        await until(lambda: len(received) == 3)
+
+    loop.run_until_complete(asyncio.wait_for(test(), 30))
+    loop.close()
+    assert received == [0, 2, 3]
+    assert len(unheard) == 1
+
+
+def test_a_mailbox_of_a_closed_loop_says_so_each_time():
+    loop = new_event_loop()
+    loop.close()
+    mailbox = Mailbox(loop, print)
+    for put in (mailbox.put, mailbox.put, lambda item: mailbox.put_all([item])):
+        with pytest.raises(RuntimeError):
+            put(1)

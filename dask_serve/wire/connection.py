@@ -204,21 +204,23 @@ class CallerConnection(Connection):
 
     def _handshake(self, frame: Frame) -> None:
         if frame.kind != Kind.HELLO:
-            return self._refuse(f"it began with a frame of kind {frame.kind}")
+            self._refuse(f"it began with a frame of kind {frame.kind}")
+            return
         hello = decode_hello(frame.header)
         if hello.process != self._process:
-            return self._refuse(f"process {hello.process[:80]!r} answered where {self._process} was expected")
+            self._refuse(f"process {hello.process[:80]!r} answered where {self._process} was expected")
+            return
         if len(hello.nonce) != auth.NONCE_SIZE or not auth.same(
             hello.proof, auth.door_proof(self._secret, self._nonce, hello.nonce, hello.process)
         ):
-            return self._refuse("it does not know the cluster's secret")
+            self._refuse("it does not know the cluster's secret")
+            return
         if hello.versions[:1] not in [[version] for version in VERSIONS]:
-            return self._refuse(f"it speaks versions {hello.versions[:9]} of the wire, this side {list(VERSIONS)}")
+            self._refuse(f"it speaks versions {hello.versions[:9]} of the wire, this side {list(VERSIONS)}")
+            return
         assert self.transport is not None
         proof: list[Buffer] = []
-        encode_frame(
-            Kind.PROOF, 0, encode(Proof(auth.caller_proof(self._secret, self._nonce, hello.nonce))), (), proof
-        )
+        encode_frame(Kind.PROOF, 0, encode(Proof(auth.caller_proof(self._secret, self._nonce, hello.nonce))), (), proof)
         self.transport.write(proof[0])
         self._welcome()
         self._on_ready(self)
@@ -235,21 +237,20 @@ class DoorConnection(Connection):
         This process's incarnation.
     """
 
-    def __init__(
-        self, secret: bytes, process: str, on_frame: FrameHandler, on_lost: Callable[[Any], None]
-    ) -> None:
+    def __init__(self, secret: bytes, process: str, on_frame: FrameHandler, on_lost: Callable[[Any], None]) -> None:
         super().__init__(secret, on_frame, on_lost)
         self._process = process
         self._caller_nonce = b""
-        self._writing = threading.Lock()
+        # Reentrant: a TLS transport may ask for more while it is given something.
+        self._writing = threading.RLock()
         # A descriptor of our own for the same connection: the loop may close its one while another thread writes.
         self._socket: socket.socket | None = None
 
     def send_from_thread(self, kind: int, request: int, header: bytes, parts: Sequence[Buffer]) -> bool:
         """Write one frame from a thread that is not the loop's, if that can be done at once.
 
-        Handing it to the loop costs a wake-up, which is two thirds of the latency of a lone call. It is done only while nothing else
-        is to be written: many frames are cheaper joined, by the loop.
+        Handing it to the loop costs a wake-up, which is two thirds of the latency of a lone call. It is done only while
+        nothing else is to be written: many frames are cheaper joined, by the loop.
 
         Returns
         -------
@@ -311,7 +312,8 @@ class DoorConnection(Connection):
             hello = decode_hello(frame.header)
             version = next((v for v in VERSIONS if v in hello.versions), None)
             if version is None or len(hello.nonce) != auth.NONCE_SIZE:
-                return self._refuse(f"it speaks versions {hello.versions[:9]} of the wire, this side {list(VERSIONS)}")
+                self._refuse(f"it speaks versions {hello.versions[:9]} of the wire, this side {list(VERSIONS)}")
+                return
             self._caller_nonce = hello.nonce
             proof = auth.door_proof(self._secret, hello.nonce, self._nonce, self._process)
             answer: list[Buffer] = []
@@ -321,7 +323,8 @@ class DoorConnection(Connection):
         elif frame.kind == Kind.PROOF and self._caller_nonce:
             expected = auth.caller_proof(self._secret, self._caller_nonce, self._nonce)
             if not auth.same(decode_proof(frame.header).proof, expected):
-                return self._refuse("it does not know the cluster's secret")
+                self._refuse("it does not know the cluster's secret")
+                return
             self._welcome()
         else:
             self._refuse(f"it sent a frame of kind {frame.kind} before it proved itself")

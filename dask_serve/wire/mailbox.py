@@ -17,8 +17,8 @@ _BATCH = 256
 class Mailbox:
     """A queue into an event loop.
 
-    ``deque.append`` and the flag are atomic under the interpreter lock, and the flag is cleared *before* the queue is emptied: a
-    thing that comes in between wakes the loop once more than needed, never once too few.
+    ``deque.append`` and the flag are atomic under the interpreter lock, and the flag is cleared *before* the queue is
+    emptied: a thing that comes in between wakes the loop once more than needed, never once too few.
 
     Parameters
     ----------
@@ -53,13 +53,7 @@ class Mailbox:
         """
         self._items.append(item)
         if not self._awake:
-            self._awake = True
-            try:
-                self._loop.call_soon_threadsafe(self._drain, context=self._context)
-            except RuntimeError:
-                # The next one has to hear of it too.
-                self._awake = False
-                raise
+            self._wake()
 
     def leave(self, item: object) -> None:
         """Append without waking the loop: it is handled with what comes next, or by `drain`."""
@@ -69,8 +63,16 @@ class Mailbox:
         """Append several things, with one wake-up."""
         self._items.extend(items)
         if not self._awake:
-            self._awake = True
+            self._wake()
+
+    def _wake(self) -> None:
+        self._awake = True
+        try:
             self._loop.call_soon_threadsafe(self._drain, context=self._context)
+        except RuntimeError:
+            # The next one has to hear of it too.
+            self._awake = False
+            raise
 
     def drain(self) -> bool:
         """Handle now what waits, on the loop's thread; True if something did."""

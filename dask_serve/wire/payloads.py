@@ -27,7 +27,8 @@ __all__ = ["dump_exception", "dumps", "dumps_plain", "load_exception", "loads", 
 #: A frame has at most this many payload parts; more buffers than that are pickled in band.
 _MAX_PARTS = 65_000
 
-#: Values of exactly these types stand for nothing elsewhere, have no buffers, and never fail: they need no pickler of their own.
+#: Values of exactly these types stand for nothing elsewhere, have no buffers, and never fail: they need no pickler of
+#: their own.
 _PLAIN = frozenset({bool, bytes, float, int, str, type(None)})
 
 Reducers = dict[type, Callable[[Any], tuple[Any, ...]]]
