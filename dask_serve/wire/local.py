@@ -1,8 +1,8 @@
 """The short way between processes of one machine: a Unix socket beside the door's port, a write costs a quarter there.
 
 The name is derived from the incarnation of the process, in Linux's abstract namespace: nothing lies in a file system,
-nothing is left behind, and whoever asks for it on another machine (or in another container) is told at once that it does
-not exist there. Who connects has to prove itself as on the port.
+nothing is left behind, and whoever asks for it on another machine (or in another container) is told at once that it is
+not there. Who connects has to prove itself as on the port.
 """
 
 from __future__ import annotations
