@@ -13,6 +13,9 @@ from distributed.protocol import to_serialize
 
 from .controller.status import ApplicationStatus, decode_status
 from .exceptions import DeploymentFailedError, NotRunningError, StartTimeoutError
+from .policy.desired import ApplicationSpec, deployment_id
+from .routing.session import Session
+from .routing.table import Table
 from .session import ask, probe
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ logger = logging.getLogger("dask_serve")
 
 #: Seconds one long poll may take.
 POLL = 30.0
+#: Seconds that the news of a running application may take to the proxies and to this session.
+KNOWN_WITHIN = 2.0
 
 
 async def ensure_controller(client: Client) -> None:
@@ -102,9 +107,24 @@ async def deploy(
         await _send(client, built)
     if wait:
         await _wait_running(client, spec.name, deadline, timeout, say)
+        await _wait_known(client, spec)
         route = spec.route_prefix
         where = f" at {address}{route.rstrip('/')}/" if address and route else ""
         say(f"application {spec.name!r} is running{where}")
+
+
+async def _wait_known(client: Client, spec: ApplicationSpec) -> None:
+    """Wait until the proxies and this session know the application's replicas: the next call finds all of them."""
+    if spec.route_prefix is not None:
+        await probe(client.scheduler, "serve_routed", timeout=KNOWN_WITHIN)
+    ingress = deployment_id(spec.name, spec.ingress)
+    target = next(one for one in spec.deployments if one.name == spec.ingress).options.num_replicas
+
+    def known(table: Table) -> bool:
+        entry = table.deployments.get(ingress)
+        return entry is not None and len(entry.replicas) >= target
+
+    await Session.of(client).until(known, KNOWN_WITHIN)
 
 
 async def _send(client: Client, built: Built) -> None:

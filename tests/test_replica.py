@@ -432,7 +432,7 @@ async def test_a_worker_that_closes_drains_its_replicas(c, s, a, b):
         await handle.slow.remote(0)
     await closing
     await asyncio.gather(*refs)
-    assert all(unit.core.admission.running == 0 for unit in units(b))
+    await until(lambda: all(unit.core.admission.running == 0 for unit in units(b)))
     assert not units(a)
     # In-process workers share the process's door: it stays for the other one.
     assert ServeProcess.doors() == [door]

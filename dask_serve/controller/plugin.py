@@ -270,6 +270,10 @@ class Controller(SchedulerPlugin):
 
     # -- operations: proxies
 
+    async def serve_routed(self, timeout: float = 2.0) -> dict[str, Any]:
+        """Answer when all proxies route by the present table, or after ``timeout`` seconds."""
+        return {"routed": self._proxies is None or await self._proxies.until_applied(timeout)}
+
     @_op
     async def serve_start(self, options: bytes = b"", explicit: list[str] | None = None) -> dict[str, Any]:
         """Start the proxies, or change what can be changed; answer when they accept requests."""

@@ -50,6 +50,8 @@ class Process:
         self.started = time.monotonic()
         self.stats: dict[str, Any] = {}
         self.ready = asyncio.Event()
+        #: Checksum of the table that it routes by.
+        self.applied = b""
         #: Set when it accepts no more connections, by its own account or because it was told to.
         self.leaving = asyncio.Event()
         #: Whether it leaves because its options changed.
@@ -132,6 +134,9 @@ class Process:
         if kind == wire.READY:
             self.ready.set()
             self._on_event(self.slot, "ready", {"pid": self.pid})
+        elif kind == wire.APPLIED:
+            self.applied = payload
+            self._on_event(self.slot, "applied", {"pid": self.pid})
         elif kind == wire.STATS:
             self.stats = msgspec.msgpack.decode(payload, type=dict[str, Any])
             if self.stats.get("draining"):
@@ -183,6 +188,17 @@ class Slot:
             await asyncio.sleep(delay)
             delay = min(2 * delay, LONGEST_DELAY)
             self.restarts += 1
+
+    @property
+    def is_behind(self) -> bool:
+        """Its process accepts requests and does not yet route by the latest table."""
+        process, table = self.process, self._owner.table
+        return (
+            process is not None
+            and table is not None
+            and process.state == "ready"
+            and process.applied != wire.checksum(table)
+        )
 
     async def _launch(self) -> Process | None:
         owner = self._owner
@@ -304,6 +320,7 @@ class Proxies:
         self.table: bytes | None = None
         #: Where HTTP is served; empty while it is not.
         self.url = ""
+        self._news = asyncio.Event()
         self._on_event = on_event
         self._slots: list[Slot] = []
         self._lock = asyncio.Lock()
@@ -350,6 +367,17 @@ class Proxies:
             if slot.process is not None:
                 slot.process.publish(table)
 
+    async def until_applied(self, timeout: float) -> bool:
+        """Wait until all proxies that accept requests route by the latest table; False after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while any(slot.is_behind for slot in self._slots):
+            self._news.clear()
+            try:
+                await asyncio.wait_for(self._news.wait(), deadline - time.monotonic())
+            except asyncio.TimeoutError:
+                return False
+        return True
+
     async def stop(self, drain_timeout: float | None = None) -> None:
         """Drain and end all proxies, and give up the port; nothing happens when none runs."""
         async with self._lock:
@@ -362,7 +390,8 @@ class Proxies:
 
     def tell(self, slot: int, event: str, details: dict[str, Any]) -> None:
         """Pass on what happened in a slot."""
-        if self._on_event is not None:
+        self._news.set()
+        if self._on_event is not None and event != "applied":
             self._on_event(slot, event, details)
 
     async def _open(self, options: HTTPOptions, retry: float = 0.0) -> None:

@@ -81,6 +81,8 @@ class Process:
         elif kind == wire.TABLE and self._service is not None:
             self._service.apply(payload)
             self._has_table.set()
+            if self._lifeline is not None:
+                self._lifeline.send(wire.APPLIED, wire.checksum(payload))
         elif kind == wire.DRAIN:
             self._stop()
 

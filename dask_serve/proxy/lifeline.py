@@ -10,21 +10,29 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from typing import cast
 
-__all__ = ["DRAIN", "OPTIONS", "READY", "STATS", "TABLE", "Frames", "Lifeline", "connect", "encode"]
+__all__ = ["APPLIED", "DRAIN", "OPTIONS", "READY", "STATS", "TABLE", "Frames", "Lifeline", "checksum", "connect", "encode"]
 
 OPTIONS = b"O"
 TABLE = b"T"
 DRAIN = b"D"
 READY = b"R"
 STATS = b"S"
+#: From the proxy: it routes by the table with this checksum (`checksum`) from now on.
+APPLIED = b"A"
 
 #: More than any table can have: a length above it means that the stream is broken.
 MAX_PAYLOAD = 1 << 28
 
 _HEADER = struct.Struct("<Ic")
+
+
+def checksum(table: bytes) -> bytes:
+    """Tell tables apart: a slow proxy may have skipped some."""
+    return zlib.crc32(table).to_bytes(4, "little")
 
 
 def encode(kind: bytes, payload: bytes = b"") -> bytes:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplicaCore"]
 
-#: Seconds between two looks whether a replica that drains is idle.
-LOOK_EVERY = 0.02
+#: Seconds between two looks for answers that are not in the books, while there are requests.
+BOOKS_EVERY = 0.02
 
 
 class ReplicaCore:
@@ -55,6 +55,7 @@ class ReplicaCore:
         self.failed = 0
         self._user = user
         self._settle = settle
+        self._books_are_due = False
         self._loop = loop
         self._active = 0
         self._waiting: deque[Execution] = deque()
@@ -78,6 +79,18 @@ class ReplicaCore:
             self._begin(execution)
         else:
             self._waiting.append(execution)
+        if not self._books_are_due:
+            self._books_are_due = True
+            self._loop.call_later(BOOKS_EVERY, self._keep_books)
+
+    def _keep_books(self) -> None:
+        # Answers that user threads gave by themselves were noted without waking the door; nothing may have come since.
+        self._settle()
+        if self._idle and not self.admission.running:
+            self._tell_idle()
+        self._books_are_due = self.admission.running > 0
+        if self._books_are_due:
+            self._loop.call_later(BOOKS_EVERY, self._keep_books)
 
     def on_cancel(self, execution: Execution) -> None:
         """The caller no longer wants it: end it where it is. It is answered all the same, exactly once."""
@@ -222,16 +235,11 @@ class ReplicaCore:
 
     def when_idle(self, tell: Callable[[], None]) -> None:
         """Call ``tell`` once nothing runs."""
-        self._idle.append(tell)
-        self._look_whether_idle()
-
-    def _look_whether_idle(self) -> None:
-        # Answers that user threads gave by themselves are noted without waking the door.
         self._settle()
-        if not self.admission.running:
-            self._tell_idle()
-        elif self._idle:
-            self._loop.call_later(LOOK_EVERY, self._look_whether_idle)
+        if self.admission.running:
+            self._idle.append(tell)
+        else:
+            tell()
 
     def _tell_idle(self) -> None:
         waiting, self._idle = self._idle, []

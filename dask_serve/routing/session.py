@@ -9,6 +9,7 @@ import threading
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import Future as ConcurrentFuture
+from time import monotonic
 from typing import Any
 
 from ..wire.frames import Buffer
@@ -53,6 +54,8 @@ class Session:
         self.leftovers = Leftovers(self)
         self._ssl = owner.security.get_connection_args("client").get("ssl_context")
         self._lock = threading.Lock()
+        # For the owner's loop only.
+        self._news = asyncio.Event()
         self._engine: Engine | None = None
         self._engine_fabric: Fabric | None = None
         self._fabrics: dict[asyncio.AbstractEventLoop, Fabric] = {}
@@ -111,9 +114,21 @@ class Session:
         finally:
             self._end()
 
+    async def until(self, holds: Callable[[Table], bool], timeout: float) -> bool:
+        """Wait until the table is such (on the owner's loop); False after ``timeout`` seconds."""
+        deadline = monotonic() + timeout
+        while self.table is None or not holds(self.table):
+            self._news.clear()
+            try:
+                await asyncio.wait_for(self._news.wait(), deadline - monotonic())
+            except asyncio.TimeoutError:
+                return False
+        return True
+
     def _publish(self, table: Table) -> None:
         with self._lock:
             self.absent, self.table = False, table
+        self._news.set()
         self._to_all(Fabric.apply, table)
 
     def _to_all(self, function: Callable[..., None], *args: Any) -> None:
@@ -238,7 +253,7 @@ class Session:
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
-            function(*args)
+            logger.debug("%s came after the client was closed", function)
 
     def tell(self, op: str, **message: Any) -> None:
         """Send a message to the controller without waiting; from any thread."""
