@@ -22,11 +22,9 @@ async def door_latency(client: Client, app: str, seconds: float) -> Sample:
     """Return the median round trip to the door and back, in milliseconds: a question that it answers by itself."""
     session = Session.of(client)
     fabric = session.fabric(asyncio.get_running_loop())
-    while fabric.table is None or f"{app}/" not in "".join(fabric.table.deployments):
+    while fabric.table is None or f"{app}/" not in "".join(fabric.table.deployments):  # noqa: ASYNC110
         await asyncio.sleep(0.01)
-    replica = next(
-        entry.replicas[0] for name, entry in fabric.table.deployments.items() if name.startswith(f"{app}/")
-    )
+    replica = next(entry.replicas[0] for name, entry in fabric.table.deployments.items() if name.startswith(f"{app}/"))
 
     async def ask() -> None:
         with contextlib.suppress(ReplicaLostError):

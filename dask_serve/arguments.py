@@ -91,7 +91,7 @@ class Arguments:
             )
         except asyncio.CancelledError:
             state.fail(RequestCancelledError(f"request {state.request_id} was cancelled"))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             message = f"an argument of {state.method!r} could not be had: {error!r}"
             state.settle("error", Outcome(error=(ServeError.__name__, message)))
         else:

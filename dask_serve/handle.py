@@ -49,10 +49,11 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class DeploymentHandle:
-    """Calls a deployment; obtained from `serve.run`, `serve.get_app_handle`, `Deployment.get_handle`, or bound into a constructor.
+    """Calls a deployment; obtained from `serve.run`, `serve.get_app_handle`, `Deployment.get_handle`, or bound into a
+    constructor.
 
-    Works in any thread, in any event loop, in replicas and in Dask tasks, and can be pickled. Equal handles have the same target and
-    options.
+    Works in any thread, in any event loop, in replicas and in Dask tasks, and can be pickled. Equal handles have the
+    same target and options.
 
     Parameters
     ----------
@@ -62,7 +63,8 @@ class DeploymentHandle:
     method_name : str, default "__call__"
         What ``remote`` calls.
     sync : bool, default True
-        False: ``await handle.remote()`` is the ref; for use in a running event loop, which then carries the requests itself.
+        False: ``await handle.remote()`` is the ref; for use in a running event loop, which then carries the requests
+        itself.
     request_timeout_s : float or None
         Deadline of each request in seconds; passed on to the calls that the request makes in turn.
     retries_on_loss : int, default 0
@@ -94,8 +96,8 @@ class DeploymentHandle:
         self._on_exit = on_exit
         self._client = client
         self._id = deployment_id(app_name, deployment_name)
-        # What the last call found: the session, and with a loop of its own that loop, its router and its thread (in one tuple, because
-        # loops in several threads may share the handle).
+        # What the last call found: the session, and with a loop of its own that loop, its router and its thread (in
+        # one tuple, because loops in several threads may share the handle).
         self._session: Session | None = None
         self._here: tuple[asyncio.AbstractEventLoop, Router, int] | None = None
         self._methods: dict[str, DeploymentHandle] = {}
@@ -126,7 +128,7 @@ class DeploymentHandle:
         *,
         method_name: str | UnsetType = UNSET,
         sync: bool | UnsetType = UNSET,
-        request_timeout_s: float | None | UnsetType = UNSET,
+        request_timeout_s: float | UnsetType | None = UNSET,
         retries_on_loss: int | UnsetType = UNSET,
         **unknown: Any,
     ) -> DeploymentHandle:
@@ -144,7 +146,7 @@ class DeploymentHandle:
             )
         timeout = self._timeout if isinstance(request_timeout_s, UnsetType) else request_timeout_s
         if timeout is not None and not timeout > 0:
-            raise ConfigError(f"request_timeout_s = {timeout!r} is not valid: it is a number of seconds above 0, or None")
+            raise ConfigError(f"request_timeout_s = {timeout!r} is not valid: give seconds above 0, or None")
         retries = self._retries if isinstance(retries_on_loss, UnsetType) else retries_on_loss
         if not isinstance(retries, int) or retries < 0:
             raise ConfigError(f"retries_on_loss = {retries!r} is not valid: it is a whole number, 0 or more")
@@ -183,7 +185,8 @@ class DeploymentHandle:
         if session is None or session.closed:
             session = self._connect()
         here = self._here
-        # A loop that runs in this thread is the one that runs here; before Python 3.12 asking asyncio costs a system call.
+        # A loop that runs in this thread is the one that runs here; before Python 3.12 asking asyncio costs a system
+        # call.
         if here is None or here[2] != get_ident() or not here[0].is_running():
             here = self._find_router(session)
         context = request_context.get()
@@ -234,7 +237,8 @@ class DeploymentHandle:
         loop = _running_loop()
         if not self._sync and loop is None:
             raise ServeError(
-                f"{self!r} was made with sync=False: call remote() inside a running event loop, or get a handle with sync=True"
+                f"{self!r} was made with sync=False: call remote() inside a running event loop, "
+                "or get a handle with sync=True"
             )
         if loop is None or (self._sync and not session.in_worker and not session.is_asynchronous):
             return None
@@ -279,7 +283,7 @@ class DeploymentHandle:
             self._on_exit()
 
 
-def _unpickle(
+def _unpickle(  # noqa: PLR0917
     app: str, deployment: str, address: str | None, method: str, sync: bool, timeout: float | None, retries: int
 ) -> DeploymentHandle:
     return DeploymentHandle(

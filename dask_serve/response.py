@@ -45,12 +45,13 @@ _promotion = threading.RLock()
 class DeploymentResponse(Future):
     """A ref: the result of a call, which may be on its way.
 
-    It is a `distributed.Future`: wait for it, gather it, pass it to ``client.submit``, to `dask.delayed`, to another handle. Nothing
-    about it is known to the scheduler until its ``key`` is needed there; then it becomes a real task (it is *promoted*). Waiting,
-    ``result``, ``await``, ``as_completed`` and passing it to another handle promote nothing.
+    It is a `distributed.Future`: wait for it, gather it, pass it to ``client.submit``, to `dask.delayed`, to another
+    handle. Nothing about it is known to the scheduler until its ``key`` is needed there; then it becomes a real task
+    (it is *promoted*). Waiting, ``result``, ``await``, ``as_completed`` and passing it to another handle promote
+    nothing.
 
-    Dropping the last reference never cancels the call; it frees the result, and an error that nobody read is logged. Users get
-    refs from `DeploymentHandle.remote` and do not make them.
+    Dropping the last reference never cancels the call; it frees the result, and an error that nobody read is logged.
+    Users get refs from `DeploymentHandle.remote` and do not make them.
     """
 
     def __init__(self, session: Session, state: RefState, blocking_loop: Callable[[], str | None]) -> None:
@@ -58,7 +59,8 @@ class DeploymentResponse(Future):
         self._session = session
         self._local = state
         self._inner: Future | None = None
-        #: A call that has the ref as an argument fetches the stored value too: the value stays when the ref is promoted.
+        #: A call that has the ref as an argument fetches the stored value too: the value stays when the ref is
+        #: promoted.
         self._shared = False
         self._decoded: Any = _UNREAD
         self._read = False
@@ -114,7 +116,8 @@ class DeploymentResponse(Future):
         Parameters
         ----------
         timeout : float or str, optional
-            How long to wait, in seconds or as text that Dask parses ("500ms"). It never cancels the call. ``timeout_s`` is an alias.
+            How long to wait, in seconds or as text that Dask parses ("500ms"). It never cancels the call.
+            ``timeout_s`` is an alias.
 
         Returns
         -------
@@ -171,7 +174,7 @@ class DeploymentResponse(Future):
                         raise
             return asyncio.run_coroutine_threadsafe(value_of(inner), inner.client.loop.asyncio_loop).result(seconds)
         except concurrent.futures.TimeoutError:
-            raise TimeoutError(f"the result of request {self.request_id} is there, and was not fetched in time") from None
+            raise TimeoutError(f"the result of request {self.request_id} was not fetched in time") from None
 
     async def _result_within(self, seconds: float | None) -> Any:
         await self._local.wait(seconds)
@@ -269,8 +272,12 @@ class DeploymentResponse(Future):
     # ------------------------------------------------------------------ cancelling, callbacks
 
     def cancel(self, reason: str | None = None, msg: str | None = None, **kwargs: Any) -> Any:
-        """Cancel the request wherever it is: at the router it is never sent, an ``async def`` gets `asyncio.CancelledError`, a
-        ``def`` that runs finishes and its result is dropped. A settled ref is left alone."""
+        """Cancel the request wherever it is.
+
+        At the router it is never sent, an ``async def`` gets
+        `asyncio.CancelledError`, a ``def`` that runs finishes and its result is dropped. A settled ref is left
+        alone.
+        """
         if self._cancel is not None and self._local.status == "pending":
             self._cancel()
         return NOTHING if self._session.is_asynchronous else None
@@ -366,8 +373,8 @@ class DeploymentResponse(Future):
                 session = self._session
                 session.later(session.leftovers.add, inner.key, self._local)
             return
-        # No lock is taken here: the garbage collector calls this anywhere, and may hold one. The outcome is looked at before and after
-        # the flag is set: whichever side comes second sees the other.
+        # No lock is taken here: the garbage collector calls this anywhere, and may hold one. The outcome is looked at
+        # before and after the flag is set: whichever side comes second sees the other.
         state = self._local
         discard = _Discard(self._session, self._read, self._decoded is not _UNREAD)
         if state.outcome is None:
@@ -376,7 +383,7 @@ class DeploymentResponse(Future):
             discard(state.outcome)
 
     def __del__(self) -> None:
-        try:
+        try:  # noqa: SIM105 - contextlib may be gone already
             self.release()
         except (AttributeError, RuntimeError):  # not fully made, or the interpreter or a loop is going down
             pass

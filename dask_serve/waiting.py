@@ -34,7 +34,7 @@ def seceded() -> Iterator[None]:
     """Give the thread of this task back to its worker for a while."""
     try:
         secede()
-    except Exception:
+    except Exception:  # noqa: BLE001
         # The task has done so itself, or runs in an executor that knows nothing of it.
         yield
         return

@@ -117,8 +117,6 @@ class Probe:
 # -- construction
 
 
-
-
 @gen_cluster(client=True, nthreads=ONE)
 async def test_constructor_that_raises_is_told_with_its_traceback(c, s, a):
     @serve.deployment

@@ -393,5 +393,3 @@ def _timeout(value: bytes) -> float | None:
     except ValueError:
         return None
     return seconds if seconds > 0 and math.isfinite(seconds) else None
-
-

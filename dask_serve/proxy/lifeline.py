@@ -14,7 +14,19 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import cast
 
-__all__ = ["APPLIED", "DRAIN", "OPTIONS", "READY", "STATS", "TABLE", "Frames", "Lifeline", "checksum", "connect", "encode"]
+__all__ = [
+    "APPLIED",
+    "DRAIN",
+    "OPTIONS",
+    "READY",
+    "STATS",
+    "TABLE",
+    "Frames",
+    "Lifeline",
+    "checksum",
+    "connect",
+    "encode",
+]
 
 OPTIONS = b"O"
 TABLE = b"T"

@@ -15,9 +15,9 @@ __all__ = ["Replica"]
 class Replica:
     """A replica, as Dask sees it.
 
-    ``__init__`` returns at once; whether user code could be constructed is reported to the controller later. The methods are
-    coroutines, since Dask runs all ``def`` methods of a worker's actors one behind the other on a single thread. When Dask lets go
-    of the actor (released, cancelled, ``client.restart()``) the replica ends.
+    ``__init__`` returns at once; whether user code could be constructed is reported to the controller later. The
+    methods are coroutines, since Dask runs all ``def`` methods of a worker's actors one behind the other on a single
+    thread. When Dask lets go of the actor (released, cancelled, ``client.restart()``) the replica ends.
 
     Parameters
     ----------

@@ -163,9 +163,7 @@ class ReplicaCore:
         if admission.running > 1 or admission.granted or admission.wanted or answer.kind != Kind.RESULT:
             return False
         header = encode(Reply(0, 0, 0, answer.stored, answer.nbytes, answer.status, answer.headers))
-        execution.answered = execution.connection.send_from_thread(
-            answer.kind, execution.request, header, answer.parts
-        )
+        execution.answered = execution.connection.send_from_thread(answer.kind, execution.request, header, answer.parts)
         return execution.answered
 
     def _leave(self, execution: Execution, answer: Answer) -> None:
@@ -187,9 +185,7 @@ class ReplicaCore:
         admission = self.admission
         if answer.kind == Kind.ERROR:
             header = encode(
-                Failure(
-                    admission.running, admission.wanted, credits, answer.error, answer.message, execution.started
-                )
+                Failure(admission.running, admission.wanted, credits, answer.error, answer.message, execution.started)
             )
         else:
             header = encode(

@@ -1,7 +1,7 @@
 """The door of a worker's process: one daemon thread that listens for callers and serves all replicas of the process.
 
-It is a thread of its own so that user code that blocks its event loop silences nobody: pings, refusals and cancels go on.
-It touches neither the worker's event loop nor the scheduler.
+It is a thread of its own so that user code that blocks its event loop silences nobody: pings, refusals and cancels go
+on. It touches neither the worker's event loop nor the scheduler.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ __all__ = ["Door", "Visitor"]
 
 logger = logging.getLogger("dask_serve.door")
 
-#: The interpreter hands over between threads after this many seconds. Beside CPU-bound Python threads the default (5 ms) makes
-#: the door's median 5.6 ms, this one 0.34 ms, for about a tenth of the user code's speed.
+#: The interpreter hands over between threads after this many seconds. Beside CPU-bound Python threads the default (5
+#: ms) makes the door's median 5.6 ms, this one 0.34 ms, for about a tenth of the user code's speed.
 SWITCH_INTERVAL = 1e-4
 
 #: Results whose caller vanished stay this many seconds: a promoted ref may still be on its way to fetch them.
@@ -156,7 +156,7 @@ class Door:
         if self._thread.is_alive():
             try:
                 self.run(self._close()).result(timeout)
-            except Exception:
+            except Exception:  # noqa: BLE001
                 logger.warning("The door of process %s did not close in %s s", self.process, timeout)
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(timeout)
@@ -174,12 +174,12 @@ class Door:
             await self._fabric.close()
         # One turn for what is queued to leave, one for the transports to tell that they are closed.
         deadline = time.monotonic() + 1.0
-        while self.connections and time.monotonic() < deadline:
+        while self.connections and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     # ------------------------------------------------------------------ frames
 
-    def _on_frame(self, connection: Visitor, frame: Frame) -> None:
+    def _on_frame(self, connection: Visitor, frame: Frame) -> None:  # noqa: C901
         kind = frame.kind
         # What was answered from user threads is in the books before anything new is decided.
         self.mailbox.drain()
@@ -246,7 +246,7 @@ class Door:
             logger.debug("An answer came after the door was closed")
 
     def note(self, execution: Execution, answer: Answer) -> None:
-        """Leave an answer that its caller has already, for the books: nobody waits for them, so the door is not woken."""
+        """Leave an answer that its caller has already, for the books; the door is not woken for them."""
         self.mailbox.leave((execution, answer))
 
     def call(self, function: Callable[[], None]) -> None:

@@ -55,7 +55,7 @@ class Execution:
         "task",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self, core: ReplicaCore, connection: Any, request: int, call: Call, parts: Sequence[Buffer], now: float
     ) -> None:
         self.core = core

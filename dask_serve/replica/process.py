@@ -25,8 +25,8 @@ __all__ = ["DrainAtClose", "ServeProcess"]
 
 logger = logging.getLogger("dask_serve.process")
 
-#: Share of the time that Dask gives a closing worker's plugins (8 s for `dask worker`, 4 s in a LocalCluster) that replicas may
-#: take to drain; the rest is for closing.
+#: Share of the time that Dask gives a closing worker's plugins (8 s for `dask worker`, 4 s in a LocalCluster) that
+#: replicas may take to drain; the rest is for closing.
 DRAIN_AT_CLOSE = 3.0
 #: Seconds to wait for the replicas' threads then.
 JOIN = 0.5

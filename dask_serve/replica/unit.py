@@ -6,6 +6,7 @@ It is kept out of the actor, because a thread that holds the actor itself would 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import threading
@@ -79,22 +80,22 @@ class ReplicaUnit:
             reply = await self._on_worker(self._worker.scheduler.serve_code(revision=self.spec["revision"]))
             if not reply or "error" in reply:
                 raise ServeError(f"the controller has no code for {self.id}: {(reply or {}).get('error')}")
-            door = await self.user.loop.run_in_executor(
-                None, ServeProcess.door_of, self._worker, reply["secret"], self
-            )
+            door = await self.user.loop.run_in_executor(None, ServeProcess.door_of, self._worker, reply["secret"], self)
             await self._construct(reply["code"])
             replica = ReplicaContext(
                 self.spec["app"], self.spec["deployment"], self.id, self._worker.address, self.user.instance
             )
             self.user.open(door, replica)
-            self.core = ReplicaCore(self.id, self.options.max_ongoing_requests, self.user, door.loop, door.mailbox.drain)
+            self.core = ReplicaCore(
+                self.id, self.options.max_ongoing_requests, self.user, door.loop, door.mailbox.drain
+            )
             self.door = door
             # Who releases it sets the flag first and then looks for the door: one of the two sees the other.
             if self._released.is_set():
                 return
             await asyncio.wrap_future(door.run(self._open(door, self.core)))
             await self.report("ready", door=door.address, process=door.process)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             if self._released.is_set():
                 return
             text = "".join(traceback.format_exception(type(error), error, _user_part(error)))
@@ -165,10 +166,9 @@ class ReplicaUnit:
         idle = asyncio.Event()
 
         def tell() -> None:
-            try:
+            # The worker's loop may have ended meanwhile.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(idle.set)
-            except RuntimeError:  # the worker's loop ended meanwhile
-                pass
 
         def begin() -> None:
             core.drain(list(door.connections))
@@ -234,7 +234,7 @@ class ReplicaUnit:
         """Tell the controller; a controller that is gone needs no report."""
         try:
             await self._on_worker(self._worker.scheduler.serve_report(replica=self.id, event=event, **info))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             logger.warning("Replica %s could not report %r: %s", self.id, event, error)
 
     async def _on_worker(self, coroutine: Coroutine[Any, Any, Any]) -> Any:

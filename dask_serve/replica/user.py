@@ -1,12 +1,13 @@
 """User code: constructed and called on threads of its own, never on the door's or the worker's.
 
-``async def`` methods share one event loop in one thread; ``def`` methods run on a pool of ``threads`` threads. Arguments are
-unpickled and results pickled on those threads too, so that the door does nothing that takes long.
+``async def`` methods share one event loop in one thread; ``def`` methods run on a pool of ``threads`` threads.
+Arguments are unpickled and results pickled on those threads too, so that the door does nothing that takes long.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import logging
@@ -31,8 +32,8 @@ from .pool import Pool
 
 __all__ = ["UserCode"]
 
-#: Answers that took less than this many seconds wait for the end of the loop's tick, to leave with others. A longer one leaves at
-#: once: the code that runs next in the same tick may take as long.
+#: Answers that took less than this many seconds wait for the end of the loop's tick, to leave with others. A longer
+#: one leaves at once: the code that runs next in the same tick may take as long.
 PROMPT = 0.002
 
 logger = logging.getLogger("dask_serve.replica")
@@ -120,10 +121,9 @@ class UserCode:
     def stop(self) -> None:
         """End the threads; what runs on them is cancelled (a ``def`` that runs cannot be). From any thread."""
         self._pool.stop()
-        try:
+        # It may have ended already.
+        with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.loop.stop)
-        except RuntimeError:  # it has ended already
-            pass
 
     def join(self, timeout: float) -> bool:
         """Wait for the user thread to end; False when user code still holds it."""
@@ -164,7 +164,8 @@ class UserCode:
                     function = None
             if not callable(function):
                 raise MethodNotFoundError(
-                    f"deployment {self.id.rsplit('/', 1)[0]!r} has no method {name!r}; it has: {', '.join(self.public_methods())}"
+                    f"deployment {self.id.rsplit('/', 1)[0]!r} has no method {name!r}; "
+                    f"it has: {', '.join(self.public_methods())}"
                 )
             call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
             found = self._methods[name] = (function, inspect.iscoroutinefunction(call))
@@ -255,16 +256,14 @@ class UserCode:
                 answer = self._result(await function(*args, **kwargs))
             else:
                 answer = await self.in_pool(lambda: self._blocking_answer(execution, function, values))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             answer = self.answer_for(execution, error)
         self._answer(execution, answer)
 
-    def _run_blocking(
-        self, execution: Execution, function: Callable[..., Any], context: contextvars.Context
-    ) -> None:
+    def _run_blocking(self, execution: Execution, function: Callable[..., Any], context: contextvars.Context) -> None:
         try:
             answer = context.run(self._blocking_answer, execution, function, ())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             answer = self.answer_for(execution, error)
         assert self._door is not None
         if execution.core.answer_from_thread(execution, answer):
@@ -272,9 +271,7 @@ class UserCode:
         else:
             self._door.answer(execution, answer)
 
-    def _blocking_answer(
-        self, execution: Execution, function: Callable[..., Any], values: Sequence[Any]
-    ) -> Answer:
+    def _blocking_answer(self, execution: Execution, function: Callable[..., Any], values: Sequence[Any]) -> Answer:
         self.check(execution)
         request_context.set(RequestContext(execution.call.request_id, execution.deadline))
         args, kwargs = self._arguments(execution, values)

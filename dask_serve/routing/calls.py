@@ -16,8 +16,8 @@ __all__ = ["Outgoing"]
 class Outgoing:
     """One request of a router. Subclasses say what becomes of its answer.
 
-    Exactly one of `on_result`, `on_error` (an ERROR frame) and `fail` (decided on this side) is called, on the router's loop;
-    for a streamed answer after any number of `on_chunk`, with `on_result` as its end.
+    Exactly one of `on_result`, `on_error` (an ERROR frame) and `fail` (decided on this side) is called, on the
+    router's loop; for a streamed answer after any number of `on_chunk`, with `on_result` as its end.
 
     Attributes
     ----------

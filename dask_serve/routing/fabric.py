@@ -1,4 +1,4 @@
-"""The fabric: everything one event loop needs to call deployments. Links by process, routers by deployment, one table."""
+"""The fabric: what one event loop needs to call deployments. Links by process, routers by deployment, one table."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ logger = logging.getLogger("dask_serve.routing")
 CHECK_EVERY = 0.5
 #: Seconds until a process that could not be reached, though the table lists it, is dialled again.
 REDIAL_AFTER = 1.0
-#: A process that is silent for this many seconds, and that the controller has taken out of the table, is given up though its
-#: connection stands: it is stopped or hangs for good. One that the controller still lists may take its time.
+#: A process that is silent for this many seconds, and that the controller has taken out of the table, is given up
+#: though its connection stands: it is stopped or hangs for good. One that the controller still lists may take its time.
 GIVE_UP_AFTER = 30.0
 
 

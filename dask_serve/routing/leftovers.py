@@ -53,7 +53,7 @@ class Leftovers:
                 await asyncio.sleep(EVERY)
                 try:
                     known = await self._session.owner.scheduler.get_task_status(keys=list(self._states))
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001
                     logger.info("The scheduler does not tell which refs are still wanted: %s", error)
                     continue
                 for key, status in known.items():

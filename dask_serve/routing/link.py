@@ -189,9 +189,7 @@ class Link:
         self._calls[number] = call
         call.target = (router, target)
         call.number = number
-        header = Call(
-            target.id, call.method, call.request_id, remaining, credit, call.http, list(call.attachments)
-        )
+        header = Call(target.id, call.method, call.request_id, remaining, credit, call.http, list(call.attachments))
         self._connection.send(Kind.CALL, number, encode(header), call.parts)
 
     def cancel(self, number: int) -> None:
@@ -225,9 +223,9 @@ class Link:
 
     # ------------------------------------------------------------------ receiving
 
-    def _on_frame(self, connection: CallerConnection, frame: Frame) -> None:
+    def _on_frame(self, connection: CallerConnection, frame: Frame) -> None:  # noqa: C901
         kind = frame.kind
-        if kind == Kind.RESULT or kind == Kind.END:
+        if kind == Kind.RESULT or kind == Kind.END:  # noqa: PLR1714
             call = self._calls.pop(frame.request, None)
             if call is None:
                 return
@@ -289,5 +287,3 @@ class _Fetch:
             self.future.set_exception(
                 ReplicaLostError(f"the result {self.name} is lost: process {process} that held it is gone")
             )
-
-

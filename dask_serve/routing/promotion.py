@@ -1,10 +1,11 @@
 """Promotion: making a real Dask task of a ref, once Dask asks for its key. The first functions here are those tasks.
 
 - A small value travels into the task's graph as bytes, which the scheduler does not open.
-- A large value stays where it is. The task prefers that worker, and takes the value from the store of its process; anywhere else
-  (work stealing moves tasks within 0.3 s when the holder's threads are busy) it fetches the value through the holder's door.
-- A request that is still under way has no place yet: it may wait at the router, or be moved. The task gives its thread back and
-  waits for the outcome, which the session of the ref tells to the controller.
+- A large value stays where it is. The task prefers that worker, and takes the value from the store of its process;
+  anywhere else (work stealing moves tasks within 0.3 s when the holder's threads are busy) it fetches the value
+  through the holder's door.
+- A request that is still under way has no place yet: it may wait at the router, or be moved. The task gives its thread
+  back and waits for the outcome, which the session of the ref tells to the controller.
 """
 
 from __future__ import annotations
@@ -39,9 +40,7 @@ def pack_outcome(outcome: Outcome) -> list[Any]:
 
 def _unpack(packed: Sequence[Any]) -> Outcome:
     parts, stored, raised, error = packed
-    return Outcome(
-        parts, stored and Stored(*stored), raised and (raised[0], raised[1]), error and (error[0], error[1])
-    )
+    return Outcome(parts, stored and Stored(*stored), raised and (raised[0], raised[1]), error and (error[0], error[1]))
 
 
 def take_value(parts: Sequence[bytes]) -> Any:
@@ -57,7 +56,7 @@ def raise_outcome(packed: Sequence[Any]) -> None:
 
 
 async def take_stored(process: str, door: str, name: str, nbytes: int, shared: bool = False) -> Any:
-    """Be the task of a value in a worker's store; it is Dask's now, and the store lets go of it unless calls share it."""
+    """Be the task of a value in a worker's store; Dask's now: the store lets go of it unless calls share it."""
     session = Session.of(get_worker())
     parts: Sequence[Buffer] = await asyncio.wrap_future(session.on_engine(_fetch(session, process, door, name)))
     value = await offload(payloads.loads, parts)
@@ -70,7 +69,7 @@ async def _fetch(session: Session, process: str, door: str, name: str) -> Sequen
     # A worker that has not heard from the controller yet has no secret to show to the door.
     fabric = session.engine()[1]
     deadline = time.monotonic() + POLL
-    while fabric.table is None and process not in stores and time.monotonic() < deadline:
+    while fabric.table is None and process not in stores and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     return await session.fetch(process, door, name)
 
@@ -99,7 +98,7 @@ async def take_pending(key: str, promise: str) -> Any:
 
 
 def _give_thread_back(worker: Any, key: str) -> None:
-    """A coroutine task that waits must not hold one of the worker's threads; `distributed.secede` is for threads only."""
+    """Free the thread of a coroutine task that waits; `distributed.secede` is for threads only."""
     from distributed.worker_state_machine import SecedeEvent
 
     event = SecedeEvent(key=key, compute_duration=0.0, stimulus_id=f"serve-secede-{time.time()}")
@@ -110,7 +109,10 @@ def _give_thread_back(worker: Any, key: str) -> None:
 
 
 def flush_later(client: Any) -> None:
-    """Let what was promoted go first: `publish_dataset` flushes before it reads the keys of futures (on the client's loop)."""
+    """Let what was promoted go first: `publish_dataset` flushes before it reads the keys of futures.
+
+    Runs on the client's loop.
+    """
     buffer = getattr(client.scheduler_comm, "buffer", None)
     if isinstance(buffer, list):
         buffer.sort(key=lambda message: message.get("op") == "publish_flush_batched_send")

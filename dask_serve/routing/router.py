@@ -54,7 +54,8 @@ class Router:
         self._gone_for_good: str | None = None
 
     def __repr__(self) -> str:
-        return f"<Router {self.id}: {len(self._dispatcher.targets)} replicas, {self.in_flight} in flight, {self.queued} queued>"
+        replicas = len(self._dispatcher.targets)
+        return f"<Router {self.id}: {replicas} replicas, {self.in_flight} in flight, {self.queued} queued>"
 
     @property
     def queued(self) -> int:
@@ -254,7 +255,9 @@ class Router:
             dispatcher.fill(now)
         for replica in listed.values():
             link = links.get(replica.process)
-            if link is None or link.lost or replica.id in dispatcher.targets or replica.id in self._draining | self._unreachable:
+            if link is None or link.lost or replica.id in dispatcher.targets:
+                continue
+            if replica.id in self._draining or replica.id in self._unreachable:
                 continue
             assert entry is not None
             target = Target(replica.id, entry.max_ongoing_requests, link)

@@ -1,8 +1,12 @@
-"""A session: this process's view of one cluster's service. It follows the table and keeps a fabric for each event loop that calls."""
+"""A session: one process's view of one cluster's service.
+
+It follows the table, and keeps a fabric for each event loop that calls.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -94,10 +98,12 @@ class Session:
                     reply = await self.owner.scheduler.serve_table(epoch=epoch, since=version, timeout=POLL)
                 except asyncio.CancelledError:
                     raise
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001
                     if str(getattr(self.owner, "status", "")) in _CLOSED:
                         return
-                    logger.info("The controller at %s does not answer (%s); going on with the last table", self.owner, error)
+                    logger.info(
+                        "The controller at %s does not answer (%s); going on with the last table", self.owner, error
+                    )
                     await asyncio.sleep(RETRY)
                     continue
                 if not reply or "table" not in reply:
@@ -261,7 +267,7 @@ class Session:
         async def send() -> None:
             try:
                 await getattr(self.owner.scheduler, op)(**message)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 logger.warning("The controller did not take %s: %s", op, error)
 
         try:
@@ -287,10 +293,8 @@ class Session:
 
             asyncio.run_coroutine_threadsafe(close(), engine.loop)
         for loop, other in fabrics.items():
-            try:
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_close_soon, loop, other)
-            except RuntimeError:
-                pass
 
 
 _making = threading.Lock()
@@ -301,5 +305,3 @@ _CLOSED = {"closed", "closing", "Status.closed", "Status.closing", "Status.faile
 
 def _close_soon(loop: asyncio.AbstractEventLoop, fabric: Fabric) -> None:
     loop.create_task(fabric.close())
-
-

@@ -1,7 +1,8 @@
 """The state of a ref: settled once, from any thread; waited for from any thread and any event loop.
 
-Dask's own ``FutureState`` is bound to one loop: set from another thread it wakes nobody, and a second loop that waits gets a
-RuntimeError. This one knows no loop. A waiting thread blocks on a lock, a waiting coroutine on a future of the loop it runs on.
+Dask's own ``FutureState`` is bound to one loop: set from another thread it wakes nobody, and a second loop that waits
+gets a RuntimeError. This one knows no loop. A waiting thread blocks on a lock, a waiting coroutine on a future of the
+loop it runs on.
 """
 
 from __future__ import annotations
@@ -69,7 +70,19 @@ class RefState(Outgoing):
         The loop that settles it, with the thread it runs in: waiters there are woken without a detour.
     """
 
-    __slots__ = ("_callbacks", "_lock", "home", "key", "keep", "outcome", "status", "thread", "traceback", "type", "unwanted")
+    __slots__ = (
+        "_callbacks",
+        "_lock",
+        "home",
+        "keep",
+        "key",
+        "outcome",
+        "status",
+        "thread",
+        "traceback",
+        "type",
+        "unwanted",
+    )
 
     def __init__(self, method: str, parts: Sequence[Buffer], request_id: str) -> None:
         super().__init__(method, parts, request_id)
