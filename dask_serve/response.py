@@ -385,7 +385,8 @@ class DeploymentResponse(Future):
     def __del__(self) -> None:
         try:  # noqa: SIM105 - contextlib may be gone already
             self.release()
-        except (AttributeError, RuntimeError):  # not fully made, or the interpreter or a loop is going down
+        # Not fully made, or the interpreter or a loop is going down.
+        except (AttributeError, RuntimeError):
             pass
 
     def __repr__(self) -> str:

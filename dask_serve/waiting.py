@@ -16,7 +16,7 @@ from distributed.worker import thread_state
 
 __all__ = ["NOTHING", "call_back", "in_dask_task", "seceded", "seconds_of"]
 
-logger = logging.getLogger("distributed.serve.refs")
+logger = logging.getLogger("dask_serve.refs")
 
 
 def seconds_of(timeout: float | str | None) -> float | None:

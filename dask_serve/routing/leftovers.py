@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Leftovers"]
 
-logger = logging.getLogger("distributed.serve.refs")
+logger = logging.getLogger("dask_serve.refs")
 
 #: Seconds between two questions to the scheduler.
 EVERY = 1.0
