@@ -195,10 +195,7 @@ class Load:
 def two_replicas(client: Client, **options: Any) -> Any:
     client.wait_for_workers(2, timeout=20)
     app = Model.options(num_replicas=2, max_replicas_per_worker=None, **options).bind()
-    handle = serve.run(app, route_prefix=None, client=client, timeout=30)
-    # The table comes on another way than the answer of `run`.
-    until(lambda: len({ref.result(timeout=5) for ref in [handle.nap.remote(0.01) for _ in range(10)]}) == 2)
-    return handle
+    return serve.run(app, route_prefix=None, client=client, timeout=30)
 
 
 def in_flight(client: Client) -> int:
