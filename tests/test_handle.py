@@ -31,6 +31,7 @@ from dask_serve.exceptions import (
     UserCodeError,
 )
 from dask_serve.handle import DeploymentHandle
+from dask_serve.replica.process import ServeProcess
 from dask_serve.routing.session import Session
 from dask_serve.routing.store import stores
 
@@ -506,7 +507,8 @@ async def test_cancel(c, s, a, b):
     # One may be admitted ahead; the last certainly waits.
     queued = [handle.gate.remote(i) for i in range(3)]
     (router,) = Session.of(c).fabric(asyncio.get_running_loop()).routers.values()
-    await until(lambda: router.in_flight)
+    (unit,) = ServeProcess.units_of(a) + ServeProcess.units_of(b)
+    await until(lambda: unit.user.instance.seen)
     queued[-1].cancel()
     with pytest.raises(RequestCancelledError):
         await queued[-1]
