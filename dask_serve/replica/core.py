@@ -79,6 +79,8 @@ class ReplicaCore:
             self._begin(execution)
         else:
             self._waiting.append(execution)
+            # A user thread may have left an answer meanwhile, and not have seen that somebody waits.
+            self._settle()
         if not self._books_are_due:
             self._books_are_due = True
             self._loop.call_later(BOOKS_EVERY, self._keep_books)
@@ -103,9 +105,12 @@ class ReplicaCore:
 
     def on_want(self, connection: Any, want: Want) -> None:
         """A router tells its level."""
-        now = time.monotonic()
-        if not self.draining:
-            self._send_credits(self.admission.want(connection, want.count, want.oldest, now))
+        if self.draining:
+            # It came to the door after the replica had told everybody.
+            connection.send(Kind.DRAINING, 0, encode(ReplicaName(self.id)))
+            return
+        self._send_credits(self.admission.want(connection, want.count, want.oldest, time.monotonic()))
+        self._settle()
 
     def on_return(self, connection: Any) -> None:
         """A router had no use for a credit."""
@@ -153,6 +158,11 @@ class ReplicaCore:
             self._begin(waiting.popleft())
         if self._idle and not self.admission.running:
             self._tell_idle()
+
+    @property
+    def is_awaited(self) -> bool:
+        """Somebody waits for a slot, here or at a router."""
+        return bool(self._waiting) or self.admission.wanted > 0
 
     def answer_from_thread(self, execution: Execution, answer: Answer) -> bool:
         """Write the answer of a lone request straight from the user's thread; False: the door has to.

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from ..routing.fabric import Fabric
 from ..routing.link import notice_silence
-from ..routing.store import ResultStore, stores
+from ..routing.store import ResultStore, stores, taken_here
 from ..wire.connection import DoorConnection
 from ..wire.frames import Buffer, Frame
 from ..wire.local import listen_locally
@@ -248,6 +248,9 @@ class Door:
     def note(self, execution: Execution, answer: Answer) -> None:
         """Leave an answer that its caller has already, for the books; the door is not woken for them."""
         self.mailbox.leave((execution, answer))
+        # The other half of this is in the core: whoever begins to wait there looks for what was left here.
+        if execution.core.is_awaited:
+            self.mailbox.wake()
 
     def call(self, function: Callable[[], None]) -> None:
         """Run a function on the door's loop, from any thread; silently nothing once the door is closed."""
@@ -309,8 +312,7 @@ class Door:
         ReplicaLostError
             The process is gone, or has the result no more.
         """
-        store = stores.get(process)
-        parts = None if store is None else store.get(name)
+        parts = taken_here(process, name)
         if parts is not None:
             return parts
         assert self._fabric is not None

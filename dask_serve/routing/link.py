@@ -134,7 +134,8 @@ class Link:
         for router, target in list(self.targets.values()):
             router.forget(target)
         self.targets.clear()
-        for call in calls.values():
+        # The last first, as each that goes back goes to the head of its queue.
+        for call in reversed(calls.values()):
             if isinstance(call, _Fetch):
                 call.fail(self.process)
             else:

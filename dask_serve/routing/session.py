@@ -20,7 +20,7 @@ from ..wire.frames import Buffer
 from .engine import Engine
 from .fabric import Fabric
 from .leftovers import Leftovers
-from .store import stores
+from .store import stores, taken_here
 from .table import Table, decode_table
 
 __all__ = ["Session"]
@@ -213,8 +213,7 @@ class Session:
         ReplicaLostError
             The process is gone, or has the result no more.
         """
-        store = stores.get(process)
-        parts = None if store is None else store.get(name)
+        parts = taken_here(process, name)
         if parts is not None:
             return parts
         fabric = self._fabrics.get(asyncio.get_running_loop())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..wire.frames import Buffer
 
-__all__ = ["INLINE_BELOW", "ResultStore", "stores"]
+__all__ = ["INLINE_BELOW", "ResultStore", "stores", "taken_here"]
 
 #: Results of at least this many bytes stay in the store; smaller ones travel in the answer.
 INLINE_BELOW = 64 * 1024
@@ -60,3 +60,13 @@ class ResultStore:
 
 #: The stores of this process by incarnation: a result that is here is taken without a connection.
 stores: dict[str, ResultStore] = {}
+
+
+def taken_here(process: str, name: str) -> Sequence[Buffer] | None:
+    """Return a result that is in a store of this process; None when it is elsewhere.
+
+    Its buffers are copied: what is made of them may be written to, and others may still take the result.
+    """
+    store = stores.get(process)
+    parts = None if store is None else store.get(name)
+    return None if parts is None else [parts[0], *map(bytearray, parts[1:])]

@@ -59,6 +59,10 @@ class Mailbox:
         """Append without waking the loop: it is handled with what comes next, or by `drain`."""
         self._items.append(item)
 
+    def wake(self) -> None:
+        """Wake the loop for what was left."""
+        self.put_all(())
+
     def put_all(self, items: Iterable[object]) -> None:
         """Append several things, with one wake-up."""
         self._items.extend(items)
