@@ -18,12 +18,12 @@ from distributed import Client
 from msgspec import UNSET, UnsetType
 
 from .config import HTTPOptions, build_options
+from .controller.deploy import Progress, deploy, ensure_controller, start_proxies
 from .controller.status import ServeStatus, decode_status
-from .deploy import Progress, deploy, ensure_controller, start_proxies
 from .deployment import Application, Deployment
 from .exceptions import ConfigError, NotRunningError, ServeError
-from .graph import build
-from .session import ask, current_client, current_worker, find_handle, make_handle, not_running, probe
+from .session.peers import ask, current_client, current_worker, find_handle, make_handle, not_running, probe
+from .shipping.graph import build
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator

@@ -142,7 +142,7 @@ class Deployment:
         ApplicationNotFoundError
             It does not run, or several of its name do; the message lists the candidates.
         """
-        from .session import find_handle
+        from .session.peers import find_handle
 
         handle: DeploymentHandle = find_handle(self.name, app_name, sync=sync)
         return handle

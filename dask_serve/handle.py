@@ -15,7 +15,6 @@ from distributed import Client, Worker
 from distributed.core import Status
 from msgspec import UNSET, UnsetType
 
-from .arguments import Arguments
 from .context import request_context
 from .exceptions import ConfigError, NotRunningError, PayloadError, ServeError
 from .policy.desired import deployment_id
@@ -23,7 +22,8 @@ from .response import Assigned, DeploymentResponse
 from .routing.router import Router
 from .routing.session import Session
 from .routing.state import Outcome, RefState
-from .session import current_client, current_worker
+from .session.arguments import Arguments
+from .session.peers import current_client, current_worker
 from .wire import payloads
 
 __all__ = ["DeploymentHandle"]

@@ -26,7 +26,7 @@ from .routing.promotion import (
 )
 from .routing.session import Session
 from .routing.state import Outcome, RefState, Stored
-from .waiting import NOTHING, call_back, in_dask_task, seceded, seconds_of
+from .session.waiting import NOTHING, call_back, in_dask_task, seceded, seconds_of
 from .wire import payloads
 
 __all__ = ["DeploymentResponse"]

@@ -18,7 +18,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils_test import cluster, gen_cluster
 
 import dask_serve as serve
-from dask_serve import api, session
+from dask_serve import api
 from dask_serve.config import HTTPOptions
 from dask_serve.controller.status import (
     ApplicationStatus,
@@ -37,6 +37,7 @@ from dask_serve.exceptions import (
 )
 from dask_serve.policy.desired import ApplicationSpec
 from dask_serve.routing.table import DeploymentEntry, Table, encode_table
+from dask_serve.session import peers as session
 
 
 @serve.deployment

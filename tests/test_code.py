@@ -18,10 +18,10 @@ import pytest
 from distributed import Client, Future
 from distributed.utils_test import gen_cluster
 
-from dask_serve.code import own_modules, pack, resolved_key, unpack
 from dask_serve.config import DeploymentOptions
 from dask_serve.exceptions import ConfigError
-from dask_serve.revision import fingerprint, revision
+from dask_serve.shipping.code import own_modules, pack, resolved_key, unpack
+from dask_serve.shipping.revision import fingerprint, revision
 
 ROOT = Path(__file__).parent.parent
 DEFAULTS = DeploymentOptions()
@@ -95,10 +95,13 @@ def test_workers_need_no_files(tmp_path):
     (home / "parts" / "right.py").write_text("from . import left\ndef g(x): return [left.NAME, x][1] * 2\n")
     (home / "tools.py").write_text("import parts\nclass Base:\n    def go(self, x): return parts.left.f(x)\n")
     (home / "model.py").write_text("import tools\nclass Model(tools.Base):\n    pass\n")
-    run_python("import model; from dask_serve.code import pack; open('blob', 'wb').write(pack(model.Model).blob)", home)
+    run_python(
+        "import model; from dask_serve.shipping.code import pack; open('blob', 'wb').write(pack(model.Model).blob)",
+        home,
+    )
     code = """
         import sys
-        from dask_serve.code import unpack
+        from dask_serve.shipping.code import unpack
         target, args, kwargs = unpack(open(sys.argv[1] if len(sys.argv) > 1 else "../home/blob", "rb").read())
         print(target().go(5), [name for name in ("model", "tools", "parts") if name in sys.modules])
     """
@@ -336,8 +339,8 @@ def test_options_and_version():
 
 REVISE = """
     import model
-    from dask_serve.code import pack
-    from dask_serve.revision import fingerprint
+    from dask_serve.shipping.code import pack
+    from dask_serve.shipping.revision import fingerprint
     print(fingerprint(pack(model.Model, ({"x", "y", "z"},)).blob))
 """
 

@@ -12,11 +12,11 @@ import warnings
 import pytest
 
 import dask_serve as serve
-from dask_serve.code import unpack
 from dask_serve.config import DeploymentOptions
 from dask_serve.deployment import Application, Deployment, deployment, methods
 from dask_serve.exceptions import ConfigError
-from dask_serve.graph import build
+from dask_serve.shipping.code import unpack
+from dask_serve.shipping.graph import build
 
 
 @deployment

@@ -107,7 +107,7 @@ class ReplicaUnit:
         door.add(core)
 
     async def _construct(self, blob: bytes) -> None:
-        from .. import code
+        from ..shipping import code
 
         keys = self.spec.get("keys") or []
         values = await self._on_worker(self._gather(keys)) if keys else {}

@@ -27,8 +27,8 @@ from dask.utils import format_bytes
 from distributed import Future
 from msgspec import Struct
 
+from ..exceptions import ConfigError
 from .blame import blame
-from .exceptions import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -87,7 +87,7 @@ def bound_handle(app: str, deployment: str) -> Any:
     """
     if _unpacking.handle is not None:
         return _unpacking.handle(app, deployment)
-    from .handle import DeploymentHandle
+    from ..handle import DeploymentHandle
 
     return DeploymentHandle(app, deployment)
 

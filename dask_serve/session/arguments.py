@@ -9,13 +9,13 @@ from typing import Any
 
 from distributed import Future
 
-from .exceptions import PayloadError, RequestCancelledError, RequestTimeoutError, ServeError
-from .response import Assigned, DeploymentResponse
-from .routing.session import Session
-from .routing.state import Outcome, RefState
-from .wire import payloads
-from .wire.frames import Buffer
-from .wire.messages import Attachment
+from ..exceptions import PayloadError, RequestCancelledError, RequestTimeoutError, ServeError
+from ..response import Assigned, DeploymentResponse
+from ..routing.session import Session
+from ..routing.state import Outcome, RefState
+from ..wire import payloads
+from ..wire.frames import Buffer
+from ..wire.messages import Attachment
 
 __all__ = ["Arguments"]
 

@@ -8,18 +8,18 @@ from distributed import Worker, get_worker
 from distributed.client import _get_global_client
 from distributed.utils import sync as run_on_loop
 
-from . import exceptions
-from .context import replica_context
-from .exceptions import ApplicationNotFoundError, NotRunningError, ServeError
-from .policy.desired import deployment_id
-from .routing.table import Table, decode_table
+from .. import exceptions
+from ..context import replica_context
+from ..exceptions import ApplicationNotFoundError, NotRunningError, ServeError
+from ..policy.desired import deployment_id
+from ..routing.table import Table, decode_table
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from distributed import Client
 
-    from .handle import DeploymentHandle
+    from ..handle import DeploymentHandle
 
 __all__ = ["ask", "current_client", "current_worker", "find_handle", "make_handle", "not_running", "probe"]
 
@@ -140,6 +140,6 @@ def _split(name: str) -> tuple[str, str]:
 
 def make_handle(app: str, deployment: str, *, address: str | None, **options: Any) -> DeploymentHandle:
     """Make a handle for the cluster whose scheduler is at ``address``."""
-    from .handle import DeploymentHandle
+    from ..handle import DeploymentHandle
 
     return DeploymentHandle(app, deployment, address, **options)

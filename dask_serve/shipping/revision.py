@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from .config import RESTARTING_OPTIONS, DeploymentOptions
+from ..config import RESTARTING_OPTIONS, DeploymentOptions
 
 if TYPE_CHECKING:
     from .code import Packed

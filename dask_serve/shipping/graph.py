@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from ..deployment import Application, check_name, methods
+from ..exceptions import ConfigError
+from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
 from .code import bound_handle, pack
-from .deployment import Application, check_name, methods
-from .exceptions import ConfigError
-from .policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
 from .revision import revision
 
 if TYPE_CHECKING:

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 import msgspec
 from distributed.protocol import to_serialize
 
-from .controller.status import ApplicationStatus, decode_status
-from .exceptions import DeploymentFailedError, NotRunningError, StartTimeoutError
-from .policy.desired import ApplicationSpec, deployment_id
-from .routing.session import Session
-from .routing.table import Table
-from .session import ask, probe
+from ..exceptions import DeploymentFailedError, NotRunningError, StartTimeoutError
+from ..policy.desired import ApplicationSpec, deployment_id
+from ..routing.session import Session
+from ..routing.table import Table
+from ..session.peers import ask, probe
+from .status import ApplicationStatus, decode_status
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from distributed import Client
 
-    from .config import HTTPOptions
-    from .graph import Built
+    from ..config import HTTPOptions
+    from ..shipping.graph import Built
 
 __all__ = ["Progress", "deploy", "ensure_controller", "start_proxies"]
 
@@ -38,7 +38,7 @@ KNOWN_WITHIN = 2.0
 
 async def ensure_controller(client: Client) -> None:
     """Install the controller in the scheduler where there is none."""
-    from .controller.plugin import Controller
+    from .plugin import Controller
 
     address = client.scheduler.addr
     try:

@@ -1,0 +1,1 @@
+"""What calls and sessions need besides: whom to ask, the refs among arguments, waiting for results."""
