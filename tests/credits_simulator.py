@@ -6,7 +6,7 @@ break, are partitioned in silence, routers stand still, replicas and routers die
 are. After every event the invariants of both halves are checked; at the end nothing may have leaked, and every request
 has had exactly one answer.
 
-Run as a script it prints the table of ``docs/decisions/credits.md``::
+Run as a script it prints the table of ``docs/decisions/0002-credits.md``::
 
     PYTHONPATH=. python tests/credits_simulator.py
 """

@@ -586,7 +586,7 @@ def test_more_slots_while_all_wait():
     ],
 )
 def test_figures(row: str, seconds: float, not_full: float, idle: float, frames: float):
-    """The table of ``docs/decisions/credits.md``, shorter and with slack."""
+    """The table of ``docs/decisions/0002-credits.md``, shorter and with slack."""
     got = simulator.row(row, seconds)
     assert got.not_full < not_full
     assert got.idle_slots < idle
