@@ -199,7 +199,11 @@ class RefState(Outgoing):
             if timeout is None:
                 await waiter
             else:
-                await asyncio.wait_for(waiter, timeout)
+                try:
+                    await asyncio.wait_for(waiter, timeout)
+                except asyncio.TimeoutError:
+                    # Before Python 3.11 asyncio's is another class than the builtin one.
+                    raise TimeoutError(f"request {self.request_id} did not end within {timeout:g} s") from None
 
     def waiter(self) -> asyncio.Future[None]:
         """Return a future of the running loop that ends when this is settled."""
