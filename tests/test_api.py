@@ -1,32 +1,28 @@
-"""What a session does, against a stand-in for the controller; the whole is tested elsewhere."""
+"""What a session does: run, look at and end applications, from every kind of session."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
+import re
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import dask
-import msgspec
+import httpx
 import pytest
-from distributed import Client, Scheduler
-from distributed.diagnostics.plugin import SchedulerPlugin
+from distributed import Client, Worker
 from distributed.utils_test import cluster, gen_cluster
 
 import dask_serve as serve
-from dask_serve import api
-from dask_serve.config import HTTPOptions
-from dask_serve.controller.status import (
-    ApplicationStatus,
-    DeploymentStatus,
-    ReplicaStatus,
-    ServeStatus,
-    encode_status,
-)
+from dask_serve.controller.status import ServeStatus
 from dask_serve.exceptions import (
     ApplicationNotFoundError,
     ConfigError,
@@ -35,9 +31,8 @@ from dask_serve.exceptions import (
     ServeError,
     StartTimeoutError,
 )
-from dask_serve.policy.desired import ApplicationSpec
-from dask_serve.routing.table import DeploymentEntry, Table, encode_table
-from dask_serve.session import peers as session
+from dask_serve.handle import DeploymentHandle
+from dask_serve.session.peers import current_client
 
 
 @serve.deployment
@@ -46,120 +41,47 @@ class Model:
         return x
 
 
-class FakeController:
-    """Answers as the controller does, and keeps what it was told."""
+@serve.deployment
+class Parent:
+    def __init__(self, child: DeploymentHandle) -> None:
+        self.child = child
 
-    def __init__(self, scheduler: Scheduler, steps: list[str] | None = None, message: str = "") -> None:
-        self.specs: dict[str, ApplicationSpec] = {}
-        self.code: dict[str, Any] = {}
-        self.sent: list[list[str]] = []
-        self.started: list[tuple[HTTPOptions, list[str]]] = []
-        self.steps = steps or ["running"]
-        self.message = message
-        self.version = 1
-        scheduler.plugins["dask-serve"] = SchedulerPlugin()
-        for name in dir(self):
-            if name.startswith("serve_"):
-                scheduler.handlers[name] = getattr(self, name)
-
-    def _status(self) -> bytes:
-        state = self.steps[0]
-        counts = {"ready": 1} if state == "running" else {"starting": 1}
-        replicas = [ReplicaStatus(id="x/Model/abc", state="starting", worker="tcp://w", revision="r")]
-        applications = {
-            name: ApplicationStatus(
-                status=state,
-                message=self.message,
-                route_prefix=spec.route_prefix,
-                ingress=spec.ingress,
-                deployments={
-                    one.name: DeploymentStatus(
-                        status=state, message=self.message, target=1, counts=counts, replicas=replicas
-                    )
-                    for one in spec.deployments
-                },
-            )
-            for name, spec in self.specs.items()
-        }
-        url = "http://127.0.0.1:8000" if self.started else ""
-        return encode_status(ServeStatus(version=self.version, applications=applications, url=url))
-
-    async def serve_status(self):
-        return {"status": self._status()}
-
-    async def serve_watch(self, since=0, timeout=30.0):
-        if len(self.steps) > 1:
-            self.steps.pop(0)
-            self.version += 1
-        else:
-            await asyncio.sleep(timeout)
-        return {"status": self._status()}
-
-    async def serve_missing(self, revisions):
-        return {"missing": [revision for revision in revisions if revision not in self.code]}
-
-    async def serve_deploy(self, application, code):
-        spec = msgspec.msgpack.decode(application, type=ApplicationSpec)
-        for other in self.specs.values():
-            if other.name != spec.name and other.route_prefix == spec.route_prefix:
-                return {"error": ["ConfigError", f"route {spec.route_prefix} belongs to {other.name}"]}
-        self.sent.append(sorted(code))
-        self.code.update(code)
-        self.specs[spec.name] = spec
-        return {"known": sorted(self.code)}
-
-    async def serve_start(self, options, explicit):
-        given = msgspec.msgpack.decode(options, type=HTTPOptions)
-        if given.port == 1:
-            return {"error": ["ConfigError", "port 1 is busy"]}
-        self.started.append((given, list(explicit)))
-        return {"url": "http://127.0.0.1:8000"}
-
-    async def serve_delete(self, app):
-        if app not in self.specs:
-            return {"error": ["ApplicationNotFoundError", f"there is no {app}"]}
-        del self.specs[app]
-        return {"deleted": True}
-
-    async def serve_shutdown(self):
-        self.specs.clear()
-        return {}
-
-    async def serve_table(self, epoch="", since=0, timeout=30.0):
-        def entry(id: str) -> DeploymentEntry:
-            return DeploymentEntry(id, [], 100, None, None, ["__call__"])
-
-        names = [f"{app}/{one.name}" for app, spec in self.specs.items() for one in spec.deployments]
-        table = Table(
-            epoch="e",
-            version=1,
-            secret=b"",
-            deployments={name: entry(name) for name in names},
-            routes=[],
-            applications={app: f"{app}/{spec.ingress}" for app, spec in self.specs.items()},
-        )
-        return {"table": encode_table(table)}
+    async def __call__(self, x):
+        return "from the child", await self.child.remote(x)
 
 
-class FakeHandle:
-    def __init__(self, app, deployment, address, on_exit=None, sync=True):
-        self.app_name, self.deployment_name, self.address = app, deployment, address
-        self.on_exit, self.sync = on_exit, sync
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.on_exit()
+@serve.deployment
+class Broken:
+    def __init__(self) -> None:
+        self.share = 1 / 0
 
 
-@pytest.fixture(autouse=True)
-def handles(monkeypatch):
-    def make(app, deployment, *, address, client=None, **options):
-        return FakeHandle(app, deployment, address, **options)
+@serve.deployment
+class Web:
+    async def __call__(self, request):
+        return str(len(await request.body()))
 
-    monkeypatch.setattr(api, "make_handle", make)
-    monkeypatch.setattr(session, "make_handle", make)
+
+class Inside:
+    """Looks around from within a replica."""
+
+    def look(self):
+        with pytest.raises(ServeError, match="does not work inside a replica or a Dask task"):
+            serve.run(Model.bind())
+        return serve.get_app_handle("one"), serve.get_deployment_handle("Model")
+
+
+async def until(condition: Callable[[ServeStatus], bool], timeout: float = 10.0) -> None:
+    """Wait until the status meets a condition."""
+    deadline = time.monotonic() + timeout
+    while not condition(status := await serve.status()):
+        assert time.monotonic() < deadline, f"still\n{status}"
+        await asyncio.sleep(0.01)
+
+
+async def post(url: str, body: str = "") -> httpx.Response:
+    async with httpx.AsyncClient() as http:
+        return await http.post(url, content=body, timeout=10)
 
 
 # -- without a cluster -------------------------------------------------------------------------------------------------
@@ -200,89 +122,131 @@ def test_no_client():
 
 @gen_cluster(client=True)
 async def test_run(c: Client, s, a, b):
-    controller = FakeController(s, ["deploying", "running"])
-    handle = await serve.run(Model.bind())
-    assert (handle.app_name, handle.deployment_name, handle.address) == ("default", "Model", s.address)
-    assert controller.started == [(HTTPOptions(), [])]
-    spec = controller.specs["default"]
-    (revision,) = controller.code
-    assert spec.deployments[0].revision == revision
+    handle = await serve.run(Model.bind(), route_prefix=None)
+    assert handle == DeploymentHandle("default", "Model", s.address)
+    assert await handle.remote(3) == 3
+    held = s.plugins["dask-serve"].registry.code
+    ((revision, code),) = held.items()
+    (replica,) = (await serve.status()).applications["default"].deployments["Model"].replicas
+    assert replica.revision == revision
     # The scheduler holds the code without having opened it.
-    assert type(controller.code[revision]).__name__ in {"Serialized", "Serialize", "ToPickle"}
-    await serve.run(Model.bind(), client=c)
-    assert controller.sent == [[revision], []]
-    await serve.run(Model.options(num_replicas=3).bind(), wait=False)
-    assert controller.sent[-1] == []
-    assert controller.specs["default"].deployments[0].options.num_replicas == 3
+    assert type(code).__name__ in {"Serialized", "Serialize", "ToPickle"}
+    # The same again, and with other options, needs no code: what was sent first stays.
+    await serve.run(Model.bind(), route_prefix=None, client=c)
+    await serve.run(Model.options(num_replicas=3).bind(), route_prefix=None, wait=False)
+    held = s.plugins["dask-serve"].registry.code
+    assert list(held) == [revision]
+    assert held[revision] is code
+    model = (await serve.status()).applications["default"].deployments["Model"]
+    assert model.target == 3
+    assert replica.id in {one.id for one in model.replicas}
+    await until(lambda status: status.applications["default"].status == "running")
 
 
 @gen_cluster(client=True)
 async def test_async_with(c, s, a, b):
-    controller = FakeController(s)
     async with serve.run(Model.bind(), "app", None) as handle:
-        assert handle.app_name == "app"
-        assert list(controller.specs) == ["app"]
-    assert not controller.specs
-    assert not controller.started
+        assert handle == DeploymentHandle("app", "Model", s.address)
+        assert await handle.remote(3) == 3
+        status = await serve.status()
+        assert list(status.applications) == ["app"]
+        # Nobody asked for HTTP.
+        assert (status.proxies, status.url) == ([], "")
+    assert not (await serve.status()).applications
 
 
 @gen_cluster(client=True)
 async def test_http_options(c, s, a, b):
-    controller = FakeController(s)
-    await serve.run(Model.bind(), host="0.0.0.0", port=0)
-    assert controller.started.pop() == (HTTPOptions(host="0.0.0.0", port=0), ["host", "port"])
-    assert await serve.start(http_options={"port": 9}, num_proxies=2) == "http://127.0.0.1:8000"
-    assert controller.started.pop() == (HTTPOptions(port=9, num_proxies=2), ["num_proxies", "port"])
+    await serve.run(Web.bind(), host="localhost", port=0)
+    url = await serve.url()
+    assert url.startswith("http://localhost:")
+    assert (await post(url, "12345")).text == "5"
+    # What is not named stays, and what others may call it is understood.
+    assert await serve.start(http_options={"body_limit": 4}, num_proxies=2) == url
+    assert [proxy["state"] for proxy in (await serve.status()).proxies].count("ready") == 2
+    assert (await post(url, "1234")).text == "4"
+    assert (await post(url, "12345")).status_code == 413
     # A port that is refused leaves no application behind.
-    with pytest.raises(ConfigError, match="port 1 is busy"):
-        await serve.run(Model.bind(), "other", "/other", port=1)
-    assert list(controller.specs) == ["default"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} on localhost is in use"):
+            await serve.run(Model.bind(), "other", "/other", port=port)
+    assert list((await serve.status()).applications) == ["default"]
+    assert await serve.url() == url
+    assert (await post(url, "1234")).text == "4"
 
 
 @gen_cluster(client=True)
 async def test_failure(c, s, a, b):
-    FakeController(s, ["deploying", "failed"], message="Traceback ...\nZeroDivisionError: division by zero")
-    with pytest.raises(DeploymentFailedError, match=r"(?s)'default' could not be started.*ZeroDivisionError"):
-        await serve.run(Model.bind())
+    expected = (
+        r"(?s)'default' could not be started.*Traceback.*self\.share = 1 / 0.*ZeroDivisionError: division by zero"
+    )
+    with pytest.raises(DeploymentFailedError, match=expected):
+        await serve.run(Broken.bind(), route_prefix=None)
+    assert (await serve.status()).applications["default"].status == "failed"
 
 
-@gen_cluster(client=True)
-async def test_timeout(c, s, a, b):
-    FakeController(s, ["deploying"], message="no worker has GPU=1")
-    with pytest.raises(StartTimeoutError, match=r"(?s)not running after 0.05 s.*no worker has GPU=1"):
-        await serve.run(Model.bind(), timeout="50 ms")
+@gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])
+async def test_timeout(c, s, a):
+    app = Model.options(resources={"GPU": 1}).bind()
+    await serve.run(app, route_prefix=None, wait=False)
+    await until(lambda status: "GPU" in status.applications["default"].message)
+    with pytest.raises(StartTimeoutError, match=r"(?s)not running after 0.05 s.*no worker has resources GPU=1"):
+        await serve.run(app, route_prefix=None, timeout="50 ms")
+    # It stays deployed.
+    async with Worker(s.address, nthreads=1, resources={"GPU": 1}, dashboard=False):
+        await until(lambda status: status.applications["default"].status == "running")
+        assert await (await serve.get_app_handle("default")).remote(3) == 3
 
 
-@gen_cluster(client=True)
-async def test_progress(c, s, a, b):
-    FakeController(s, ["deploying", "deploying", "running"], message="waits for a worker")
+@contextmanager
+def lines() -> Iterator[list[str]]:
+    """What a session without a terminal is told."""
     records: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda record: records.append(record.getMessage())
+    handler.emit = lambda record: records.append(record.getMessage()) if record.name == "dask_serve" else None
     logger = logging.getLogger("dask_serve")
-    logger.addHandler(handler)
     before = logger.level
+    logger.addHandler(handler)
     logger.setLevel("INFO")
     try:
-        await serve.run(Model.bind())
+        yield records
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
-    assert records == [
-        "application 'default': Model 0/1 ready, 1 starting (waits for a worker)",
-        "application 'default' is running at http://127.0.0.1:8000/",
-    ]
+
+
+@gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])
+async def test_progress(c, s, a):
+    with lines() as told:
+        app = Model.options(resources={"GPU": 1}).bind()
+        running = asyncio.ensure_future(_awaited(serve.run(app, port=0, timeout=20)))
+        await until(lambda _: any("GPU" in line for line in told))
+        async with Worker(s.address, nthreads=1, resources={"GPU": 1}, dashboard=False):
+            await running
+            url = await serve.url()
+    *before, last = told
+    assert last == f"application 'default' is running at {url}/"
+    waits = "application 'default': Model 0/1 ready (1 of 1 replicas wait for a worker: no worker has resources GPU=1"
+    assert any(line.startswith(waits) for line in before)
+    shape = re.compile(r"application 'default': Model 0/1 ready(, 1 starting)?( \(.+\))?")
+    assert all(shape.fullmatch(line) for line in before), before
+    assert all(one != other for one, other in itertools.pairwise(told))
+
+
+async def _awaited(running):
+    return await running
 
 
 @gen_cluster(client=True)
 async def test_errors_of_the_controller(c, s, a, b):
-    FakeController(s)
-    await serve.run(Model.bind(), "one")
-    with pytest.raises(ConfigError, match="route / belongs to one"):
-        await serve.run(Model.bind(), "two")
-    with pytest.raises(ApplicationNotFoundError, match="there is no three"):
+    await serve.run(Web.bind(), "one", port=0)
+    with pytest.raises(ConfigError, match=r"'one' and 'two' cannot both have route_prefix='/'"):
+        await serve.run(Web.bind(), "two")
+    with pytest.raises(ApplicationNotFoundError, match="there is no application 'three'; applications: 'one'"):
         await serve.delete("three")
     await serve.delete("one")
+    assert not (await serve.status()).applications
 
 
 @gen_cluster(client=True)
@@ -293,91 +257,110 @@ async def test_status_and_url(c, s, a, b):
     with pytest.raises(NotRunningError):
         await serve.delete("x")
     await serve.shutdown()
-    FakeController(s)
+    await serve.run(Model.bind(), "python only", None)
     with pytest.raises(NotRunningError, match=r"serve\.start\(\)"):
         await serve.url()
-    await serve.run(Model.bind())
-    assert (await serve.status()).applications["default"].status == "running"
-    assert await serve.url() == "http://127.0.0.1:8000"
+    await serve.run(Web.bind())
+    status = await serve.status()
+    assert {name: one.status for name, one in status.applications.items()} == {
+        "default": "running",
+        "python only": "running",
+    }
+    url = await serve.url()
+    assert url == status.url
+    assert (await post(url, "123")).text == "3"
     await serve.shutdown()
-    assert not (await serve.status()).applications
+    status = await serve.status()
+    assert (status.applications, status.proxies, status.url) == ({}, [], "")
     assert s.status.name == "running"
 
 
 @gen_cluster(client=True)
 async def test_handles(c, s, a, b):
-    FakeController(s)
     child = Model.options(name="child").bind()
-    parent = serve.deployment(type("Parent", (), {"__init__": lambda self, child: None}))
-    await serve.run(parent.bind(child), "one", "/1")
-    await serve.run(Model.bind(), "two", "/2")
+    await serve.run(Parent.bind(child), "one", None)
+    await serve.run(Model.bind(), "two", None)
     handle = await serve.get_app_handle("one")
-    assert (handle.app_name, handle.deployment_name, handle.address) == ("one", "Parent", s.address)
+    assert handle == DeploymentHandle("one", "Parent", s.address)
+    assert await handle.remote(3) == ("from the child", 3)
     handle = await serve.get_deployment_handle("child")
-    assert (handle.app_name, handle.deployment_name) == ("one", "child")
-    assert (await Model.get_handle(sync=False)).sync is False
+    assert handle == DeploymentHandle("one", "child", s.address)
+    assert await handle.remote(4) == 4
+    handle = await Model.get_handle(sync=False)
+    assert handle == DeploymentHandle("two", "Model", s.address, sync=False)
+    assert await (await handle.remote(5)) == 5
     with pytest.raises(ApplicationNotFoundError, match="no application 'x'; there are: one, two"):
         await serve.get_app_handle("x")
     with pytest.raises(ApplicationNotFoundError, match="no deployment 'Model' in application 'one'"):
         await Model.get_handle(app_name="one")
-    await serve.run(Model.bind(), "three", "/3")
+    await serve.run(Model.bind(), "three", None)
     with pytest.raises(ApplicationNotFoundError, match=r"several.*three/Model, two/Model.*app_name="):
         await Model.get_handle()
-    assert (await Model.get_handle(app_name="three")).app_name == "three"
+    handle = await Model.get_handle(app_name="three")
+    assert handle.app_name == "three"
+    assert await handle.remote(6) == 6
 
 
 @gen_cluster(client=True)
 async def test_inside_a_task(c, s, a, b):
-    FakeController(s)
-    await serve.run(Model.bind())
+    await serve.run(Model.bind(), route_prefix=None)
     app = Model.bind()
 
     def deploys():
         with pytest.raises(ServeError, match="does not work inside a replica or a Dask task"):
             serve.run(app)
-        return serve.get_app_handle("default").address, serve.get_deployment_handle("Model").app_name
+        return serve.get_app_handle("default"), serve.get_deployment_handle("Model").remote(3).result(10)
 
-    assert await c.submit(deploys) == (s.address, "default")
-
-
-@gen_cluster(client=True)
-async def test_scheduler_without_the_package(c, s, a, b):
-    async def register(*args, **kwargs):
-        raise ModuleNotFoundError("No module named 'dask_serve'")
-
-    s.handlers["register_scheduler_plugin"] = register
-    with pytest.raises(NotRunningError, match=r"(?s)tcp://.*cannot import dask_serve.*pip install dask-serve"):
-        await serve.run(Model.bind())
+    assert await c.submit(deploys) == (DeploymentHandle("default", "Model", s.address), 3)
 
 
 @gen_cluster(client=True)
-async def test_scheduler_that_accepts_no_plugins(c, s, a, b):
-    s.blocked_handlers = ["register_scheduler_plugin"]
+async def test_inside_a_replica(c, s, a, b):
+    await serve.run(Model.bind(), "one", None)
+    inside = serve.deployment(Inside).options(name="Model")
+    handle = await serve.run(inside.bind(), "two", None)
+    # Of two deployments of that name, the one in the replica's own application.
+    assert await handle.look.remote() == (
+        DeploymentHandle("one", "Model", s.address),
+        DeploymentHandle("two", "Model", s.address),
+    )
+
+
+NO_PLUGINS = {"distributed.scheduler.blocked-handlers": ["register_scheduler_plugin"]}
+
+
+@gen_cluster(client=True, nthreads=[], config=NO_PLUGINS)
+async def test_scheduler_that_accepts_no_plugins(c, s):
     with pytest.raises(NotRunningError, match="--preload dask_serve"):
         await serve.run(Model.bind())
-    FakeController(s)
-    await serve.run(Model.bind())
+
+
+@gen_cluster(
+    client=True,
+    config=NO_PLUGINS,
+    scheduler_kwargs={"preload": ["dask_serve.preload"], "preload_argv": ["--no-serve-http"]},
+)
+async def test_scheduler_that_accepts_no_plugins_and_preloads(c, s, a, b):
+    handle = await serve.run(Model.bind(), route_prefix=None)
+    assert await handle.remote(3) == 3
 
 
 # -- with a synchronous client -----------------------------------------------------------------------------------------
 
 
-def install(dask_scheduler: Scheduler) -> None:
-    dask_scheduler.fake = FakeController(dask_scheduler)
-
-
-def applications(dask_scheduler: Scheduler) -> list[str]:
-    return sorted(dask_scheduler.fake.specs)
-
-
 def test_synchronous(loop):
     with cluster(nworkers=1) as (scheduler, _), Client(scheduler["address"], loop=loop) as client:
-        client.run_on_scheduler(install)
-        with serve.run(Model.bind(), "app") as handle:
-            assert handle.address == scheduler["address"]
-            assert client.run_on_scheduler(applications) == ["app"]
-            assert serve.get_app_handle("app").deployment_name == "Model"
-        assert client.run_on_scheduler(applications) == []
+        url = serve.start(port=0)
+        with serve.run(Web.bind(), "app") as handle:
+            assert handle == DeploymentHandle("app", "Web", scheduler["address"])
+            assert serve.status().applications["app"].status == "running"
+            assert serve.get_app_handle("app") == handle
+            assert serve.url() == url
+            assert httpx.post(url, content="123", timeout=10).text == "3"
+            with serve.run(Model.bind(), "other", None) as other:
+                assert other.remote(3).result(timeout=10) == 3
+            assert list(serve.status().applications) == ["app"]
+        assert not serve.status().applications
         serve.shutdown()
         # It was not started here, so it goes on.
         assert client.scheduler_info()["address"] == scheduler["address"]
@@ -387,15 +370,23 @@ def test_scheduler_address(loop):
     """Without a client, Dask's configuration says where to go; the client made for it ends with shutdown()."""
     with cluster(nworkers=1) as (scheduler, _), dask.config.set({"scheduler-address": scheduler["address"]}):
         with Client(scheduler["address"], loop=loop, set_as_default=False) as client:
-            client.run_on_scheduler(install)
-            serve.run(Model.bind(), "app")
-            made = session.current_client()
+            handle = serve.run(Model.bind(), "app", None)
+            made = current_client()
             assert made.scheduler.address == scheduler["address"]
-            assert client.run_on_scheduler(applications) == ["app"]
+            assert handle.remote(3).result(timeout=10) == 3
+            assert list(serve.status(client=client).applications) == ["app"]
             serve.shutdown()
             assert made.status == "closed"
-            assert session.current_client() is None
-            assert client.run_on_scheduler(applications) == []
+            assert current_client() is None
+            assert not serve.status(client=client).applications
+
+
+def test_scheduler_without_the_package(loop):
+    hide = "import sys\nsys.modules['dask_serve'] = None\n"
+    with cluster(nworkers=0, scheduler_kwargs={"preload": [hide]}) as (scheduler, _):
+        with Client(scheduler["address"], loop=loop):
+            with pytest.raises(NotRunningError, match=r"(?s)tcp://.*cannot import dask_serve.*pip install dask-serve"):
+                serve.run(Model.bind())
 
 
 # -- without any client: the embedded cluster --------------------------------------------------------------------------
