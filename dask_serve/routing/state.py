@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +25,14 @@ from .calls import Outgoing
 __all__ = ["Outcome", "RefState", "Stored"]
 
 logger = logging.getLogger("dask_serve.refs")
+
+
+if sys.version_info >= (3, 11):
+    _Timeout = TimeoutError
+else:
+
+    class _Timeout(asyncio.TimeoutError, TimeoutError):
+        """Both classes of that name: Dask's users catch asyncio's."""
 
 
 class Stored(NamedTuple):
@@ -202,8 +211,7 @@ class RefState(Outgoing):
                 try:
                     await asyncio.wait_for(waiter, timeout)
                 except asyncio.TimeoutError:
-                    # Before Python 3.11 asyncio's is another class than the builtin one.
-                    raise TimeoutError(f"request {self.request_id} did not end within {timeout:g} s") from None
+                    raise _Timeout(f"request {self.request_id} did not end within {timeout:g} s") from None
 
     def waiter(self) -> asyncio.Future[None]:
         """Return a future of the running loop that ends when this is settled."""
