@@ -30,6 +30,9 @@ __all__ = ["ReplicaUnit"]
 
 logger = logging.getLogger("dask_serve.replica")
 
+#: Seconds that a report of a failed start may take.
+REPORT_TIMEOUT = 5.0
+
 _decode_options = msgspec.msgpack.Decoder(DeploymentOptions).decode
 
 
@@ -80,7 +83,7 @@ class ReplicaUnit:
             reply = await self._on_worker(self._worker.scheduler.serve_code(revision=self.spec["revision"]))
             if not reply or "error" in reply:
                 raise ServeError(f"the controller has no code for {self.id}: {(reply or {}).get('error')}")
-            door = await self.user.loop.run_in_executor(None, ServeProcess.door_of, self._worker, reply["secret"], self)
+            door = await self.user.in_pool(lambda: ServeProcess.door_of(self._worker, reply["secret"], self))
             await self._construct(reply["code"])
             replica = ReplicaContext(
                 self.spec["app"], self.spec["deployment"], self.id, self._worker.address, self.user.instance
@@ -100,7 +103,10 @@ class ReplicaUnit:
                 return
             text = "".join(traceback.format_exception(type(error), error, _user_part(error)))
             logger.error("Replica %s could not be started:\n%s", self.id, text)
-            await self.report("failed", error=text)
+            # A worker that is closing may not carry the report any more, and lets go of its actors late.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self.report("failed", error=text), REPORT_TIMEOUT)
+            self.end()
 
     async def _open(self, door: Door, core: ReplicaCore) -> None:
         core.set_limit(self.options.max_ongoing_requests)
