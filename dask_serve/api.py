@@ -6,6 +6,7 @@ returns an awaitable, with any other it blocks.
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
 import dataclasses
@@ -41,6 +42,9 @@ _ELSEWHERE = {
     "location": "proxies run beside the scheduler; num_proxies= says how many",
     "detached": "leave it out: applications outlive the session that deployed them on a cluster of yours",
 }
+
+#: Seconds that the workers of a new embedded cluster have to register before it is used without the last of them.
+WORKERS_WITHIN = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,6 +354,9 @@ def _ensure_client(client: Client | None, say: Callable[[str], None]) -> tuple[C
         cluster = EmbeddedCluster.start(progress=say)
         try:
             _made = _Made(Client(cluster.scheduler_address), cluster)
+            # They start together; whoever deploys before the last of them is up has all replicas on the first.
+            with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
+                _made.client.wait_for_workers(cluster.n_workers, timeout=WORKERS_WITHIN)
         except BaseException:
             cluster.close()
             raise

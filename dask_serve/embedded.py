@@ -65,6 +65,8 @@ class EmbeddedCluster:
         self._directory: str | None = None
         self._error: dict[str, str] | None = None
         self._workers: set[str] = set()
+        #: Worker processes that it begins with.
+        self.n_workers = 1
         self._started = threading.Event()
         self._drained = threading.Event()
         self._gone = threading.Event()
@@ -111,6 +113,7 @@ class EmbeddedCluster:
         if progress is not None:
             progress(f"starting a scheduler and {n_workers} worker{'s' if n_workers > 1 else ''}")
         cluster = cls(*_spawn(options), progress)
+        cluster.n_workers = n_workers
         try:
             # Needed anyway, while the host imports the same; and what Dask does at exit is then registered before
             # our own hook, which therefore runs first, while clients still are connected.

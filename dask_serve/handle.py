@@ -163,7 +163,7 @@ class DeploymentHandle:
 
     def __getattr__(self, name: str) -> DeploymentHandle:
         if name.startswith("_"):
-            raise AttributeError(name)
+            raise AttributeError(f"handles call public methods only, and {name!r} is private")
         handle = self._methods.get(name)
         if handle is None:
             handle = self._methods[name] = self.options(method_name=name)
@@ -204,7 +204,8 @@ class DeploymentHandle:
             try:
                 parts = payloads.dumps((args, kwargs), arguments.reducers)
             except PayloadError as error:
-                state.settle("error", Outcome(error=("PayloadError", f"an argument of {self!r} {error}")))
+                what = f"{_culprit(args, kwargs)} of a call of {self._id!r}, method {self._method!r}, {error}"
+                state.settle("error", Outcome(error=("PayloadError", what)))
                 return ref if self._sync else Assigned(ref)
         state.parts = parts
         if here is not None:
@@ -295,6 +296,16 @@ def _unpickle(  # noqa: PLR0917
         request_timeout_s=timeout,
         retries_on_loss=retries,
     )
+
+
+def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Name the argument that cannot be pickled."""
+    for name, value in [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]:
+        try:
+            payloads.dumps(value)
+        except PayloadError:
+            return f"{name} ({type(value).__name__})"
+    return "an argument"
 
 
 def _submit(fabric: Any, id: str, state: RefState, timeout: float | None) -> None:

@@ -425,7 +425,9 @@ class _Discard:
         elif not self._read and (outcome.raised is not None or outcome.error is not None):
             if outcome.error is not None and outcome.error[0] == RequestCancelledError.__name__:
                 return
-            self._session.later(_log_unread, outcome)
+            # When the session itself ends, it is the reason of the error.
+            if not self._session.closed:
+                self._session.later(_log_unread, outcome)
 
 
 def _log_unread(outcome: Outcome) -> None:
@@ -449,3 +451,12 @@ class Assigned:
     def __await__(self) -> Generator[Any, None, DeploymentResponse]:
         yield from ()
         return self.ref
+
+    def __repr__(self) -> str:
+        return f"<to be awaited for {self.ref!r}>"
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"a handle with sync=False returns what has to be awaited before {name!r} can be used: "
+            "`ref = await handle.remote(...)`, then `value = await ref`"
+        )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 from distributed.protocol import to_serialize
 
-from ..exceptions import DeploymentFailedError, NotRunningError, StartTimeoutError
+from ..exceptions import ConfigError, DeploymentFailedError, NotRunningError, StartTimeoutError
 from ..policy.desired import ApplicationSpec, deployment_id
 from ..routing.session import Session
 from ..routing.table import Table
@@ -74,7 +74,7 @@ async def deploy(
     *,
     wait: bool,
     timeout: float | None,
-    say: Callable[[str], None],
+    say: Callable[..., None],
 ) -> None:
     """Bring an application to the cluster, and wait until it runs.
 
@@ -96,6 +96,7 @@ async def deploy(
     deadline = None if timeout is None else time.monotonic() + timeout
     spec = built.spec
     await ensure_controller(client)
+    await _check_bound(client, spec, deadline, say)
     address = ""
     if proxies[1]:
         # What was asked for may be refused (a busy port), which must leave everything as it was.
@@ -111,6 +112,30 @@ async def deploy(
         route = spec.route_prefix
         where = f" at {address}{route.rstrip('/')}/" if address and route else ""
         say(f"application {spec.name!r} is running{where}")
+
+
+async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | None, say: Callable[..., None]) -> None:
+    """Wait for the Dask futures that are bound; a failed one would fail every constructor."""
+    for deployment in spec.deployments:
+        for key in deployment.keys:
+            state = client.futures.get(key)
+            if state is None:
+                continue
+            if state.status == "pending":
+                say(f"application {spec.name!r}: deployment {deployment.name!r} waits for the bound future {key}")
+                try:
+                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    await asyncio.wait_for(state.wait(), left)
+                except asyncio.TimeoutError:
+                    raise StartTimeoutError(
+                        f"application {spec.name!r} was not deployed: the future {key}, which is bound into "
+                        f"{deployment.name!r}, is still pending"
+                    ) from None
+            if state.status != "finished":
+                raise ConfigError(
+                    f"application {spec.name!r} was not deployed: the future {key}, which is bound into "
+                    f"{deployment.name!r}, ended with status {state.status!r}: {type(state.exception).__name__}: {state.exception}"
+                ) from state.exception
 
 
 async def _wait_known(client: Client, spec: ApplicationSpec) -> None:
@@ -135,7 +160,7 @@ async def _send(client: Client, built: Built) -> None:
 
 
 async def _wait_running(
-    client: Client, name: str, deadline: float | None, timeout: float | None, say: Callable[[str], None]
+    client: Client, name: str, deadline: float | None, timeout: float | None, say: Callable[..., None]
 ) -> None:
     found = decode_status((await ask(client.scheduler, "serve_status"))["status"])
     while True:
@@ -146,12 +171,21 @@ async def _wait_running(
             return
         if application.status == "failed":
             raise DeploymentFailedError(f"application {name!r} could not be started: {application.message}")
-        say(_describe(name, application))
+        say(_describe(name, application), _is_stuck(application))
         left = POLL if deadline is None else min(POLL, deadline - time.monotonic())
         if left <= 0:
-            raise StartTimeoutError(f"application {name!r} is not running after {timeout:g} s: {application}")
+            raise StartTimeoutError(
+                f"application {name!r} is not running after {timeout:g} s: {application}\n"
+                "It stays deployed, and starts once what is missing is there; serve.delete() takes it back. Workers "
+                "are added with `dask worker SCHEDULER`, with resources by `--resources GPU=1`."
+            )
         answer = await ask(client.scheduler, "serve_watch", since=found.version, timeout=left)
         found = decode_status(answer["status"])
+
+
+def _is_stuck(application: ApplicationStatus) -> bool:
+    """Replicas wait for workers or resources that are not there."""
+    return any("wait for a worker" in deployment.message for deployment in application.deployments.values())
 
 
 def _describe(name: str, application: ApplicationStatus) -> str:
@@ -172,7 +206,8 @@ class Progress:
     def __init__(self) -> None:
         self._last = ""
 
-    def __call__(self, line: str) -> None:
+    def __call__(self, line: str, urgent: bool = False) -> None:
+        """Tell a line; an urgent one, on which somebody has to act, is a warning where there is no terminal."""
         if line == self._last:
             return
         self._last = line
@@ -180,4 +215,4 @@ class Progress:
             sys.stderr.write(f"dask_serve: {line}\n")
             sys.stderr.flush()
         else:
-            logger.info("%s", line)
+            logger.log(logging.WARNING if urgent else logging.INFO, "%s", line)

@@ -220,7 +220,7 @@ class Controller(SchedulerPlugin):
         names = [name for name, app in self.registry.applications.items() if not app.deleting]
         await asyncio.gather(*(self._delete(name) for name in names))
         async with self._starting_proxies:
-            self.url = ""
+            self.url = self._message = ""
             self._publish()
             if self._proxies is not None:
                 await self._proxies.stop()

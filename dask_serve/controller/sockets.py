@@ -22,7 +22,7 @@ BACKLOG = 2048
 #: Seconds between two tries of a busy port.
 RETRY_INTERVAL = 0.1
 
-_HOW_TO_CHANGE = "choose another with serve.start(port=...), or let port=0 take a free one"
+_HOW_TO_CHANGE = "choose another with serve.start(port=...) (from the shell: --port), or let port=0 take a free one"
 
 
 async def bind_slots(host: str, port: int | None, count: int, *, retry: float = 0.0) -> list[socket.socket]:

@@ -306,7 +306,7 @@ class UserCode:
         try:
             parts = payloads.dumps(value)
         except PayloadError as error:
-            raise PayloadError(f"the result, a {type(value).__name__}, {error}") from error
+            raise PayloadError(f"the result of replica {self.id}, a {type(value).__name__}, {error}") from error
         nbytes = payloads.size_of(parts)
         if nbytes < INLINE_BELOW:
             return Answer(Kind.RESULT, parts)

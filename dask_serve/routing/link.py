@@ -192,6 +192,9 @@ class Link:
         call.number = number
         header = Call(target.id, call.method, call.request_id, remaining, credit, call.http, list(call.attachments))
         self._connection.send(Kind.CALL, number, encode(header), call.parts)
+        if len(self._calls) == 1:
+            # Nothing else is under way: there is nothing to wait for, and a turn of the loop to save.
+            self._connection.flush()
 
     def cancel(self, number: int) -> None:
         """Tell that a request is not wanted any more; its answer still comes."""

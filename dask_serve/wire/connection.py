@@ -75,6 +75,11 @@ class Connection(asyncio.Protocol):
             self._flush_is_due = True
             self.loop.call_soon(self._flush)
 
+    def flush(self) -> None:
+        """Write now what waits for the end of the tick."""
+        if self.ready and not self.paused:
+            self._flush()
+
     def _flush(self) -> None:
         self._flush_is_due = False
         out = self._out
