@@ -134,7 +134,8 @@ async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | 
             if state.status != "finished":
                 raise ConfigError(
                     f"application {spec.name!r} was not deployed: the future {key}, which is bound into "
-                    f"{deployment.name!r}, ended with status {state.status!r}: {type(state.exception).__name__}: {state.exception}"
+                    f"{deployment.name!r}, ended with status {state.status!r}: "
+                    f"{type(state.exception).__name__}: {state.exception}"
                 ) from state.exception
 
 

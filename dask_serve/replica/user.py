@@ -77,6 +77,7 @@ class UserCode:
         self._http: HttpAdapter | None = None
         self._thread = threading.Thread(target=self._run, name=f"{id}-user", daemon=True)
         self._main: Callable[[], Any] | None = None
+        self._stopping = threading.Lock()
 
     # ------------------------------------------------------------------ life
 
@@ -120,6 +121,9 @@ class UserCode:
 
     def stop(self) -> None:
         """End the threads; what runs on them is cancelled (a ``def`` that runs cannot be). From any thread."""
+        if not self._stopping.acquire(blocking=False):
+            # A second stop would end the cleaning up.
+            return
         self._pool.stop()
         # It may have ended already.
         with contextlib.suppress(RuntimeError):
