@@ -85,6 +85,8 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, Any] = {}
         self._number = 0
+        #: The most calls under way since there was none.
+        self._most = 0
         self._asked = 0.0
         self._on_lost = on_lost
         self._connection = CallerConnection(secret, process, self._on_frame, self._on_ready, self._on_broken)
@@ -192,9 +194,14 @@ class Link:
         call.number = number
         header = Call(target.id, call.method, call.request_id, remaining, credit, call.http, list(call.attachments))
         self._connection.send(Kind.CALL, number, encode(header), call.parts)
-        if len(self._calls) == 1:
-            # Nothing else is under way: there is nothing to wait for, and a turn of the loop to save.
-            self._connection.flush()
+        under_way = len(self._calls)
+        if under_way == 1:
+            if self._most <= 1:
+                # A caller that calls one after the other: there is nothing to wait for, and a turn of the loop to save.
+                self._connection.flush()
+            self._most = 1
+        elif under_way > self._most:
+            self._most = under_way
 
     def cancel(self, number: int) -> None:
         """Tell that a request is not wanted any more; its answer still comes."""
