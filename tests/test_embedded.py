@@ -228,14 +228,17 @@ def test_forked_child_neither_ends_nor_keeps_the_cluster(tmp_path: Path) -> None
 def test_interrupt_does_not_reach_the_cluster(tmp_path: Path) -> None:
     body = """
     try:
+        print("sleeping", flush=True)
         time.sleep(600)
     except KeyboardInterrupt:
         print(client.submit(sum, [1, 2]).result(timeout=10), len(client.nthreads()), flush=True)
     """
     with session(body, tmp_path) as (process, info):
         before = {member.pid for member in members(info["pid"])}
-        os.killpg(process.pid, signal.SIGINT)
         assert process.stdout is not None
+        # Before that the interrupt would end the script.
+        assert process.stdout.readline().split() == ["sleeping"]
+        os.killpg(process.pid, signal.SIGINT)
         assert process.stdout.readline().split() == ["3", "1"]
         assert process.wait(timeout=20) == 0
         assert len(before) == 2
