@@ -219,13 +219,10 @@ class DeploymentResponse(Future):
         raise error
 
     def __await__(self) -> Generator[Any, None, Any]:
-        return self._await().__await__()
-
-    async def _await(self) -> Any:
         state = self._local
         if state.status == "pending":
             try:
-                await state.waiter()
+                yield from state.waiter()
             except asyncio.CancelledError:
                 # Whoever awaits a ref and is cancelled does not want the result any more.
                 self.cancel()
@@ -233,7 +230,7 @@ class DeploymentResponse(Future):
         outcome = state.outcome
         if outcome is not None and (outcome.stored is None or self._decoded is not _UNREAD):
             return self._value(outcome)
-        return await self._result()
+        return (yield from self._result().__await__())
 
     def exception(self, timeout: float | str | None = None, **kwargs: Any) -> Any:
         """Wait for the end of the call; return its exception, or None. An awaitable when the client is asynchronous."""
@@ -376,6 +373,8 @@ class DeploymentResponse(Future):
         # No lock is taken here: the garbage collector calls this anywhere, and may hold one. The outcome is looked at
         # before and after the flag is set: whichever side comes second sees the other.
         state = self._local
+        if state.outcome is not None and state.outcome.parts is not None:
+            return
         discard = _Discard(self._session, self._read, self._decoded is not _UNREAD)
         if state.outcome is None:
             state.unwanted = discard

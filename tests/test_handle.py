@@ -550,7 +550,7 @@ async def test_an_awaiting_task_is_cancelled(c, s, a, b):
     async def begun() -> bool:
         return "began" in await model.what_happened.remote()
 
-    task = asyncio.ensure_future(handle.slow_child.remote()._await())
+    task = asyncio.ensure_future(handle.slow_child.remote())
     await until(begun)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -594,7 +594,8 @@ def test_answers_from_another_thread(run):
             def answer(number: int) -> None:
                 for i in range(number, number + 200):
                     parts = [b"%d" % i * (i % 97), b"x" * (i % 3) * 1000]
-                    if theirs.send_from_thread(Kind.RESULT, i, b"header", parts):
+                    frames: list[bytes] = []
+                    if theirs.write_from_thread(frames, encode_frame(Kind.RESULT, i, b"header", parts, frames)):
                         direct.append(i)
                     else:
                         loop.call_soon_threadsafe(theirs.send, Kind.RESULT, i, b"header", parts)
@@ -607,7 +608,7 @@ def test_answers_from_another_thread(run):
                 assert bytes(frame.parts[0]) == b"%d" % frame.request * (frame.request % 97)
             peer.close()
             await until(lambda: door.lost)
-            assert theirs.send_from_thread(Kind.RESULT, 1, b"", [b""]) in (True, False)
+            assert theirs.write_from_thread([b"late"], 4) in (True, False)
 
     run(test())
 

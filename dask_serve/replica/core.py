@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..policy.admission import Admission
-from ..wire.frames import Frame
+from ..wire.frames import Buffer, Frame, encode_frame
 from ..wire.messages import Call, Chunk, Failure, Kind, ReplicaName, Reply, Want, encode
 from .execution import Answer, Execution
 
@@ -164,17 +164,43 @@ class ReplicaCore:
         """Somebody waits for a slot, here or at a router."""
         return bool(self._waiting) or self.admission.wanted > 0
 
-    def answer_from_thread(self, execution: Execution, answer: Answer) -> bool:
-        """Write the answer of a lone request straight from the user's thread; False: the door has to.
+    def answer_from_thread(self, answers: Sequence[tuple[Execution, Answer]], unbooked: int) -> bool:
+        """Write whole answers straight from the user's thread, which saves the wake-up of the door.
 
         What it reads here may be changed by the door meanwhile; the load that it tells is a hint in any case.
+
+        Parameters
+        ----------
+        answers : sequence of (Execution, Answer)
+        unbooked : int
+            Answers written before that are not in the books yet.
+
+        Returns
+        -------
+        bool
+            False: the door has to write some of them, those that are not marked as answered.
         """
-        admission = self.admission
-        if admission.running > 1 or admission.granted or admission.wanted or answer.kind != Kind.RESULT:
+        if self.is_awaited or self.admission.granted:
             return False
-        header = encode(Reply(0, 0, 0, answer.stored, answer.nbytes, answer.status, answer.headers))
-        execution.answered = execution.connection.send_from_thread(answer.kind, execution.request, header, answer.parts)
-        return execution.answered
+        running = self.admission.running - unbooked
+        outgoing: dict[Any, tuple[list[Execution], list[Buffer], int]] = {}
+        for execution, answer in answers:
+            if answer.kind != Kind.RESULT:
+                return False
+            running = running - 1 if running > 1 else 0
+            header = encode(Reply(running, 0, 0, answer.stored, answer.nbytes, answer.status, answer.headers))
+            executions, frames, size = outgoing.get(execution.connection) or ([], [], 0)
+            size += encode_frame(Kind.RESULT, execution.request, header, answer.parts, frames)
+            executions.append(execution)
+            outgoing[execution.connection] = executions, frames, size
+        whole = True
+        for connection, (executions, frames, size) in outgoing.items():
+            if connection.write_from_thread(frames, size):
+                for execution in executions:
+                    execution.answered = True
+            else:
+                whole = False
+        return whole
 
     def _leave(self, execution: Execution, answer: Answer) -> None:
         """Answer a request that was admitted and never ran."""

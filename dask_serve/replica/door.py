@@ -238,19 +238,27 @@ class Door:
 
     # ------------------------------------------------------------------ from user threads
 
-    def answer(self, execution: Execution, answer: Answer) -> None:
-        """Hand an answer to the door, from a user thread."""
+    def answer(self, core: ReplicaCore, answers: Sequence[tuple[Execution, Answer]], at_once: bool) -> None:
+        """Take answers, or parts of them, from a user thread, in their order.
+
+        Parameters
+        ----------
+        core : ReplicaCore
+            The replica that answers.
+        answers : sequence of (Execution, Answer)
+        at_once : bool
+            Write them in this thread where that is possible; the door is not woken for the books then.
+        """
         try:
-            self.mailbox.put((execution, answer))
+            if at_once and core.answer_from_thread(answers, len(self.mailbox)):
+                self.mailbox.leave(answers)
+                # The other half of this is in the core: whoever begins to wait there looks for what was left here.
+                if core.is_awaited:
+                    self.mailbox.wake()
+            else:
+                self.mailbox.put_all(answers)
         except RuntimeError:  # the door is closed: nobody is left who could read it
             logger.debug("An answer came after the door was closed")
-
-    def note(self, execution: Execution, answer: Answer) -> None:
-        """Leave an answer that its caller has already, for the books; the door is not woken for them."""
-        self.mailbox.leave((execution, answer))
-        # The other half of this is in the core: whoever begins to wait there looks for what was left here.
-        if execution.core.is_awaited:
-            self.mailbox.wake()
 
     def call(self, function: Callable[[], None]) -> None:
         """Run a function on the door's loop, from any thread; silently nothing once the door is closed."""

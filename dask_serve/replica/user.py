@@ -36,6 +36,10 @@ __all__ = ["UserCode"]
 #: one leaves at once: the code that runs next in the same tick may take as long.
 PROMPT = 0.002
 
+#: Between so many requests at a time half a tick's answers leave early: fewer are not worth two writes, and more keep
+#: both sides busy by themselves.
+MANY, HOSTS = 24, 256
+
 logger = logging.getLogger("dask_serve.replica")
 
 #: Seconds that cancelled coroutines have to clean up when the replica ends.
@@ -73,6 +77,8 @@ class UserCode:
         self._context = context
         self._inbox = Mailbox(self.loop, self._on_mail, context)
         self._methods: dict[str, tuple[Callable[..., Any], bool] | None] = {}
+        #: Answers of this tick of the loop.
+        self._answers: list[tuple[Execution, Answer]] = []
         self._door: Door | None = None
         self._http: HttpAdapter | None = None
         self._thread = threading.Thread(target=self._run, name=f"{id}-user", daemon=True)
@@ -147,7 +153,6 @@ class UserCode:
         """Everything is there: requests may come."""
         self._door = door
         self._starts = Outbox(door.loop, self._inbox)
-        self._answers = Outbox(self.loop, door.mailbox)
         self._context.run(replica_context.set, replica)
         self._http = HttpAdapter(self)
 
@@ -270,10 +275,8 @@ class UserCode:
         except BaseException as error:  # noqa: BLE001
             answer = self.answer_for(execution, error)
         assert self._door is not None
-        if execution.core.answer_from_thread(execution, answer):
-            self._door.note(execution, answer)
-        else:
-            self._door.answer(execution, answer)
+        core = execution.core
+        self._door.answer(core, [(execution, answer)], core.admission.running <= 1)
 
     def _blocking_answer(self, execution: Execution, function: Callable[..., Any], values: Sequence[Any]) -> Answer:
         self.check(execution)
@@ -353,16 +356,21 @@ class UserCode:
 
     def _answer(self, execution: Execution, answer: Answer) -> None:
         """Hand an answer to the door, on the user loop: those of one tick together, unless it took long already."""
-        assert self._door is not None
-        if execution.core.answer_from_thread(execution, answer):
-            self._door.note(execution, answer)
-            return
-        try:
-            self._answers.put((execution, answer))
-            if time.monotonic() - execution.began > PROMPT:
-                self._answers.flush()
-        except RuntimeError:  # the door is closed: nobody is left who could read it
-            logger.debug("An answer came after the door was closed")
+        answers = self._answers
+        answers.append((execution, answer))
+        running = execution.core.admission.running
+        # One half of many is on its way while the other half runs, or caller and replica would take turns.
+        halved = MANY < running < HOSTS and 2 * len(answers) >= running
+        if running <= 1 or halved or time.monotonic() - execution.began > PROMPT:
+            self._flush()
+        elif len(answers) == 1:
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        if self._answers:
+            answers, self._answers = self._answers, []
+            assert self._door is not None
+            self._door.answer(answers[0][0].core, answers, True)
 
     def send(self, execution: Execution, answer: Answer) -> None:
         """Hand over an answer, or a part of one."""

@@ -82,6 +82,7 @@ class RefState(Outgoing):
     __slots__ = (
         "_callbacks",
         "_lock",
+        "_waiter",
         "home",
         "keep",
         "key",
@@ -108,6 +109,8 @@ class RefState(Outgoing):
         self.type: Any = None
         self.traceback: Any = None
         self._callbacks: list[Callable[[], None]] | None = []
+        #: The first to wait on the home loop: the usual one, for whom no callback is made.
+        self._waiter: asyncio.Future[None] | None = None
         self._lock = threading.Lock()
 
     # ------------------------------------------------------------------ settling
@@ -120,6 +123,9 @@ class RefState(Outgoing):
             self.outcome = outcome
             self.status = status
             callbacks, self._callbacks = self._callbacks, None
+            waiter = self._waiter
+        if waiter is not None and self.home is not None:
+            _wake(waiter, self.home, self.thread)
         self.parts = ()
         self.keep = None
         # The target stays: the answer to a cancelled request still comes, and is counted there.
@@ -146,7 +152,7 @@ class RefState(Outgoing):
             link = self.target[1].link
             self.settle("finished", Outcome(stored=Stored(link.process, link.door, reply.stored, reply.nbytes)))
         else:
-            self.settle("finished", Outcome(parts=parts))
+            self.settle("finished", Outcome(parts))
 
     def on_chunk(self, chunk: Chunk, parts: Sequence[Buffer]) -> None:
         raise NotImplementedError("calls from Python are answered whole")
@@ -216,17 +222,26 @@ class RefState(Outgoing):
     def waiter(self) -> asyncio.Future[None]:
         """Return a future of the running loop that ends when this is settled."""
         home, thread = self.home, threading.get_ident()
-        loop = home if home is not None and self.thread == thread and home.is_running() else asyncio.get_running_loop()
-        future: asyncio.Future[None] = loop.create_future()
-
-        def wake() -> None:
-            if threading.get_ident() == thread and loop.is_running():
-                if not future.done():
-                    future.set_result(None)
-            else:
-                # The loop that waits may have been closed meanwhile.
-                with contextlib.suppress(RuntimeError):
-                    loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(None))
-
-        self.on_done(wake)
+        if home is not None and self.thread == thread and home.is_running():
+            future: asyncio.Future[None] = home.create_future()
+            with self._lock:
+                if self._waiter is None and self._callbacks is not None:
+                    self._waiter = future
+                    return future
+            loop = home
+        else:
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
+        self.on_done(lambda: _wake(future, loop, thread))
         return future
+
+
+def _wake(future: asyncio.Future[None], loop: asyncio.AbstractEventLoop, thread: int) -> None:
+    """End a future of the loop that runs in ``thread``, from any thread."""
+    if threading.get_ident() == thread and loop.is_running():
+        if not future.done():
+            future.set_result(None)
+    else:
+        # The loop that waits may have been closed meanwhile.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(None))

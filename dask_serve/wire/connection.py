@@ -234,7 +234,7 @@ class CallerConnection(Connection):
 class DoorConnection(Connection):
     """The end that listened.
 
-    Its frames may leave from another thread: see `send_from_thread`.
+    Its frames may leave from another thread: see `write_from_thread`.
 
     Parameters
     ----------
@@ -251,18 +251,25 @@ class DoorConnection(Connection):
         # A descriptor of our own for the same connection: the loop may close its one while another thread writes.
         self._socket: socket.socket | None = None
 
-    def send_from_thread(self, kind: int, request: int, header: bytes, parts: Sequence[Buffer]) -> bool:
-        """Write one frame from a thread that is not the loop's, if that can be done at once.
+    def write_from_thread(self, frames: Sequence[Buffer], size: int) -> bool:
+        """Write frames from a thread that is not the loop's, if that can be done at once.
 
-        Handing it to the loop costs a wake-up, which is two thirds of the latency of a lone call. It is done only while
-        nothing else is to be written: many frames are cheaper joined, by the loop.
+        Handing them to the loop costs a wake-up, which is two thirds of the latency of a lone call. Where something
+        else waits to be written, the loop joins both.
+
+        Parameters
+        ----------
+        frames : sequence of bytes-like
+            What `encode_frame` made.
+        size : int
+            Bytes of all of them.
 
         Returns
         -------
         bool
-            False: nothing was written; hand the frame to the loop.
+            False: nothing was written; hand the frames to the loop.
         """
-        if not self._writing.acquire(blocking=False):
+        if size >= _JOIN_BELOW or not self._writing.acquire(blocking=False):
             return False
         try:
             transport = self.transport
@@ -270,10 +277,7 @@ class DoorConnection(Connection):
                 return False
             if transport.get_write_buffer_size():
                 return False
-            buffers: list[Buffer] = []
-            if encode_frame(kind, request, header, parts, buffers) >= _JOIN_BELOW:
-                return False
-            data = b"".join(buffers)
+            data = b"".join(frames)
             try:
                 written = self._socket.send(data)
             except BlockingIOError:
@@ -281,7 +285,7 @@ class DoorConnection(Connection):
             except OSError:
                 # The loop hears of it too, and ends the connection.
                 return True
-            if written < len(data):
+            if written < size:
                 self._out.insert(0, data[written:])
                 self.loop.call_soon_threadsafe(self._flush)
             return True

@@ -55,9 +55,12 @@ class Mailbox:
         if not self._awake:
             self._wake()
 
-    def leave(self, item: object) -> None:
-        """Append without waking the loop: it is handled with what comes next, or by `drain`."""
-        self._items.append(item)
+    def leave(self, items: Iterable[object]) -> None:
+        """Append without waking the loop: they are handled with what comes next, or by `drain`."""
+        self._items.extend(items)
+
+    def __len__(self) -> int:
+        return len(self._items)
 
     def wake(self) -> None:
         """Wake the loop for what was left."""
