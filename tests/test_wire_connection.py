@@ -116,8 +116,9 @@ def test_right_secret(run, caplog):
             assert peer.ready
             peer.send(Kind.CALL, 5, b"header", [b"one", b"two"])
             await until(lambda: caller.frames)
-            assert caller.frames[0][:3] == (Kind.RESULT, 5, b"header")
-            assert [bytes(part) for part in caller.frames[0].parts] == [b"one", b"two"]
+            frame = caller.frames[0]
+            assert (frame.kind, frame.request, frame.header) == (Kind.RESULT, 5, b"header")
+            assert [bytes(part) for part in frame.parts] == [b"one", b"two"]
             peer.close()
             await until(lambda: door.lost and caller.lost)
             assert len(door.lost) == len(caller.lost) == 1

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from ..wire.frames import Buffer
 from ..wire.messages import Call
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Execution"]
 
 
-class Answer(NamedTuple):
+class Answer(Struct, frozen=True, gc=False):
     """What user code answered, on its way from a user thread to the door."""
 
     kind: int

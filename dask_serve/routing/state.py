@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from msgspec import Struct
+
 from .. import exceptions
 from ..exceptions import RequestCancelledError, RequestError
 from ..wire import payloads
@@ -44,7 +46,7 @@ class Stored(NamedTuple):
     nbytes: int
 
 
-class Outcome(NamedTuple):
+class Outcome(Struct, frozen=True, gc=False):
     """What became of a request; exactly one field is set."""
 
     #: The serialised value.

@@ -16,7 +16,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+
+from msgspec import Struct
 
 __all__ = ["Buffer", "Frame", "FrameError", "FrameReader", "encode_frame"]
 
@@ -40,7 +41,7 @@ class FrameError(Exception):
     """The bytes are no frame of ours; the connection that sent them has to be closed."""
 
 
-class Frame(NamedTuple):
+class Frame(Struct, frozen=True, gc=False):
     """One frame: what it is, what it belongs to, and what it carries."""
 
     kind: int
@@ -126,7 +127,11 @@ class FrameReader:
                     start = end
                 break
             start = stop
-            yield _cut_small(head, data, begin, stop)
+            if head[3] > 1:
+                yield _cut_small(head, data, begin, stop)
+            else:
+                at = begin + head[2]
+                yield Frame(head[4], head[1], data[begin:at], [data[at:stop]] if head[3] else [])
         self._rest = bytes(data[start:]) if start < end else b""
 
     def _begin(self, head: tuple[int, int, int, int, int]) -> None:
@@ -148,11 +153,7 @@ class FrameReader:
 def _cut_small(head: tuple[int, int, int, int, int], data: bytes, begin: int, stop: int) -> Frame:
     _, request, header_size, count, kind = head
     at = begin + header_size
-    header = bytes(data[begin:at])
-    if count == 0:
-        return Frame(kind, request, header, [])
-    if count == 1:
-        return Frame(kind, request, header, [data[at:stop]])
+    header = data[begin:at]
     edges = _edges(data, at, count, stop)
     parts: list[Buffer] = [data[edges[-2] : stop]]
     parts.extend(bytearray(data[edges[i] : edges[i + 1]]) for i in range(count - 1))
