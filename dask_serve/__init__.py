@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         status,
         url,
     )
-    from .context import get_replica_context, get_request_context
+    from .context import get_multiplexed_model_id, get_replica_context, get_request_context
     from .deployment import Application, Deployment, deployment
     from .exceptions import (
         ApplicationNotFoundError,
@@ -71,6 +71,7 @@ __all__ = [
     "deployment",
     "get_app_handle",
     "get_deployment_handle",
+    "get_multiplexed_model_id",
     "get_replica_context",
     "get_request_context",
     "run",
@@ -82,7 +83,7 @@ __all__ = [
 
 _MODULES = {
     "api": ("delete", "get_app_handle", "get_deployment_handle", "run", "shutdown", "start", "status", "url"),
-    "context": ("get_replica_context", "get_request_context"),
+    "context": ("get_multiplexed_model_id", "get_replica_context", "get_request_context"),
     "deployment": ("Application", "Deployment", "deployment"),
     "handle": ("DeploymentHandle",),
     "response": ("DeploymentResponse",),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct, UnsetType
 
 from .exceptions import ConfigError
 
-__all__ = ["DeploymentOptions", "HTTPOptions", "build_options", "change_options"]
+__all__ = ["CallOptions", "DeploymentOptions", "HTTPOptions", "build_options", "change_options"]
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -92,6 +92,45 @@ class HTTPOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 20.0
 
 
+class CallOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``handle.options(...)`` accepts. A handle is its target and these.
+
+    Parameters
+    ----------
+    method_name : str, default "__call__"
+        What ``remote`` calls; ``handle.method`` is short for ``handle.options(method_name="method")``.
+    sync : bool, default True
+        False: ``await handle.remote()`` is the ref; for use in a running event loop, which then carries the requests
+        itself.
+    request_timeout_s : float or None, default None
+        Deadline of each request in seconds; passed on to the calls that the request makes in turn. None: none, or that
+        of the request that makes the call.
+    retries_on_loss : int, default 0
+        How often a request may be sent again when its replica is lost while it runs. Only for calls that may run twice.
+    multiplexed_model_id : str, default ""
+        The model that the call is for: `get_multiplexed_model_id` returns it in the replica. Not passed on to the calls
+        that the request makes in turn.
+    request_class : "online", "background" or None, default None
+        Where requests wait at a router, background ones let online ones go first (but for one of ten). None: as the
+        request that makes the call, else online.
+    request_id : str or None, default None
+        Stands in logs and errors. None: that of the request that makes the call, else a new one.
+    """
+
+    method_name: Annotated[str, Meta(min_length=1)] = "__call__"
+    sync: bool = True
+    request_timeout_s: Seconds | None = None
+    retries_on_loss: Annotated[int, Meta(ge=0)] = 0
+    multiplexed_model_id: Annotated[str, Meta(max_length=1024)] = ""
+    request_class: Annotated[
+        Literal["online", "background"] | None, Meta(description='it is "online", "background" or None')
+    ] = None
+    request_id: Annotated[
+        Annotated[str, Meta(pattern=r"^[!-~]{1,128}\Z")] | None,
+        Meta(description="it is a str of 1 to 128 printable ASCII characters without blanks, or None"),
+    ] = None
+
+
 Options = TypeVar("Options", bound=Struct)
 
 
@@ -101,7 +140,7 @@ def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Op
     Parameters
     ----------
     kind : type
-        `DeploymentOptions` or `HTTPOptions`.
+        `DeploymentOptions`, `HTTPOptions` or `CallOptions`.
     values : dict
         Options by name; those that are `msgspec.UNSET` are left at their defaults.
     where : str
@@ -124,7 +163,14 @@ def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Op
         text, _, path = str(error).partition(" - at `$.")
         name = path.rstrip("`").split("[")[0].split(".")[0]
         got = f" = {given[name]!r}" if name in given else ""
-        raise ConfigError(f"{where}: option {name}{got} is not valid: {text[:1].lower()}{text[1:]}") from None
+        repair = _described(kind, name) or text[:1].lower() + text[1:]
+        raise ConfigError(f"{where}: option {name}{got} is not valid: {repair}") from None
+
+
+def _described(kind: type[Options], name: str) -> str | None:
+    """Return what an option may be, where its declaration says so in words."""
+    hint = get_type_hints(kind, include_extras=True).get(name)
+    return next((meta.description for meta in getattr(hint, "__metadata__", ()) if meta.description), None)
 
 
 def change_options(options: Options, values: dict[str, Any], where: str) -> Options:

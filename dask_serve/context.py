@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 
 from .exceptions import ServeError
 
-__all__ = ["ReplicaContext", "RequestContext", "get_replica_context", "get_request_context"]
+__all__ = [
+    "ReplicaContext",
+    "RequestContext",
+    "get_multiplexed_model_id",
+    "get_replica_context",
+    "get_request_context",
+]
 
 
 class ReplicaContext(NamedTuple):
@@ -41,10 +47,21 @@ class RequestContext(NamedTuple):
         The same through a whole chain of calls; over HTTP the ``X-Request-ID``.
     deadline : float or None
         Monotonic time by which the answer is due.
+    multiplexed_model_id : str
+        The model that the request is for, or "". See `get_multiplexed_model_id`.
+    background : bool
+        The request lets online ones go first; so do the calls that it makes.
     """
 
     request_id: str
     deadline: float | None = None
+    multiplexed_model_id: str = ""
+    background: bool = False
+
+    @property
+    def request_class(self) -> str:
+        """``"online"`` or ``"background"``."""
+        return "background" if self.background else "online"
 
 
 replica_context: contextvars.ContextVar[ReplicaContext] = contextvars.ContextVar("dask_serve_replica")
@@ -79,3 +96,34 @@ def get_request_context() -> RequestContext:
     if context is None:
         raise ServeError("get_request_context() works while a request is answered only")
     return context
+
+
+def get_multiplexed_model_id() -> str:
+    """Return the model that the request is for.
+
+    It is the option ``multiplexed_model_id`` of the handle that was called, or the HTTP header
+    ``serve_multiplexed_model_id``.
+
+    Returns
+    -------
+    str
+        ``""`` where the caller gave none. Calls that the request makes in turn have none either, unless it is given.
+
+    Examples
+    --------
+    >>> import dask_serve as serve
+    >>> @serve.deployment
+    ... class Models:
+    ...     def predict(self, x):
+    ...         return serve.get_multiplexed_model_id(), x
+    >>> # handle.predict.options(multiplexed_model_id="small").remote(1)
+
+    Raises
+    ------
+    ServeError
+        This code does not work for a request.
+    """
+    context = request_context.get()
+    if context is None:
+        raise ServeError("get_multiplexed_model_id() works while a request is answered only")
+    return context.multiplexed_model_id

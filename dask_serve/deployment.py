@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from .config import DeploymentOptions, build_options, change_options
-from .exceptions import ConfigError
+from .exceptions import ConfigError, ServeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from .handle import DeploymentHandle
 
 __all__ = ["Application", "Deployment", "deployment"]
-
-#: Attributes of a handle, which hide a method of the same name.
-RESERVED = ("remote", "options", "deployment_name", "app_name")
 
 #: Spellings of Ray Serve, and options of other systems, with what to write here.
 _ELSEWHERE = {
@@ -128,12 +125,12 @@ class Deployment:
         return Application(self, args, kwargs)
 
     def get_handle(self, sync: bool = True, app_name: str | None = None) -> DeploymentHandle:
-        """Return a handle of this deployment where it runs.
+        """Return a handle of this deployment where it runs; the same one each time.
 
         Parameters
         ----------
         sync : bool, default True
-            False: ``handle.remote`` is awaited for the ref.
+            False: ``handle.remote`` is awaited for the ref, in a running event loop, which then carries the calls.
         app_name : str, optional
             Needed where several applications have a deployment of this name.
 
@@ -141,9 +138,17 @@ class Deployment:
         ------
         ApplicationNotFoundError
             It does not run, or several of its name do; the message lists the candidates.
+        ServeError
+            With ``sync=False`` outside a running event loop.
         """
         from .session.peers import find_handle
+        from .wire.loops import running_loop
 
+        if not sync and running_loop() is None:
+            raise ServeError(
+                f"{self.name}.get_handle(sync=False) is for a running event loop, which then carries the calls, and "
+                "none runs here: call it inside a coroutine, or get a handle with sync=True"
+            )
         handle: DeploymentHandle = find_handle(self.name, app_name, sync=sync)
         return handle
 
@@ -306,12 +311,19 @@ def _check_target(target: Any) -> None:
             "built in the __init__ of a class"
         )
     if isinstance(target, type):
-        for name in RESERVED:
+        for name in reserved_names():
             if callable(getattr(target, name, None)):
                 raise ConfigError(
                     f"class {target.__name__}: no method may be called {name!r}, because handles have an attribute "
                     f"of that name; rename it, e.g. to {'get_' + name if name != 'remote' else 'call_remote'!r}"
                 )
+
+
+def reserved_names() -> list[str]:
+    """List the attributes of a handle: each hides a method of the same name."""
+    from .handle import DeploymentHandle
+
+    return [name for name in dir(DeploymentHandle) if not name.startswith("_")]
 
 
 def _check_arguments(deployment: Deployment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import itertools
 import os
 import time
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeVar
 
+import msgspec
 from distributed import Client, Worker
 from distributed.core import Status
-from msgspec import UNSET, UnsetType
 
+from .config import CallOptions, build_options, change_options
 from .context import request_context
 from .exceptions import ConfigError, NotRunningError, PayloadError, ServeError
 from .policy.desired import deployment_id
@@ -25,11 +27,37 @@ from .routing.state import Outcome, RefState
 from .session.arguments import Arguments
 from .session.peers import current_client, current_worker
 from .wire import payloads
+from .wire.loops import running_loop
 
 __all__ = ["DeploymentHandle"]
 
 #: States of a Dask worker in which it is connected.
 WORKS = (Status.running, Status.paused)
+
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _takes_options(method: _Method) -> _Method:
+    """Let signatures and completion tell which options a method takes."""
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = CallOptions.__struct_fields__
+    options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=...) for name in names]
+    vars(method)["__signature__"] = inspect.Signature([own, *options])
+    return method
+
+
+_DEFAULTS = msgspec.structs.asdict(CallOptions())
+
+#: Options of other systems, and of refs, with what to write here.
+_ELSEWHERE = {
+    "timeout": "request_timeout_s= is the deadline of the request, ref.result(timeout=) how long you wait for it",
+    "timeout_s": "request_timeout_s= is the deadline of the request, ref.result(timeout=) how long you wait for it",
+    "retries": "use retries_on_loss=, for calls that may run twice",
+    "priority": 'use request_class="background" for what may wait',
+    "model_id": "use multiplexed_model_id=",
+    "use_new_handle_api": "leave it out: handles are of one kind here",
+    "_prefer_local_routing": "leave it out: routers choose by load",
+}
 
 #: Request ids are unique by this prefix, made anew in each process, and a count.
 _prefix = os.urandom(6).hex()
@@ -60,18 +88,46 @@ class DeploymentHandle:
     app_name, deployment_name : str
     address : str, optional
         Address of the scheduler whose cluster it belongs to; None: the cluster where it is used.
-    method_name : str, default "__call__"
-        What ``remote`` calls.
-    sync : bool, default True
-        False: ``await handle.remote()`` is the ref; for use in a running event loop, which then carries the requests
-        itself.
-    request_timeout_s : float or None
-        Deadline of each request in seconds; passed on to the calls that the request makes in turn.
-    retries_on_loss : int, default 0
-        How often a request may be sent again when its replica is lost while it runs. Only for calls that may run twice.
+    client : distributed.Client, optional
+        Through which it calls; by default one that is connected to that cluster.
     on_exit : callable, optional
         Called at the end of a ``with`` block.
+    **options
+        See `CallOptions`.
+
+    Examples
+    --------
+    >>> import dask_serve as serve
+    >>> @serve.deployment
+    ... class Model:
+    ...     def predict(self, x):
+    ...         return 2 * x
+    >>> handle = serve.run(Model.bind())  # doctest: +SKIP
+    >>> handle.predict.remote(21).result()  # doctest: +SKIP
+    42
     """
+
+    # A public name here is refused as the name of a deployment's method.
+    __slots__ = (
+        "__weakref__",
+        "_address",
+        "_background",
+        "_client",
+        "_here",
+        "_id",
+        "_method",
+        "_methods",
+        "_model_id",
+        "_on_exit",
+        "_options",
+        "_request_id",
+        "_retries",
+        "_session",
+        "_sync",
+        "_timeout",
+        "app_name",
+        "deployment_name",
+    )
 
     def __init__(
         self,
@@ -79,34 +135,38 @@ class DeploymentHandle:
         deployment_name: str,
         address: str | None = None,
         *,
-        method_name: str = "__call__",
-        sync: bool = True,
-        request_timeout_s: float | None = None,
-        retries_on_loss: int = 0,
-        on_exit: Callable[[], Any] | None = None,
         client: Client | None = None,
+        on_exit: Callable[[], Any] | None = None,
+        **options: Any,
     ) -> None:
         self.app_name = app_name
         self.deployment_name = deployment_name
         self._address = address
-        self._method = method_name
-        self._sync = sync
-        self._timeout = request_timeout_s
-        self._retries = retries_on_loss
-        self._on_exit = on_exit
         self._client = client
+        self._on_exit = on_exit
         self._id = deployment_id(app_name, deployment_name)
         # What the last call found: the session, and with a loop of its own that loop, its router and its thread (in
         # one tuple, because loops in several threads may share the handle).
         self._session: Session | None = None
         self._here: tuple[asyncio.AbstractEventLoop, Router, int] | None = None
         self._methods: dict[str, DeploymentHandle] = {}
+        self._resolve(build_options(CallOptions, options, "a handle") if options else CallOptions())
+
+    def _resolve(self, options: CallOptions) -> None:
+        """Take over options in the form in which calls read them."""
+        self._options = options
+        self._method = options.method_name
+        self._sync = options.sync
+        self._timeout = options.request_timeout_s
+        self._retries = options.retries_on_loss
+        self._model_id = options.multiplexed_model_id
+        self._background = None if options.request_class is None else options.request_class == "background"
+        self._request_id = options.request_id
 
     # ------------------------------------------------------------------ identity
 
-    def _target(self) -> tuple[Any, ...]:
-        options = (self._method, self._sync, self._timeout, self._retries)
-        return (self.app_name, self.deployment_name, self._address, *options)
+    def _target(self) -> tuple[str, str, str | None, CallOptions]:
+        return self.app_name, self.deployment_name, self._address, self._options
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DeploymentHandle) and self._target() == other._target()
@@ -115,7 +175,10 @@ class DeploymentHandle:
         return hash(self._target())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, self._target()
+        changed = {
+            name: value for name, value in msgspec.structs.asdict(self._options).items() if value != _DEFAULTS[name]
+        }
+        return _unpickle, (self.app_name, self.deployment_name, self._address, changed)
 
     def __repr__(self) -> str:
         method = "" if self._method == "__call__" else f".{self._method}"
@@ -123,50 +186,39 @@ class DeploymentHandle:
 
     # ------------------------------------------------------------------ options
 
-    def options(
-        self,
-        *,
-        method_name: str | UnsetType = UNSET,
-        sync: bool | UnsetType = UNSET,
-        request_timeout_s: float | UnsetType | None = UNSET,
-        retries_on_loss: int | UnsetType = UNSET,
-        **unknown: Any,
-    ) -> DeploymentHandle:
-        """Return a handle with other options; those not given are kept.
+    @_takes_options
+    def options(self, **changes: Any) -> DeploymentHandle:
+        """Return a handle with other options; those not given are kept. `CallOptions` tells what there is.
+
+        Examples
+        --------
+        >>> patient = handle.options(request_timeout_s=30, retries_on_loss=1)  # doctest: +SKIP
+        >>> patient.predict.options(multiplexed_model_id="small").remote(1)  # doctest: +SKIP
 
         Raises
         ------
         ConfigError
             An option does not exist, or has a value out of its range.
         """
-        if unknown:
-            raise ConfigError(
-                f"handle.options() has no option {next(iter(unknown))!r}; "
-                "it has: method_name, sync, request_timeout_s, retries_on_loss"
-            )
-        timeout = self._timeout if isinstance(request_timeout_s, UnsetType) else request_timeout_s
-        if timeout is not None and not timeout > 0:
-            raise ConfigError(f"request_timeout_s = {timeout!r} is not valid: give seconds above 0, or None")
-        retries = self._retries if isinstance(retries_on_loss, UnsetType) else retries_on_loss
-        if not isinstance(retries, int) or retries < 0:
-            raise ConfigError(f"retries_on_loss = {retries!r} is not valid: it is a whole number, 0 or more")
-        return DeploymentHandle(
-            self.app_name,
-            self.deployment_name,
-            self._address,
-            method_name=self._method if isinstance(method_name, UnsetType) else method_name,
-            sync=self._sync if isinstance(sync, UnsetType) else sync,
-            request_timeout_s=timeout,
-            retries_on_loss=retries,
-            client=self._client,
-        )
+        for name in changes:
+            if name in _ELSEWHERE:
+                raise ConfigError(f"handle.options() has no option {name!r}: {_ELSEWHERE[name]}")
+        return self._with(change_options(self._options, changes, "handle.options()"))
+
+    def _with(self, options: CallOptions) -> DeploymentHandle:
+        other = DeploymentHandle(self.app_name, self.deployment_name, self._address, client=self._client)
+        other._resolve(options)
+        other._session = self._session
+        if other._sync == self._sync:
+            other._here = self._here
+        return other
 
     def __getattr__(self, name: str) -> DeploymentHandle:
         if name.startswith("_"):
             raise AttributeError(f"handles call public methods only, and {name!r} is private")
         handle = self._methods.get(name)
         if handle is None:
-            handle = self._methods[name] = self.options(method_name=name)
+            handle = self._methods[name] = self._with(msgspec.structs.replace(self._options, method_name=name))
         return handle
 
     # ------------------------------------------------------------------ calling
@@ -190,12 +242,19 @@ class DeploymentHandle:
         if here is None or here[2] != get_ident() or not here[0].is_running():
             here = self._find_router(session)
         context = request_context.get()
+        background = self._background
         if context is None:
-            request_id, timeout = _new_request_id(), self._timeout
+            request_id, timeout = self._request_id or _new_request_id(), self._timeout
         else:
-            request_id, timeout = context.request_id, self._remaining(context.deadline)
+            request_id, timeout = self._request_id or context.request_id, self._remaining(context.deadline)
+            if background is None:
+                background = context.background
         state = RefState(self._method, (), request_id)
         state.retries = self._retries
+        if background:
+            state.background = True
+        if self._model_id:
+            state.model_id = self._model_id
         ref = DeploymentResponse(session, state, _why_not_to_block)
         arguments: Arguments | None = None
         parts = payloads.dumps_plain(args, kwargs)
@@ -235,7 +294,7 @@ class DeploymentHandle:
 
     def _find_router(self, session: Session) -> tuple[asyncio.AbstractEventLoop, Router, int] | None:
         """Return the running loop, its router and its thread, or None where the background loop carries the request."""
-        loop = _running_loop()
+        loop = running_loop()
         if not self._sync and loop is None:
             raise ServeError(
                 f"{self!r} was made with sync=False: call remote() inside a running event loop, "
@@ -284,18 +343,8 @@ class DeploymentHandle:
             self._on_exit()
 
 
-def _unpickle(  # noqa: PLR0917
-    app: str, deployment: str, address: str | None, method: str, sync: bool, timeout: float | None, retries: int
-) -> DeploymentHandle:
-    return DeploymentHandle(
-        app,
-        deployment,
-        address,
-        method_name=method,
-        sync=sync,
-        request_timeout_s=timeout,
-        retries_on_loss=retries,
-    )
+def _unpickle(app: str, deployment: str, address: str | None, options: dict[str, Any]) -> DeploymentHandle:
+    return DeploymentHandle(app, deployment, address, **options)
 
 
 def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -324,7 +373,7 @@ def _cancel(router: Router, state: RefState, arguments: Arguments | None) -> Non
 
 def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
     """Call a function on a loop, at once where that is the one that runs here."""
-    if loop is _running_loop():
+    if loop is running_loop():
         function(*args)
     else:
         # A loop that is closed has ended its calls.
@@ -332,15 +381,8 @@ def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *ar
             loop.call_soon_threadsafe(function, *args)
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
 def _why_not_to_block() -> str | None:
     """Blocking a replica's event loop would block every request that it runs, perhaps the one that is waited for."""
-    if _running_loop() is None or current_worker() is None:
+    if running_loop() is None or current_worker() is None:
         return None
     return "the event loop of this replica"

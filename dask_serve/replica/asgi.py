@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from ..context import RequestContext, request_context
+from ..context import request_context
 from ..exceptions import MethodNotFoundError
 from ..wire.messages import HttpHead, Kind
 from .execution import Answer, Execution
@@ -66,7 +66,7 @@ class HttpAdapter:
             # The loop may have been blocked since the request came.
             if execution.deadline is not None:
                 user.check(execution)
-            request_context.set(RequestContext(call.request_id, execution.deadline))
+            request_context.set(execution.context())
             if self._function is None:
                 raise self._error
             function = self._function

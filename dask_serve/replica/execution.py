@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
+from ..context import RequestContext
 from ..wire.frames import Buffer
 from ..wire.messages import Call
 
@@ -79,3 +80,20 @@ class Execution:
         self.outstanding = 0
         self.room: asyncio.Event | None = None
         self.on_cancel: asyncio.Event | None = None
+
+    def context(self) -> RequestContext:
+        """What user code can ask about the request."""
+        call = self.call
+        model_id = call.model_id if call.http is None else _model_id(call.http.headers)
+        return RequestContext(call.request_id, self.deadline, model_id, call.background)
+
+
+def _model_id(headers: Sequence[tuple[bytes, bytes]]) -> str:
+    for name, value in headers:
+        if name in _MODEL_ID:
+            return value.decode("latin-1")
+    return ""
+
+
+#: The second form passes gateways that drop headers with underscores.
+_MODEL_ID = (b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")

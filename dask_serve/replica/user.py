@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from .. import exceptions
-from ..context import ReplicaContext, RequestContext, replica_context, request_context
+from ..context import ReplicaContext, replica_context, request_context
 from ..exceptions import MethodNotFoundError, PayloadError, RequestError, RequestTimeoutError
 from ..routing.store import INLINE_BELOW
 from ..wire import payloads
@@ -258,7 +258,7 @@ class UserCode:
             # The loop may have been blocked since the request came.
             if execution.deadline is not None:
                 self.check(execution)
-            request_context.set(RequestContext(call.request_id, execution.deadline))
+            request_context.set(execution.context())
             values = await self._fetch_all(execution) if call.attachments else ()
             if is_async:
                 args, kwargs = self._arguments(execution, values)
@@ -280,7 +280,7 @@ class UserCode:
 
     def _blocking_answer(self, execution: Execution, function: Callable[..., Any], values: Sequence[Any]) -> Answer:
         self.check(execution)
-        request_context.set(RequestContext(execution.call.request_id, execution.deadline))
+        request_context.set(execution.context())
         args, kwargs = self._arguments(execution, values)
         return self._result(function(*args, **kwargs))
 

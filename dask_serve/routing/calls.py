@@ -25,14 +25,20 @@ class Outgoing:
         Seconds until the deadline when the request came to the router.
     retries : int
         How often it may be sent again after its replica was lost.
+    model_id : str
+        The model that it is for, or "".
+    background : bool
+        It lets others go first while it waits at the router.
     """
 
     __slots__ = (
         "attachments",
+        "background",
         "deadline",
         "dropped",
         "http",
         "method",
+        "model_id",
         "number",
         "parts",
         "request_id",
@@ -56,6 +62,8 @@ class Outgoing:
         self.http = http
         self.attachments = attachments
         self.retries = 0
+        self.model_id = ""
+        self.background = False
         self.since = 0.0
         #: Monotonic time; None: no deadline.
         self.deadline: float | None = None

@@ -192,7 +192,17 @@ class Link:
         self._calls[number] = call
         call.target = (router, target)
         call.number = number
-        header = Call(target.id, call.method, call.request_id, remaining, credit, call.http, list(call.attachments))
+        header = Call(
+            target.id,
+            call.method,
+            call.request_id,
+            remaining,
+            credit,
+            call.http,
+            list(call.attachments),
+            call.model_id,
+            call.background,
+        )
         self._connection.send(Kind.CALL, number, encode(header), call.parts)
         under_way = len(self._calls)
         if under_way == 1:

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 import uuid
+import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from concurrent.futures import Future as ConcurrentFuture
 from time import monotonic
@@ -56,6 +57,8 @@ class Session:
         self.in_worker = hasattr(owner, "batched_send")
         self._loop: asyncio.AbstractEventLoop = owner.loop.asyncio_loop
         self.leftovers = Leftovers(self)
+        #: Handles by target and options, while anybody has them.
+        self.handles: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
         self._ssl = owner.security.get_connection_args("client").get("ssl_context")
         self._lock = threading.Lock()
         # For the owner's loop only.

@@ -12,6 +12,7 @@ from .. import exceptions
 from ..context import replica_context
 from ..exceptions import ApplicationNotFoundError, NotRunningError, ServeError
 from ..policy.desired import deployment_id
+from ..routing.session import Session
 from ..routing.table import Table, decode_table
 
 if TYPE_CHECKING:
@@ -89,12 +90,11 @@ def find_handle(
     client : Client, optional
         The current one by default. With an asynchronous client the answer is an awaitable.
     """
-    scheduler, run = _peer(client)
+    owner, run = _peer(client)
 
     async def find() -> DeploymentHandle:
-        answer = await ask(scheduler, "serve_table", epoch="", since=0, timeout=0)
-        found = choose(decode_table(answer["table"]), deployment, app)
-        return make_handle(*found, address=scheduler.addr, sync=sync, client=current_client(client))
+        answer = await ask(owner.scheduler, "serve_table", epoch="", since=0, timeout=0)
+        return _known_handle(owner, *choose(decode_table(answer["table"]), deployment, app), sync)
 
     return run(find)
 
@@ -102,11 +102,26 @@ def find_handle(
 def _peer(client: Client | None) -> tuple[Any, Callable[[Callable[[], Awaitable[Any]]], Any]]:
     worker = current_worker() if client is None else None
     if worker is not None:
-        return worker.scheduler, lambda function: run_on_loop(worker.loop, function)
+        return worker, lambda function: run_on_loop(worker.loop, function)
     client = current_client(client)
     if client is None:
         not_running("here, as far as can be seen: there is no Dask client")
-    return client.scheduler, client.sync
+    if client.scheduler is None:
+        raise NotRunningError("the Dask client is closed: make another one with distributed.Client(...)")
+    return client, client.sync
+
+
+def _known_handle(owner: Any, app: str, deployment: str, sync: bool) -> DeploymentHandle:
+    """Return the handle that this client or worker has given out already, as long as anybody has it."""
+    handles = Session.of(owner).handles
+    key = app, deployment, sync
+    handle: DeploymentHandle | None = handles.get(key)
+    if handle is None:
+        client = None if isinstance(owner, Worker) else owner
+        made = make_handle(app, deployment, address=owner.scheduler.address, sync=sync, client=client)
+        # Another thread may have made one meanwhile.
+        handle = handles.setdefault(key, made)
+    return handle
 
 
 def choose(table: Table, deployment: str | None, app: str | None) -> tuple[str, str]:

@@ -1,10 +1,20 @@
-"""Event loops of our own threads: uvloop's where it is installed."""
+"""Event loops of our own threads, uvloop's where it is installed; and the one that runs here."""
 
 from __future__ import annotations
+
+import asyncio
 
 try:
     from uvloop import new_event_loop
 except ImportError:  # pragma: no cover - uvloop does not exist everywhere
     from asyncio import new_event_loop  # type: ignore[assignment]
 
-__all__ = ["new_event_loop"]
+__all__ = ["new_event_loop", "running_loop"]
+
+
+def running_loop() -> asyncio.AbstractEventLoop | None:
+    """Return the event loop that runs in this thread, if one does."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

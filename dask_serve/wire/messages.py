@@ -112,6 +112,10 @@ class Call(Struct, array_like=True, gc=False):
     http: HttpHead | None = None
     #: Refs among the arguments: where their values are.
     attachments: list[Attachment] = []
+    #: The model that the call is for, or "".
+    model_id: str = ""
+    #: It lets online requests go first.
+    background: bool = False
 
 
 class Reply(Struct, array_like=True, gc=False):
