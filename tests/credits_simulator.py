@@ -35,6 +35,7 @@ class Request:
     since: float
     router: Router
     dropped: bool = False
+    background: bool = False
     #: Where it is: connection and target.
     place: Any = None
     outcomes: list[str] = field(default_factory=list)
@@ -243,7 +244,8 @@ class Router:
     # ------------------------------------------------------------------ requests
 
     def submit(self, on_end: Callable[[], None] | None = None) -> Request:
-        request = Request(self.sim.now, self, on_end=on_end)
+        background = self.sim.background > 0 and self.sim.random.random() < self.sim.background
+        request = Request(self.sim.now, self, background=background, on_end=on_end)
         self.sim.requests.append(request)
         self.backlog.add(request)
         self.dispatcher.submit(request)
@@ -333,6 +335,8 @@ class Simulation:
         The first router has that many times the others' arrivals.
     cancelled : float
         Share of the requests that are cancelled after up to three times the mean service.
+    background : float
+        Share of the requests that let others go first.
     delay, jitter : float
         Seconds that a frame takes, and by which share it varies.
     reminding : bool
@@ -350,6 +354,7 @@ class Simulation:
         callers: int = 0,
         skew: float = 10.0,
         cancelled: float = 0.0,
+        background: float = 0.0,
         delay: float = 1.2e-4,
         jitter: float = 0.0,
         constant: bool = False,
@@ -362,6 +367,7 @@ class Simulation:
         self.limit = limit
         self.service = service
         self.cancelled = cancelled
+        self.background = background
         self.delay = delay
         self.jitter = jitter
         self.constant = constant

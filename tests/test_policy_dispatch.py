@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from dask_serve.policy.backlog import BACKGROUND_EVERY
 from dask_serve.policy.dispatch import ASKED_AT_LEAST, PATIENCE, STALE_AFTER, Dispatcher, Target
 
 
@@ -18,6 +19,7 @@ class Call:
     since: float = 0.0
     dropped: bool = False
     number: int = 0
+    background: bool = False
 
 
 class Port:
@@ -334,6 +336,48 @@ def test_take_all():
     assert dispatcher.take_all() == []
 
 
+def test_background_requests_let_online_ones_go_first():
+    dispatcher, port, (target,) = make(1)
+    fill_up(dispatcher)
+    port.sent.clear()
+    for i in range(5):
+        dispatcher.submit(Call(number=i, background=True))
+    for i in range(25):
+        dispatcher.submit(Call(number=i))
+    for _ in range(30):
+        dispatcher.credited(target, 1.0)
+    left = [(call.background, call.number) for _, call, _ in port.sent]
+    # One of ten is a background one, so that they never wait for ever; each class keeps its order.
+    assert [place for place, (background, _) in enumerate(left) if background] == [9, 19, 27, 28, 29]
+    assert [number for background, number in left if background] == list(range(5))
+    assert [number for background, number in left if not background] == list(range(25))
+    assert (dispatcher.queued, port.wants[-1]) == (0, ("r0", 0, 0.0))
+
+
+def test_refused_background_requests_keep_their_place():
+    dispatcher, port, (target,) = make(1, limit=2)
+    first, second = (Call(background=True, number=i) for i in range(2))
+    for call in (first, second):
+        dispatcher.submit(call)
+    dispatcher.refused(target, second, 2, 0, 1.0)
+    dispatcher.refused(target, first, 2, 0, 1.0)
+    dispatcher.submit(online := Call(1.0))
+    for _ in range(3):
+        dispatcher.credited(target, 1.0)
+    assert [call for _, call, credit in port.sent if credit] == [online, first, second]
+
+
+def test_the_oldest_of_both_classes_is_told():
+    dispatcher, port, _ = make(1)
+    fill_up(dispatcher)
+    dispatcher.submit(Call(1.0, background=True))
+    submit(dispatcher, 3, now=3.0)
+    assert port.wants[-1] == ("r0", 2, 2.0)
+    port.take_wants()
+    dispatcher.remind(5.0)
+    assert port.wants[-1][2] == 4.0
+
+
 # -- every method in every order
 
 
@@ -348,6 +392,8 @@ class DispatchMachine(RuleBasedStateMachine):
         self.targets: list[Target] = []
         self.sent: list[tuple[Target, Call]] = []
         self.waiting: list[Call] = []
+        #: Online calls that went while a background one waited.
+        self.passed = 0
         self.count = 0
         self.expected: bool | None = None
         self.wants: dict[Target, int] = {}
@@ -357,8 +403,11 @@ class DispatchMachine(RuleBasedStateMachine):
         assert not call.dropped
         assert target in self.targets
         if call in self.waiting:
-            assert call is self.waiting[0], "out of turn"
-            self.waiting.pop(0)
+            assert call is next(other for other in self.waiting if other.background == call.background), "out of turn"
+            if any(other.background != call.background for other in self.waiting):
+                assert call.background == (self.passed == BACKGROUND_EVERY - 1), "the wrong class"
+            self.passed = 0 if call.background or not self.in_background() else self.passed + 1
+            self.waiting.remove(call)
         if not credit:
             assert target.usable
             assert target.mine <= target.limit
@@ -385,9 +434,12 @@ class DispatchMachine(RuleBasedStateMachine):
         self.targets.append(target)
         self.dispatcher.add(target, self.now)
 
-    @rule()
-    def submit(self) -> None:
-        call = Call(self.now)
+    def in_background(self) -> list[Call]:
+        return [call for call in self.waiting if call.background]
+
+    @rule(background=st.booleans())
+    def submit(self, background: bool) -> None:
+        call = Call(self.now, background=background)
         self.waiting.append(call)
         waited = len(self.waiting) > 1
         self.dispatcher.submit(call)
@@ -468,14 +520,16 @@ class DispatchMachine(RuleBasedStateMachine):
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         self.dispatcher.remind(self.now)
-        if self.waiting and self.now - self.waiting[0].since >= PATIENCE:
+        online = [call for call in self.waiting if not call.background]
+        if any(self.now - calls[0].since >= PATIENCE for calls in (online, self.in_background()) if calls):
             assert all(target.asked for target in self.targets if target.usable)
 
     @invariant()
     def everything_is_somewhere(self) -> None:
         dispatcher = self.dispatcher
         assert dispatcher.queued == len(self.waiting)
-        assert [call for call in dispatcher._backlog if not call.dropped] == self.waiting
+        online = [call for call in self.waiting if not call.background]
+        assert list(dispatcher._backlog) == online + self.in_background()
         for target in self.targets:
             assert target.mine == sum(other is target for other, _ in self.sent)
             # What it says of itself is what the replica was told last.
@@ -648,6 +702,7 @@ share = st.floats(0, 1, exclude_max=True)
             "service": st.sampled_from([0.005, 0.03, 0.2]),
             "load": st.sampled_from([0.5, 0.9, 1.5]),
             "cancelled": st.sampled_from([0, 0.3, 0.8]),
+            "background": st.sampled_from([0, 0, 0.5, 1.0]),
             "jitter": st.sampled_from([0, 2.0, 20.0]),
             "reminding": st.booleans(),
             "seed": st.integers(0, 1000),

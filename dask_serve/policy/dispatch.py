@@ -13,9 +13,10 @@ Pure: sending goes through a `Port`, time and randomness are arguments.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
+
+from .backlog import Backlog
 
 __all__ = ["Dispatcher", "Port", "Queued", "Target"]
 
@@ -35,6 +36,8 @@ class Queued(Protocol):
     dropped: bool
     #: When it came to the router.
     since: float
+    #: Online requests go first where both wait.
+    background: bool
 
 
 class Target:
@@ -107,7 +110,7 @@ class Dispatcher:
         #: Live requests in the backlog.
         self.queued = 0
         self._order: list[Target] = []
-        self._backlog: deque[Any] = deque()
+        self._backlog = Backlog()
         self._port = port
         self._random = random
         self._announced = 0
@@ -132,7 +135,7 @@ class Dispatcher:
         self.queued -= 1
         if len(self._backlog) > 2 * self.queued:
             # Those behind one that waits for long would pile up.
-            self._backlog = deque(other for other in self._backlog if not other.dropped)
+            self._backlog.prune()
         self._announce(now)
 
     def refused(self, target: Target, call: Queued, running: int, wanted: int, now: float) -> None:
@@ -140,7 +143,7 @@ class Dispatcher:
         target.mine -= 1
         self._remember(target, running, wanted, now)
         if not call.dropped:
-            self._backlog.appendleft(call)
+            self._backlog.put_back(call)
             self.queued += 1
         self._announce(now)
 
@@ -152,7 +155,7 @@ class Dispatcher:
                 target.mine += 1
                 self._port.send(target, call, False)
                 return
-        self._backlog.appendleft(call)
+        self._backlog.put_back(call)
         self.queued += 1
         self._announce(now)
 
@@ -185,10 +188,7 @@ class Dispatcher:
             self._port.give_back(target)
 
     def _send_head(self, target: Target, credit: bool, now: float) -> None:
-        backlog = self._backlog
-        call = backlog.popleft()
-        while call.dropped:
-            call = backlog.popleft()
+        call = self._backlog.pop()
         self.queued -= 1
         target.mine += 1
         self._port.send(target, call, credit)
@@ -196,7 +196,7 @@ class Dispatcher:
 
     def take_all(self) -> list[Any]:
         """Empty the backlog and return its live requests: nothing will ever answer them."""
-        calls = [call for call in self._backlog if not call.dropped]
+        calls = list(self._backlog)
         self._backlog.clear()
         self.queued = 0
         self._announce(0.0)
@@ -234,7 +234,7 @@ class Dispatcher:
 
     def remind(self, now: float) -> None:
         """To be called about twice a second: what has waited for long is asked of all replicas, and asked again."""
-        if self.queued and now - self._oldest() >= PATIENCE:
+        if self.queued and now - self._backlog.since() >= PATIENCE:
             self._ask(now, len(self._order))
 
     def _choose(self, now: float) -> Target | None:
@@ -285,13 +285,7 @@ class Dispatcher:
             if len(rest) > missing:
                 rest.sort(key=lambda target: target.load(now) + target.wanted)
             asked += rest[:missing]
-        oldest = max(0.0, now - self._oldest())
+        oldest = max(0.0, now - self._backlog.since())
         for target in asked:
             target.asked = True
             self._port.want(target, min(self.queued, target.limit + 1), oldest)
-
-    def _oldest(self) -> float:
-        backlog = self._backlog
-        while backlog[0].dropped:
-            backlog.popleft()
-        return float(backlog[0].since)

@@ -1,0 +1,75 @@
+"""What waits at a router, in the order in which it leaves: online requests before background ones, nearly always."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["BACKGROUND_EVERY", "Backlog"]
+
+#: While both wait, one of this many requests that leave is a background one.
+BACKGROUND_EVERY = 10
+
+
+class Backlog:
+    """Requests that wait, each class first in, first out.
+
+    Requests that are given up stay until they get to the head; whoever gives them up calls `prune` where they pile up.
+    """
+
+    __slots__ = ("_background", "_online", "_passed")
+
+    def __init__(self) -> None:
+        self._online: deque[Any] = deque()
+        self._background: deque[Any] = deque()
+        #: Online requests that have left since a background one did, while one waited.
+        self._passed = 0
+
+    def __len__(self) -> int:
+        return len(self._online) + len(self._background)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Those that were not given up."""
+        for calls in (self._online, self._background):
+            for call in calls:
+                if not call.dropped:
+                    yield call
+
+    def append(self, call: Any) -> None:
+        """Take a new request."""
+        (self._background if call.background else self._online).append(call)
+
+    def put_back(self, call: Any) -> None:
+        """Take back a request that has been at the head before."""
+        (self._background if call.background else self._online).appendleft(call)
+
+    def pop(self) -> Any:
+        """Return the next request that was not given up; there must be one."""
+        online, background = _live(self._online), _live(self._background)
+        if online and background and self._passed < BACKGROUND_EVERY - 1:
+            self._passed += 1
+            return online.popleft()
+        self._passed = 0
+        return background.popleft() if background else online.popleft()
+
+    def since(self) -> float:
+        """When the oldest request came that was not given up; there must be one."""
+        heads = [calls[0].since for calls in (_live(self._online), _live(self._background)) if calls]
+        return float(min(heads))
+
+    def prune(self) -> None:
+        """Forget those that were given up."""
+        self._online = deque(call for call in self._online if not call.dropped)
+        self._background = deque(call for call in self._background if not call.dropped)
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._online.clear()
+        self._background.clear()
+
+
+def _live(calls: deque[Any]) -> deque[Any]:
+    while calls and calls[0].dropped:
+        calls.popleft()
+    return calls
