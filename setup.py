@@ -27,6 +27,7 @@ INSTALL = [
     "msgspec>=0.19",
     "click>=8.1",
     "cloudpickle>=3.0",
+    "tblib>=1.6",
 ]
 
 EXTRAS = {

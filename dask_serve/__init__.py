@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         StartTimeoutError,
         UserCodeError,
     )
+    from .gathering import gather
     from .handle import DeploymentHandle
     from .response import DeploymentResponse
 
@@ -69,6 +70,7 @@ __all__ = [
     "__version__",
     "delete",
     "deployment",
+    "gather",
     "get_app_handle",
     "get_deployment_handle",
     "get_multiplexed_model_id",
@@ -85,6 +87,7 @@ _MODULES = {
     "api": ("delete", "get_app_handle", "get_deployment_handle", "run", "shutdown", "start", "status", "url"),
     "context": ("get_multiplexed_model_id", "get_replica_context", "get_request_context"),
     "deployment": ("Application", "Deployment", "deployment"),
+    "gathering": ("gather",),
     "handle": ("DeploymentHandle",),
     "response": ("DeploymentResponse",),
 }

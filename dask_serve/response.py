@@ -9,7 +9,8 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from types import TracebackType
 from typing import Any
 
 from distributed import Future, Worker
@@ -25,18 +26,17 @@ from .routing.promotion import (
     value_of,
 )
 from .routing.session import Session
-from .routing.state import Outcome, RefState, Stored
-from .session.waiting import NOTHING, call_back, in_dask_task, seceded, seconds_of
+from .routing.state import Outcome, RefState
+from .session.bridge import Mirror
+from .session.waiting import NOTHING, call_back, patiently, seconds_of
 from .wire import payloads
+from .wire.frames import Buffer
 
 __all__ = ["DeploymentResponse"]
 
 logger = logging.getLogger("dask_serve.refs")
 
 _UNREAD = object()
-
-#: Seconds that `result` in a Dask task waits before it gives the task's thread back to its worker.
-SECEDE_AFTER = 0.05
 
 #: One ref is promoted at a time in a process; a finaliser never takes it.
 _promotion = threading.RLock()
@@ -142,39 +142,25 @@ class DeploymentResponse(Future):
         begun = time.monotonic()
         if not self._wait_in_thread(seconds):
             raise TimeoutError(f"no result of request {self.request_id} within {seconds:g} s; the call goes on")
-        outcome = self._local.outcome
-        assert outcome is not None
-        if outcome.stored is not None and self._decoded is _UNREAD:
-            left = None if seconds is None else max(0.0, begun + seconds - time.monotonic())
-            self._decoded = self._fetch_in_thread(outcome.stored, left)
-        return self._value(outcome)
+        return self.take_in_thread(None if seconds is None else max(0.0, begun + seconds - time.monotonic()))
 
     def _wait_in_thread(self, seconds: float | None) -> bool:
-        """Wait for the end of the call; a Dask task gives its thread back meanwhile, which the call may need."""
         local = self._local
-        if local.status != "pending":
-            return True
-        if not in_dask_task():
-            return local.wait_in_thread(seconds)
-        if local.wait_in_thread(SECEDE_AFTER if seconds is None else min(seconds, SECEDE_AFTER)):
-            return True
-        with seceded():
-            return local.wait_in_thread(None if seconds is None else max(0.0, seconds - SECEDE_AFTER))
+        return local.status != "pending" or patiently(local.wait_in_thread, seconds)
 
-    def _fetch_in_thread(self, stored: Stored, seconds: float | None) -> Any:
-        try:
-            inner = self._inner
-            if inner is None:
-                try:
-                    parts = self._session.on_engine(self._session.fetch(*stored[:3])).result(seconds)
-                    return payloads.loads(parts)
-                except ReplicaLostError:
-                    inner = self._inner
-                    if inner is None:
-                        raise
-            return asyncio.run_coroutine_threadsafe(value_of(inner), inner.client.loop.asyncio_loop).result(seconds)
-        except concurrent.futures.TimeoutError:
-            raise TimeoutError(f"the result of request {self.request_id} was not fetched in time") from None
+    def take_in_thread(self, seconds: float | None) -> Any:
+        """Return the value of a call that has ended, fetched if it is elsewhere."""
+        if self.is_elsewhere():
+            fetching = self._session.on_engine(self.find_stored())
+            try:
+                found = fetching.result(seconds)
+            except concurrent.futures.TimeoutError:
+                if fetching.done():  # it is the error of the call
+                    raise
+                fetching.cancel()
+                raise TimeoutError(f"the result of request {self.request_id} was not fetched in time") from None
+            self.decode(*found)
+        return self.value()
 
     async def _result_within(self, seconds: float | None) -> Any:
         await self._local.wait(seconds)
@@ -190,22 +176,46 @@ class DeploymentResponse(Future):
             self._read = True
             error = outcome.exception()
             return type(error), error, None
-        if outcome.stored is not None and self._decoded is _UNREAD:
-            self._decoded = await self._fetch(outcome.stored)
+        if self.is_elsewhere():
+            self.decode(*await self.find_stored())
         return self._value(outcome)
 
-    async def _fetch(self, stored: Stored) -> Any:
-        """Fetch the value from the store that has it, or from Dask, which has it once the ref is promoted."""
+    def is_elsewhere(self) -> bool:
+        """The call has ended, and its value has to be fetched."""
+        outcome = self._local.outcome
+        return outcome is not None and outcome.stored is not None and self._decoded is _UNREAD
+
+    async def find_stored(self) -> tuple[Sequence[Buffer] | None, Any]:
+        """Fetch the value from the store that has it, or from Dask, which has it once the ref is promoted.
+
+        Returns
+        -------
+        tuple
+            For `decode`: its bytes, or None and itself.
+        """
+        outcome = self._local.outcome
+        assert outcome is not None
+        assert outcome.stored is not None
         inner = self._inner
         if inner is None:
             try:
-                return payloads.loads(await self._session.fetch(*stored[:3]))
+                return await self._session.fetch(*outcome.stored[:3]), None
             except ReplicaLostError:
                 inner = self._inner
                 if inner is None:
                     raise
         loop = inner.client.loop.asyncio_loop
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(value_of(inner), loop))
+        return None, await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(value_of(inner), loop))
+
+    def decode(self, parts: Sequence[Buffer] | None, value: Any) -> None:
+        """Keep what `find_stored` has found. Not on the engine's loop: to unpickle may take long."""
+        self._decoded = value if parts is None else payloads.loads(parts)
+
+    def value(self) -> Any:
+        """Return the value, which is here, or raise the exception."""
+        outcome = self._local.outcome
+        assert outcome is not None
+        return self._value(outcome)
 
     def _value(self, outcome: Outcome) -> Any:
         self._read = True
@@ -249,22 +259,34 @@ class DeploymentResponse(Future):
         return self._local.exception
 
     def traceback(self, timeout: float | str | None = None, **kwargs: Any) -> Any:
-        """Return None: the remote traceback is the ``__cause__`` of the exception, as text."""
-        if self._session.is_asynchronous:
-            return self._traceback()
-        self.exception(timeout)
-        return None
+        """Wait for the end of the call; return the traceback of its exception, or None.
 
-    async def _traceback(self) -> None:
-        await self._exception()
+        It is made from the text of the remote one: files, functions and lines are true, and local variables are not
+        there. An awaitable when the client is asynchronous. Errors that user code did not raise have none.
+        """
+        if self._session.is_asynchronous:
+            return self._traceback(seconds_of(timeout))
+        self.exception(timeout)
+        return self._remote_traceback()
+
+    async def _traceback(self, seconds: float | None) -> TracebackType | None:
+        await self._exception(seconds)
+        return self._remote_traceback()
+
+    def _remote_traceback(self) -> TracebackType | None:
+        outcome = self._local.outcome
+        return None if outcome is None or outcome.raised is None else payloads.load_traceback(outcome.raised[0])
 
     def _refuse_to_block(self, what: str) -> None:
-        if self._local.status == "pending" or (
-            self._local.outcome is not None and self._local.outcome.stored is not None
-        ):
-            why = self._blocked()
+        if self._local.status == "pending" or self.is_elsewhere():
+            why = "the event loop that carries the call" if self.is_at_home() else self._blocked()
             if why is not None:
                 raise ServeError(f"{what} would block {why}; use `await ref` there")
+
+    def is_at_home(self) -> bool:
+        """The loop that carries the call runs in this thread."""
+        local = self._local
+        return local.home is not None and local.thread == threading.get_ident() and local.home.is_running()
 
     # ------------------------------------------------------------------ cancelling, callbacks
 
@@ -296,6 +318,20 @@ class DeploymentResponse(Future):
     def add_done_callback(self, fn: Callable[[DeploymentResponse], Any]) -> None:
         """Call ``fn(ref)`` once the call has ended, in a thread of Dask's pool for callbacks."""
         self._local.on_done(functools.partial(call_back, fn, self))
+
+    def as_concurrent_future(self) -> Mirror:
+        """Return a `concurrent.futures.Future` that follows the ref.
+
+        For `concurrent.futures.wait` and ``as_completed``, ``asyncio.wrap_future``, and libraries that know no Dask. It
+        ends with the value or the exception of the ref; to cancel it cancels the request. Its callbacks run in the
+        thread of Dask's pool for callbacks, which also fetches large values.
+
+        Examples
+        --------
+        >>> from concurrent.futures import wait
+        >>> done, waiting = wait([ref.as_concurrent_future() for ref in refs], timeout=1)  # doctest: +SKIP
+        """
+        return Mirror(self)
 
     # ------------------------------------------------------------------ promotion
 

@@ -14,7 +14,7 @@ from distributed import Future, secede
 from distributed.threadpoolexecutor import rejoin
 from distributed.worker import thread_state
 
-__all__ = ["NOTHING", "call_back", "in_dask_task", "seceded", "seconds_of"]
+__all__ = ["NOTHING", "call_back", "in_dask_task", "patiently", "seceded", "seconds_of"]
 
 logger = logging.getLogger("dask_serve.refs")
 
@@ -27,6 +27,20 @@ def seconds_of(timeout: float | str | None) -> float | None:
 def in_dask_task() -> bool:
     """Tell whether this thread runs a Dask task."""
     return getattr(thread_state, "key", None) is not None
+
+
+#: Seconds that a Dask task waits before it gives its thread back to its worker.
+SECEDE_AFTER = 0.05
+
+
+def patiently(wait: Callable[[float | None], bool], seconds: float | None) -> bool:
+    """Call ``wait(seconds)``; a Dask task gives its thread back meanwhile, which what it waits for may need."""
+    if not in_dask_task():
+        return wait(seconds)
+    if wait(SECEDE_AFTER if seconds is None else min(seconds, SECEDE_AFTER)):
+        return True
+    with seceded():
+        return wait(None if seconds is None else max(0.0, seconds - SECEDE_AFTER))
 
 
 @contextlib.contextmanager

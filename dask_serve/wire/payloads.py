@@ -15,14 +15,16 @@ import pickle
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
 
 import cloudpickle
+import tblib
 
 from ..exceptions import PayloadError, UserCodeError
 from .frames import Buffer
 
-__all__ = ["dump_exception", "dumps", "dumps_plain", "load_exception", "loads", "size_of"]
+__all__ = ["dump_exception", "dumps", "dumps_plain", "load_exception", "load_traceback", "loads", "size_of"]
 
 #: A frame has at most this many payload parts; more buffers than that are pickled in band.
 _MAX_PARTS = 65_000
@@ -183,6 +185,16 @@ def load_exception(text: str, parts: Sequence[Buffer]) -> BaseException:
     # Not by plain assignment, which frozen dataclasses and the like refuse.
     BaseException.__setattr__(error, "__cause__", RemoteTraceback(text))
     return error
+
+
+def load_traceback(text: str) -> TracebackType | None:
+    """Make a traceback from the text of one; of several, the last, which is that of the exception itself."""
+    begin = text.rfind("Traceback (most recent call last)")
+    try:
+        made: TracebackType = tblib.Traceback.from_string(text[begin:], strict=False).as_traceback()
+    except tblib.TracebackParseError:
+        return None
+    return made
 
 
 class RemoteTraceback(Exception):

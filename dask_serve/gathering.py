@@ -1,0 +1,362 @@
+"""Waiting for many refs at once."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent import futures as concurrent
+from typing import Any, Literal
+
+from distributed import Future
+
+from .exceptions import ConfigError
+from .response import Assigned, DeploymentResponse
+from .routing.state import RefState
+from .session.peers import current_client, current_worker
+from .session.waiting import patiently, seconds_of
+from .wire.loops import running_loop
+
+__all__ = ["gather"]
+
+#: Results that stay in the stores of workers are fetched that many at a time.
+FETCHES = 16
+
+#: Stands for the value of a ref that failed, with ``errors="skip"``.
+_LEFT_OUT: Any = object()
+
+
+def gather(
+    *refs: Any,
+    errors: Literal["raise", "skip"] = "raise",
+    timeout: float | str | None = None,
+    timeout_s: float | None = None,
+) -> Any:
+    """Wait for refs and return their values.
+
+    Unlike ``client.gather`` this tells the scheduler nothing: values come straight from the replicas. Dask futures
+    among the refs are gathered by their client.
+
+    Parameters
+    ----------
+    *refs
+        A ref, or lists, tuples, named tuples, sets and dicts, nested as you like, with refs in them (in dicts: as
+        values). What is no ref is returned as it is. Of several arguments the values are returned in a list.
+    errors : "raise" or "skip", default "raise"
+        "raise": the first failure is raised as soon as it is known, and the other calls go on. "skip": refs that failed
+        are left out of lists, tuples, sets and dicts; elsewhere they are None.
+    timeout : float or str, optional
+        How long to wait, in seconds or as text that Dask parses. It never cancels a call. ``timeout_s`` is an alias.
+
+    Returns
+    -------
+    object
+        The same containers with values. With an asynchronous client, in a coroutine of a replica, and in any loop that
+        carries the calls itself (``sync=False``): an awaitable of that. A task that is cancelled while it awaits
+        it cancels the calls.
+
+    Examples
+    --------
+    >>> import dask_serve as serve
+    >>> serve.gather([handle.remote(x) for x in range(3)])  # doctest: +SKIP
+    [1, 2, 3]
+    >>> serve.gather({"a": handle.remote(1), "b": [handle.remote(2)]})  # doctest: +SKIP
+    {'a': 2, 'b': [3]}
+
+    To have exceptions instead of values, wait first: ``distributed.wait(refs)``, then ``ref.exception()`` of each.
+
+    Raises
+    ------
+    TimeoutError
+        ``timeout`` has passed.
+    Exception
+        What the first call that failed raised, as `DeploymentResponse.result` does.
+    """
+    if errors not in {"raise", "skip"}:
+        raise ConfigError(f'serve.gather: errors = {errors!r} is not valid: it is "raise" or "skip"')
+    seconds = seconds_of(timeout if timeout_s is None else timeout_s)
+    given: Any = refs[0] if len(refs) == 1 else list(refs)
+    if isinstance(given, Iterator):
+        given = list(given)
+    several = len(refs) != 1
+    found: list[Any] = []
+    _collect(given, found)
+    gathering = _Gathering(found, errors == "skip")
+
+    def build(values: list[Any]) -> Any:
+        left = iter(values)
+        if several:
+            return [_or_none(_rebuild(value, left)) for value in given]
+        return _or_none(_rebuild(given, left))
+
+    if gathering.is_awaited():
+
+        async def wait() -> Any:
+            return build(await gathering.wait(seconds))
+
+        return wait()
+    return build(gathering.wait_in_thread(seconds))
+
+
+# -- containers --------------------------------------------------------------------------------------------------------
+
+
+def _collect(value: Any, found: list[Any]) -> None:
+    """List the refs and futures in a structure, in the order in which `_rebuild` comes by them."""
+    kind = type(value)
+    if kind is DeploymentResponse or isinstance(value, Future):
+        found.append(value)
+    elif kind is Assigned:
+        found.append(value.ref)
+    elif kind in _COLLECTIONS or _is_named_tuple(value):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, found)
+
+
+def _rebuild(value: Any, values: Iterator[Any]) -> Any:
+    kind = type(value)
+    if isinstance(value, (Future, Assigned)):
+        return next(values)
+    if kind in _COLLECTIONS:
+        items = [_rebuild(item, values) for item in value]
+        return kind([item for item in items if item is not _LEFT_OUT])
+    if _is_named_tuple(value):
+        return kind(*[_or_none(_rebuild(item, values)) for item in value])
+    if isinstance(value, dict):
+        pairs = [(key, _rebuild(item, values)) for key, item in value.items()]
+        # Of the same class, with what else that holds.
+        built = {} if kind is dict else copy.copy(value)
+        built.clear()
+        built.update((key, item) for key, item in pairs if item is not _LEFT_OUT)
+        return built
+    return value
+
+
+_COLLECTIONS = frozenset({list, tuple, set, frozenset})
+
+
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def _or_none(value: Any) -> Any:
+    return None if value is _LEFT_OUT else value
+
+
+# -- waiting -----------------------------------------------------------------------------------------------------------
+
+
+class _Countdown:
+    """Calls ``wake`` once all states are settled, or, if that is enough, when one failed; maybe more than once."""
+
+    def __init__(self, states: list[RefState], any_failure: bool, wake: Callable[[], object]) -> None:
+        self._any_failure = any_failure
+        self._wake = wake
+        self._count = len(states)
+        # States may be settled in several threads; to take the next number is one step.
+        self._settled = itertools.count(1)
+        self._callbacks = [(state, functools.partial(self._on_settled, state)) for state in states]
+        for state, callback in self._callbacks:
+            state.on_done(callback)
+
+    def _on_settled(self, state: RefState) -> None:
+        if next(self._settled) == self._count or (self._any_failure and state.status != "finished"):
+            self._wake()
+
+    def forget(self) -> None:
+        """Nobody waits any more."""
+        for state, callback in self._callbacks:
+            state._forget(callback)
+
+
+class _Gathering:
+    """Refs and Dask futures that are waited for together."""
+
+    def __init__(self, found: list[Any], skip: bool) -> None:
+        self._found = found
+        self._skip = skip
+        self._refs: list[DeploymentResponse] = [one for one in found if type(one) is DeploymentResponse]
+        self._futures: list[Future] = []
+        if len(self._refs) < len(found):
+            self._futures = [one for one in found if type(one) is not DeploymentResponse]
+        for ref in self._refs:
+            ref._read = True
+
+    def is_awaited(self) -> bool:
+        """Blocking here would block the loop that brings the values."""
+        owners: set[Any] = {ref._session for ref in self._refs}
+        if any(session.is_asynchronous for session in owners) or any(one.client.asynchronous for one in self._futures):
+            return True
+        if running_loop() is None:
+            return False
+        if current_worker() is not None or any(ref.is_at_home() for ref in self._refs):
+            return True
+        client = None if self._found else current_client()
+        return client is not None and bool(client.asynchronous)
+
+    def wait_in_thread(self, seconds: float | None) -> list[Any]:
+        """Block until the values are here."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        pending = self._pending()
+        if pending:
+            event = threading.Event()
+            countdown = _Countdown(pending, not self._skip, event.set)
+            try:
+                if not patiently(event.wait, seconds):
+                    raise self._too_late(seconds)
+            finally:
+                countdown.forget()
+        coming = [asyncio.run_coroutine_threadsafe(coroutine, loop) for loop, coroutine in self._on_loops(None)]
+        if coming:
+
+            def wait(timeout: float | None) -> bool:
+                return not concurrent.wait(coming, timeout).not_done
+
+            if not patiently(wait, None if deadline is None else max(0.0, deadline - time.monotonic())):
+                for future in coming:
+                    future.cancel()
+                raise self._too_late(seconds)
+        return self._values([pair for future in coming for pair in future.result()])
+
+    async def wait(self, seconds: float | None) -> list[Any]:
+        """Wait in the running loop until the values are here."""
+        try:
+            # What calls raised is raised outside: it may be a TimeoutError as well.
+            fetched = await asyncio.wait_for(self._arrive(), seconds)
+        except asyncio.TimeoutError:
+            raise self._too_late(seconds) from None
+        except asyncio.CancelledError:
+            # Whoever awaits refs and is cancelled does not want the results any more.
+            for ref in self._refs:
+                ref.cancel()
+            raise
+        return self._values(fetched)
+
+    async def _arrive(self) -> list[_Fetched]:
+        loop = asyncio.get_running_loop()
+        pending = self._pending()
+        if pending:
+            waiter = loop.create_future()
+
+            def wake() -> None:
+                # The loop may have been closed meanwhile.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(lambda: None if waiter.done() else waiter.set_result(None))
+
+            countdown = _Countdown(pending, not self._skip, wake)
+            try:
+                await waiter
+            finally:
+                countdown.forget()
+        return [pair for its, coroutine in self._on_loops(loop) for pair in await _on(its, coroutine)]
+
+    def _pending(self) -> list[RefState]:
+        """Return what has to be waited for: nothing, where a failure is known that will be raised."""
+        return [] if self._failed() else [ref._local for ref in self._refs if ref._local.status == "pending"]
+
+    def _failed(self) -> bool:
+        return not self._skip and any(ref._local.status in _FAILED for ref in self._refs)
+
+    def _on_loops(
+        self, here: asyncio.AbstractEventLoop | None
+    ) -> Iterator[tuple[asyncio.AbstractEventLoop, _Fetching]]:
+        """Return what brings the values that are elsewhere, and the loop where it has to run."""
+        if self._failed():
+            return
+        # One ref may be there several times.
+        stored = list({ref: None for ref in self._refs if ref.is_elsewhere()})
+        if stored:
+            yield here or stored[0]._session.engine()[0].loop, _fetch_stored(stored)
+        for client in {future.client: None for future in self._futures}:
+            its = [future for future in self._futures if future.client is client]
+            yield client.loop.asyncio_loop, _gather_futures(client, its, self._skip)
+
+    def _values(self, fetched: list[_Fetched]) -> list[Any]:
+        """Return the value of each ref and future, or raise the first failure."""
+        of_futures: dict[Future, Any] = {}
+        for one, value in fetched:
+            if isinstance(value, _Failed):
+                if not self._skip:
+                    raise value.error
+            elif isinstance(one, DeploymentResponse):
+                one.decode(*value)
+            else:
+                of_futures[one] = value
+        if self._failed():
+            for ref in self._refs:
+                if ref._local.status in _FAILED:
+                    ref.value()
+        if not self._futures and not self._skip:
+            return [ref.value() for ref in self._refs]
+        values: list[Any] = []
+        for one in self._found:
+            if type(one) is not DeploymentResponse:
+                values.append(of_futures.get(one, _LEFT_OUT))
+            elif one._local.status in _FAILED or one.is_elsewhere():
+                values.append(_LEFT_OUT)
+            else:
+                values.append(one.value())
+        return values
+
+    def _too_late(self, seconds: float | None) -> TimeoutError:
+        missing = sum(ref._local.status == "pending" for ref in self._refs)
+        what = f"{missing} of {len(self._refs)} calls have not ended" if missing else "not all values have come"
+        return TimeoutError(f"{what} within {seconds:g} s; the calls go on")
+
+
+_FAILED = frozenset({"error", "cancelled"})
+
+
+class _Failed:
+    """Stands for a value that could not be had."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+
+#: A ref with what `DeploymentResponse.decode` takes, or a Dask future with its value; or either with a failure.
+_Fetched = tuple[Future, Any]
+_Fetching = Coroutine[Any, Any, list[_Fetched]]
+
+
+async def _fetch_stored(refs: list[DeploymentResponse]) -> list[_Fetched]:
+    """Fetch stored values, some at a time."""
+    fetched: list[_Fetched] = []
+    left = iter(refs)
+
+    async def fetch_some() -> None:
+        for ref in left:
+            try:
+                fetched.append((ref, await ref.find_stored()))
+            except Exception as error:  # noqa: BLE001
+                fetched.append((ref, _Failed(error)))
+
+    await asyncio.gather(*[fetch_some() for _ in range(min(FETCHES, len(refs)))])
+    return fetched
+
+
+async def _gather_futures(client: Any, futures: list[Future], skip: bool) -> list[_Fetched]:
+    """Gather Dask futures, on the loop of their client."""
+    if skip:
+        await asyncio.gather(*[future._state.wait() for future in futures])
+        futures = [future for future in futures if future.status == "finished"]
+    try:
+        return list(zip(futures, await client.gather(futures, asynchronous=True), strict=True))
+    except Exception as error:  # noqa: BLE001
+        return [(futures[0], _Failed(error))]
+
+
+async def _on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    if loop is asyncio.get_running_loop():
+        return await coroutine
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
