@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .deployment import Application, Deployment, deployment
     from .exceptions import (
         ApplicationNotFoundError,
+        ArgumentsError,
         BackPressureError,
         ConfigError,
         DeploymentFailedError,
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Application",
     "ApplicationNotFoundError",
+    "ArgumentsError",
     "BackPressureError",
     "ConfigError",
     "Deployment",

@@ -10,6 +10,7 @@
     ├── StartTimeoutError          (TimeoutError)  replicas are still not up after the time given
     └── RequestError                               one request failed, and not by user code
         ├── MethodNotFoundError    (AttributeError)
+        ├── ArgumentsError         (TypeError)     the method does not take these arguments
         ├── PayloadError           (TypeError)     an argument or a result cannot be sent
         ├── DeploymentUnavailableError             nothing is there that could answer
         ├── BackPressureError                      refused: too many requests wait already
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 __all__ = [
     "ApplicationNotFoundError",
+    "ArgumentsError",
     "BackPressureError",
     "ConfigError",
     "DeploymentFailedError",
@@ -98,6 +100,10 @@ class MethodNotFoundError(RequestError, AttributeError):
 
     status = 404
     retryable = False
+
+
+class ArgumentsError(RequestError, TypeError):
+    """The method does not take the arguments of the call; the message tells which, and its signature."""
 
 
 class PayloadError(RequestError, TypeError):

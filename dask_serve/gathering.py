@@ -174,7 +174,8 @@ class _Countdown:
     def forget(self) -> None:
         """Nobody waits any more."""
         for state, callback in self._callbacks:
-            state._forget(callback)
+            if state.status == "pending":
+                state._forget(callback)
 
 
 class _Gathering:

@@ -24,7 +24,7 @@ from .response import Assigned, DeploymentResponse
 from .routing.router import Router
 from .routing.session import Session
 from .routing.state import Outcome, RefState
-from .session.arguments import Arguments
+from .session.arguments import Arguments, culprit
 from .session.peers import current_client, current_worker
 from .wire import payloads
 from .wire.loops import running_loop
@@ -263,7 +263,8 @@ class DeploymentHandle:
             try:
                 parts = payloads.dumps((args, kwargs), arguments.reducers)
             except PayloadError as error:
-                what = f"{_culprit(args, kwargs)} of a call of {self._id!r}, method {self._method!r}, {error}"
+                which = culprit(args, kwargs, arguments.reducers)
+                what = f"{which} of a call of {self._id!r}, method {self._method!r}, {error}"
                 state.settle("error", Outcome(error=("PayloadError", what)))
                 return ref if self._sync else Assigned(ref)
         state.parts = parts
@@ -345,16 +346,6 @@ class DeploymentHandle:
 
 def _unpickle(app: str, deployment: str, address: str | None, options: dict[str, Any]) -> DeploymentHandle:
     return DeploymentHandle(app, deployment, address, **options)
-
-
-def _culprit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Name the argument that cannot be pickled."""
-    for name, value in [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]:
-        try:
-            payloads.dumps(value)
-        except PayloadError:
-            return f"{name} ({type(value).__name__})"
-    return "an argument"
 
 
 def _submit(fabric: Any, id: str, state: RefState, timeout: float | None) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import exceptions
 from ..context import ReplicaContext, replica_context, request_context
-from ..exceptions import MethodNotFoundError, PayloadError, RequestError, RequestTimeoutError
+from ..exceptions import ArgumentsError, MethodNotFoundError, PayloadError, RequestError, RequestTimeoutError
 from ..routing.store import INLINE_BELOW
 from ..wire import payloads
 from ..wire.frames import Buffer
@@ -166,19 +166,27 @@ class UserCode:
         """
         found = self._methods.get(name)
         if found is None:
-            function = None
-            if name == "__call__" or not name.startswith("_"):
-                function = self.instance if inspect.isfunction(self.instance) else getattr(self.instance, name, None)
-                if inspect.isfunction(self.instance) and name != "__call__":
-                    function = None
+            function = self._find(name)
             if not callable(function):
-                raise MethodNotFoundError(
-                    f"deployment {self.id.rsplit('/', 1)[0]!r} has no method {name!r}; "
-                    f"it has: {', '.join(self.public_methods())}"
-                )
+                what = f"no method {name!r}" if function is None else f"{name!r}, a {_kind(function)} and no method"
+                raise MethodNotFoundError(f"{self._deployment} has {what}; it has: {', '.join(self.public_methods())}")
             call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
             found = self._methods[name] = (function, inspect.iscoroutinefunction(call))
         return found
+
+    def _find(self, name: str) -> Any:
+        """Return what the user's object has under a name; properties are not evaluated."""
+        if name != "__call__" and name.startswith("_"):
+            return None
+        if inspect.isfunction(self.instance):
+            return self.instance if name == "__call__" else None
+        static = inspect.getattr_static(self.instance, name, None)
+        return static if isinstance(static, property) else getattr(self.instance, name, None)
+
+    @property
+    def _deployment(self) -> str:
+        """Who this is, for errors."""
+        return f"deployment {self.id.rsplit('/', 1)[0]!r}"
 
     def public_methods(self) -> list[str]:
         """Names that handles can call."""
@@ -222,8 +230,8 @@ class UserCode:
         else:
             try:
                 function, is_async = self.method(call.method)
-            except MethodNotFoundError as error:
-                self._answer(execution, failure(error))
+            except Exception as error:  # noqa: BLE001 - a `__getattr__` of the user may raise anything
+                self._answer(execution, self.answer_for(execution, error))
                 return
             if is_async or call.attachments:
                 execution.task = self.loop.create_task(self._run_async(execution, function, is_async))
@@ -350,9 +358,18 @@ class UserCode:
             return _CANCELLED
         if isinstance(error, RequestError) and not _from_user_code(error):
             return failure(error)
+        if isinstance(error, TypeError) and _is_of_the_call(error):
+            return failure(self._misfit(execution.call.method, error))
         text, parts = payloads.dump_exception(error)
         logger.error("Request %s failed in replica %s:\n%s", execution.call.request_id, self.id, text)
         return Answer(Kind.ERROR, parts, message=text)
+
+    def _misfit(self, method: str, error: TypeError) -> ArgumentsError:
+        try:
+            takes = f"; it takes {inspect.signature(self.method(method)[0])}"
+        except (TypeError, ValueError):  # of a builtin
+            takes = ""
+        return ArgumentsError(f"method {method!r} of {self._deployment} cannot be called so: {error}{takes}")
 
     def _answer(self, execution: Execution, answer: Answer) -> None:
         """Hand an answer to the door, on the user loop: those of one tick together, unless it took long already."""
@@ -379,6 +396,22 @@ class UserCode:
 
 async def _loaded(parts: Sequence[Buffer]) -> Any:
     return payloads.loads(parts)
+
+
+def _kind(value: object) -> str:
+    return "property" if isinstance(value, property) else type(value).__name__
+
+
+def _is_of_the_call(error: TypeError) -> bool:
+    """It was raised by the step that calls the user's function: no frame of that function has begun."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code in _CALLING
+
+
+#: The code that calls the functions of users.
+_CALLING = (UserCode._run_async.__code__, UserCode._blocking_answer.__code__)
 
 
 def _from_user_code(error: RequestError) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from ..wire import payloads
 from ..wire.frames import Buffer
 from ..wire.messages import Attachment
 
-__all__ = ["Arguments"]
+__all__ = ["Arguments", "culprit"]
 
 
 class _Failed(Exception):
@@ -161,3 +162,43 @@ class Arguments:
 
 def _refusal(message: str) -> Outcome:
     return Outcome(error=(PayloadError.__name__, message))
+
+
+def culprit(args: tuple[Any, ...], kwargs: dict[str, Any], reducers: payloads.Reducers) -> str:
+    """Name the argument that cannot be pickled, the place in it, and what to send instead."""
+    for name, value in [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]:
+        if not _can_be_pickled(value, reducers):
+            place, inner = _place(value, reducers)
+            hint = next((hint for test, hint in _HINTS if test(inner)), "")
+            return f"{name}{place} ({type(inner).__name__}{hint})"
+    return "an argument"
+
+
+def _place(value: Any, reducers: payloads.Reducers) -> tuple[str, Any]:
+    """Find what cannot be pickled inside of containers."""
+    items: Any = ()
+    if isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    elif isinstance(value, dict):
+        items = value.items()
+    for key, item in items:
+        if not _can_be_pickled(item, reducers):
+            place, inner = _place(item, reducers)
+            return f"[{key!r}]{place}", inner
+    return "", value
+
+
+def _can_be_pickled(value: Any, reducers: payloads.Reducers) -> bool:
+    try:
+        payloads.dumps(value, reducers)
+    except PayloadError:
+        return False
+    return True
+
+
+_HINTS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (inspect.iscoroutine, ": await it, and pass what it returns"),
+    (inspect.isgenerator, ": pass a list of what it yields"),
+    (inspect.isasyncgen, ": pass a list of what it yields"),
+    (inspect.isawaitable, ": await it, and pass what it returns"),
+)
