@@ -17,6 +17,7 @@ from concurrent.futures import Future as ConcurrentFuture
 from time import monotonic
 from typing import Any
 
+from ..exceptions import NotRunningError
 from ..wire.frames import Buffer
 from .engine import Engine
 from .fabric import Fabric
@@ -204,7 +205,7 @@ class Session:
 
     def _check_open(self) -> None:
         if self.closed:
-            raise RuntimeError("the Dask client of this handle is closed; get the handle again from an open one")
+            raise NotRunningError("the Dask client behind this is closed; get the handle again from an open one")
 
     # ------------------------------------------------------------------ results that stay in a process's store
 
