@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from distributed import Client
+from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
@@ -26,8 +27,10 @@ from .promises import Promises
 from .reconciler import Reconciler
 from .registry import Registry
 from .status import ServeStatus, encode_status
+from .tunnel import Tunnels
 
 if TYPE_CHECKING:
+    from distributed.comm import Comm
     from distributed.scheduler import Scheduler, WorkerState
 
 __all__ = ["Controller"]
@@ -87,6 +90,7 @@ class Controller(SchedulerPlugin):
         self.registry = Registry()
         self.reconciler = Reconciler(scheduler, self.registry, self._publish)
         self.promises = Promises()
+        self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
         self.url = ""
         self._message = ""
         self._proxies: Any = None
@@ -134,6 +138,7 @@ class Controller(SchedulerPlugin):
         self._tables.close()
         self._statuses.close()
         self.promises.close()
+        await self.tunnels.close()
         await self.reconciler.close()
         if self._proxies is not None:
             await self._proxies.stop(CLOSE_DRAIN)
@@ -148,6 +153,7 @@ class Controller(SchedulerPlugin):
 
     def remove_worker(self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any) -> None:
         """Its replicas leave the table at once, and are replaced."""
+        self.tunnels.forget(worker)
         self.reconciler.lost_worker(worker)
 
     def restart(self, scheduler: Scheduler) -> None:
@@ -241,6 +247,7 @@ class Controller(SchedulerPlugin):
         if known is None:
             logger.debug("replica %s, which is not known (any more), reports %s", replica, event)
         elif event == "ready":
+            self.tunnels.learn(info["process"], info["door"], known.worker)
             self.reconciler.reported_ready(known, info["door"], info["process"])
         elif event == "failed":
             self.reconciler.reported_failed(known, info["error"])
@@ -251,6 +258,12 @@ class Controller(SchedulerPlugin):
         else:
             logger.warning("replica %s reports %r, which this version does not know", replica, event)
         return {}
+
+    # -- operations: tunnels
+
+    async def serve_tunnel(self, comm: Comm, process: str) -> Status:
+        """Connect a caller to a worker process's door; the connection is a tunnel from then on."""
+        return await self.tunnels.serve(comm, process)
 
     # -- operations: promises
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future as ConcurrentFuture
 from typing import Any, TypeVar
 
+from ..routing.dial import notice_silence
 from ..routing.fabric import Fabric
-from ..routing.link import notice_silence
 from ..routing.store import ResultStore, stores, taken_here
 from ..wire.connection import DoorConnection
 from ..wire.frames import Buffer, Frame

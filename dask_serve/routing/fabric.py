@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any
 
 from ..wire.frames import Buffer
+from .dial import Ways
 from .link import Link
 from .router import Router
 from .table import Table
@@ -38,9 +39,19 @@ class Fabric:
         The cluster's secret; the table brings it too.
     ssl : SSLContext, optional
         For doors with TLS.
+    ways : Ways, optional
+        How to get to worker processes; by default only directly.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, name: str, secret: bytes = b"", ssl: Any = None) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        name: str,
+        secret: bytes = b"",
+        ssl: Any = None,
+        ways: Ways | None = None,
+    ) -> None:
         self.table: Table | None = None
         self.closed = False
         #: Kept alive for the session, which closes the fabric through it when the loop ends.
@@ -52,6 +63,7 @@ class Fabric:
         self._loop = loop
         self._secret = secret
         self._ssl = ssl
+        self._ways = ways or Ways()
         self._links: dict[str, Link] = {}
         self._check: asyncio.TimerHandle | None = None
         self._redial: asyncio.TimerHandle | None = None
@@ -107,7 +119,12 @@ class Fabric:
         link = self._links.get(process)
         if link is None:
             link = self._links[process] = Link(
-                self._secret, process, door, self._ssl if door.startswith("tls") else None, self._on_link_lost
+                self._secret,
+                process,
+                door,
+                self._ssl if door.startswith("tls") else None,
+                self._on_link_lost,
+                ways=self._ways,
             )
             if self._check is None:
                 self._check = self._loop.call_later(CHECK_EVERY, self._on_check)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import logging
-import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ReplicaLostError
 from ..wire.connection import CallerConnection
 from ..wire.frames import Buffer, Frame
-from ..wire.local import connect_locally
 from ..wire.messages import (
     Call,
     Kind,
@@ -26,35 +24,19 @@ from ..wire.messages import (
     decode_reply,
     encode,
 )
+from .dial import Ways, reach
 
 if TYPE_CHECKING:
     from ..policy.dispatch import Target
     from .calls import Outgoing
     from .router import Router
 
-__all__ = ["Link", "notice_silence", "split_address"]
+__all__ = ["Link"]
 
 logger = logging.getLogger("dask_serve.routing")
 
 #: A process from which nothing was heard for this many seconds while it was asked is silent: no new requests go there.
 SILENT_AFTER = 1.0
-
-
-def split_address(door: str) -> tuple[str, int]:
-    """Return host and port of a door's address."""
-    host, _, port = door.partition("://")[2].rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def notice_silence(transport: asyncio.BaseTransport) -> None:
-    """Let the system break a connection whose other machine is gone, after about 30 s, as Dask does with its own."""
-    sock = transport.get_extra_info("socket")
-    wanted = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 10, "TCP_USER_TIMEOUT": 30_000}
-    with contextlib.suppress(OSError, AttributeError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in wanted.items():
-            if hasattr(socket, name):
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 class Link:
@@ -71,9 +53,20 @@ class Link:
         The incarnation that must answer.
     on_lost : callable
         Called once with the link when it is of no more use.
+    ways : Ways, optional
+        How to get there; by default only directly.
     """
 
-    def __init__(self, secret: bytes, process: str, door: str, ssl: Any, on_lost: Callable[[Link], None]) -> None:
+    def __init__(
+        self,
+        secret: bytes,
+        process: str,
+        door: str,
+        ssl: Any,
+        on_lost: Callable[[Link], None],
+        *,
+        ways: Ways | None = None,
+    ) -> None:
         self.process = process
         self.door = door
         self.lost = False
@@ -89,36 +82,33 @@ class Link:
         self._most = 0
         self._asked = 0.0
         self._on_lost = on_lost
-        self._connection = CallerConnection(secret, process, self._on_frame, self._on_ready, self._on_broken)
-        self._task: asyncio.Task[None] | None = self._loop.create_task(self._dial(ssl))
+        #: One that leads nowhere keeps the frames until the one that is found takes its place.
+        self._connection = self._make(secret, lambda _: None, self._on_broken)
+        self._task: asyncio.Task[None] | None = self._loop.create_task(self._dial(secret, ssl, ways or Ways()))
 
     # ------------------------------------------------------------------ life
 
-    async def _dial(self, ssl: Any) -> None:
-        host, port = split_address(self.door)
-        local = connect_locally(self.process) if ssl is None else None
+    def _make(self, secret: bytes, on_ready: Callable[[Any], None], on_lost: Callable[[Any], None]) -> CallerConnection:
+        return CallerConnection(secret, self.process, self._on_frame, on_ready, on_lost)
+
+    async def _dial(self, secret: bytes, ssl: Any, ways: Ways) -> None:
         try:
-            if local is not None:
-                await self._loop.create_unix_connection(lambda: self._connection, sock=local)
-                return
-            transport, _ = await asyncio.wait_for(
-                self._loop.create_connection(
-                    lambda: self._connection, host, port, ssl=ssl, server_hostname="" if ssl else None
-                ),
-                5.0,
-            )
-            notice_silence(transport)
-        except (OSError, asyncio.TimeoutError) as error:
+            make = functools.partial(self._make, secret)
+            connection = await reach(self.process, self.door, ssl, ways, make=make, on_lost=self._on_broken)
+            connection.take_over(self._connection)
+            self._connection = connection
+            if connection.closed:
+                self._break()
+            logger.debug("Connected to the door %s", self.door)
+        except OSError as error:
             logger.info("Cannot reach the door %s of process %s: %s", self.door, self.process, error)
             self._break()
         finally:
             self._task = None
 
-    def _on_ready(self, connection: CallerConnection) -> None:
-        logger.debug("Connected to the door %s", self.door)
-
     def _on_broken(self, connection: CallerConnection) -> None:
-        self._break()
+        if connection is self._connection:
+            self._break()
 
     @property
     def ready(self) -> bool:

@@ -19,11 +19,13 @@ from typing import Any
 
 from ..exceptions import NotRunningError
 from ..wire.frames import Buffer
+from .dial import Ways
 from .engine import Engine
 from .fabric import Fabric
 from .leftovers import Leftovers
 from .store import stores, taken_here
 from .table import Table, decode_table
+from .tunnel import SchedulerTunnel
 
 __all__ = ["Session"]
 
@@ -61,6 +63,7 @@ class Session:
         #: Handles by target and options, while anybody has them.
         self.handles: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
         self._ssl = owner.security.get_connection_args("client").get("ssl_context")
+        self._ways = Ways(SchedulerTunnel(owner))
         self._lock = threading.Lock()
         # For the owner's loop only.
         self._news = asyncio.Event()
@@ -163,7 +166,7 @@ class Session:
             if self._engine is None or self._engine_fabric is None or self._engine.pid != os.getpid():
                 self._check_open()
                 engine = Engine.acquire()
-                fabric = Fabric(engine.loop, name="engine", ssl=self._ssl)
+                fabric = Fabric(engine.loop, name="engine", ssl=self._ssl, ways=self._ways)
                 self._engine, self._engine_fabric = engine, fabric
                 if self.table is not None:
                     engine.put(fabric.apply, self.table)
@@ -179,7 +182,7 @@ class Session:
                 assert self._engine_fabric is not None
                 return self._engine_fabric
             self._check_open()
-            fabric = Fabric(loop, name=f"loop-{id(loop):x}", ssl=self._ssl)
+            fabric = Fabric(loop, name=f"loop-{id(loop):x}", ssl=self._ssl, ways=self._ways)
             with self._lock:
                 self._fabrics[loop] = fabric
                 table, absent = self.table, self.absent

@@ -207,6 +207,11 @@ class CallerConnection(Connection):
         encode_frame(Kind.HELLO, 0, encode(Hello(list(VERSIONS), self._nonce)), (), hello)
         self.transport.write(hello[0])
 
+    def take_over(self, other: CallerConnection) -> None:
+        """Send what waits in another connection, which never was ready."""
+        self._out, other._out = other._out + self._out, []
+        self.flush()
+
     def _handshake(self, frame: Frame) -> None:
         if frame.kind != Kind.HELLO:
             self._refuse(f"it began with a frame of kind {frame.kind}")
