@@ -103,6 +103,10 @@ class Link:
         except OSError as error:
             logger.info("Cannot reach the door %s of process %s: %s", self.door, self.process, error)
             self._break()
+        except asyncio.CancelledError:
+            # The loop ends, or the link was closed.
+            self._break()
+            raise
         finally:
             self._task = None
 

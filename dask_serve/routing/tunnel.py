@@ -50,8 +50,11 @@ class SchedulerTunnel:
         TunnelTransport(comm, window, protocol)
 
     async def _open(self, process: str) -> tuple[Comm, int]:
-        owner = self._owner
-        comm = await connect(owner.scheduler.address, timeout=ANSWER, deserialize=False, **owner.connection_args)
+        scheduler = self._owner.scheduler
+        if scheduler is None:
+            raise ConnectionError("the Dask client is closed")
+        arguments = self._owner.connection_args
+        comm = await connect(scheduler.address, timeout=ANSWER, deserialize=False, **arguments)
         try:
             await comm.write({"op": "serve_tunnel", "process": process})
             answer = await comm.read()
