@@ -34,7 +34,14 @@ EXTRAS = {
     "dashboard": ["bokeh>=3.1"],
     "examples": ["scikit-learn>=1.4", "bokeh>=3.1"],
     "docs": ["mkdocs>=1.6"],
-    "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "httpx>=0.27", "numpy>=1.26"],
+    "test": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "hypothesis>=6.100",
+        "httpx>=0.27",
+        "numpy>=1.26",
+        "cryptography>=42",  # temporary certificates
+    ],
     "lint": ["ruff>=0.9", "mypy>=1.14", "import-linter>=2.1"],
 }
 EXTRAS["dev"] = sorted({*EXTRAS["examples"], *EXTRAS["test"], *EXTRAS["lint"]})

@@ -19,8 +19,8 @@ from dask_serve.exceptions import ReplicaLostError
 from dask_serve.replica.process import ServeProcess
 from dask_serve.routing import fabric as fabric_module
 from dask_serve.routing import link as link_module
-from dask_serve.routing.fabric import Fabric
 from dask_serve.routing.dial import split_address
+from dask_serve.routing.fabric import Fabric
 from dask_serve.routing.link import Link
 from dask_serve.routing.router import Router
 from dask_serve.routing.session import Session
