@@ -23,6 +23,7 @@ from far_side import FarSide, possible
 from test_deaths import Processes, until
 
 import dask_serve as serve
+from dask_serve.controller import tunnel
 from dask_serve.controller.tunnel import Tunnels
 from dask_serve.exceptions import ReplicaLostError, RequestCancelledError, RequestError, RequestTimeoutError
 from dask_serve.replica.process import ServeProcess
@@ -34,7 +35,7 @@ from dask_serve.wire import pump as pump_module
 from dask_serve.wire.connection import CallerConnection
 from dask_serve.wire.frames import Frame
 from dask_serve.wire.messages import Kind
-from dask_serve.wire.pump import Pump
+from dask_serve.wire.pump import HIGH_WATER, Pump
 
 # The far side does not have this module.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -493,26 +494,26 @@ def test_doors_are_known_while_a_worker_of_theirs_lives():
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 2)])
 async def test_only_doors_of_replicas_can_be_reached(c, s, a):
-    tunnel = SchedulerTunnel(c)
+    dig = SchedulerTunnel(c)
     with pytest.raises(ConnectionError, match="makes no tunnels"):
-        await tunnel("p", Recorder())
+        await dig("p", Recorder())
     await serve.run(Model.bind(), route_prefix=None, client=c)
     protocol = Recorder()
     with pytest.raises(NotThereError, match="it is not there"):
-        await tunnel(s.address, protocol)
+        await dig(s.address, protocol)
     assert not protocol.made
-    await tunnel(ServeProcess.door().process, protocol)
+    await dig(ServeProcess.door().process, protocol)
     assert protocol.made
     tunnels = s.plugins["dask-serve"].tunnels
     assert len(tunnels) == 1
     # The door shows strangers out.
     protocol_again = Recorder()
-    await tunnel(ServeProcess.door().process, protocol_again)
+    await dig(ServeProcess.door().process, protocol_again)
     await s.plugins["dask-serve"].tunnels.close()
     await holds(lambda: protocol.lost and protocol_again.lost)
     assert not len(tunnels)
     with pytest.raises(NotThereError):
-        await tunnel(ServeProcess.door().process, Recorder())
+        await dig(ServeProcess.door().process, Recorder())
 
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 2)])
@@ -719,6 +720,6 @@ async def test_a_door_that_takes_nothing_stops_the_caller(c, s, a):
         assert protocol.full
         # What the system's buffers took is acknowledged, and a window more is under way.
         assert transport.get_write_buffer_size() > total // 2
-        assert end._transport.get_write_buffer_size() <= 4 << 20
+        assert end._transport.get_write_buffer_size() <= tunnel.WINDOW + HIGH_WATER
         transport.abort()
         await holds(lambda: not len(tunnels))

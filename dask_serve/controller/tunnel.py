@@ -28,10 +28,10 @@ logger = logging.getLogger("dask_serve.tunnel")
 #: Seconds to connect to a door.
 CONNECT = 3.0
 #: Bytes that may be under way in one direction of one tunnel, at the most and at the least.
-WINDOW = 4 * 1024 * 1024
-LEAST_WINDOW = 256 * 1024
+WINDOW = 2 * 1024 * 1024
+LEAST_WINDOW = 128 * 1024
 #: Bytes that all tunnels together may hold: with many of them, later ones get smaller windows.
-BUDGET = 256 * 1024 * 1024
+BUDGET = 128 * 1024 * 1024
 
 
 class Tunnels:

@@ -50,6 +50,8 @@ class Pump:
         self, comm: Any, window: int, deliver: Callable[[bytes], None], set_full: Callable[[bool], None]
     ) -> None:
         self.queued = 0
+        # Messages are small, and those that a thread encodes would lose their order.
+        comm.allow_offload = False
         self._comm = comm
         self._window = window
         self._deliver = deliver
