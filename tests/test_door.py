@@ -272,6 +272,45 @@ def test_a_door_that_hangs_for_good_is_given_up_once_the_table_has_lost_it(monke
     asyncio.run(check())
 
 
+class SlowReader(wire_connection.DoorConnection):
+    """Takes what comes in small pieces, as over a slow line."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.ready and not self.closed:
+            self.transport.pause_reading()
+            self.loop.call_later(0.01, self.transport.resume_reading)
+
+
+def test_a_door_to_which_a_large_payload_is_still_on_its_way_is_not_silent(monkeypatch):
+    """Its answer to a ping has to wait until the payload has gone through."""
+    monkeypatch.setattr(link_module, "SILENT_AFTER", 0.3)
+    monkeypatch.setattr(fabric_module, "CHECK_EVERY", 0.02)
+
+    async def check() -> None:
+        loop = asyncio.get_running_loop()
+        frames: list[Frame] = []
+        server = await loop.create_server(
+            lambda: SlowReader(b"s", "p", lambda _, frame: frames.append(frame), lambda _: None), "127.0.0.1"
+        )
+        door = f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        entry = DeploymentEntry("a/d", [ReplicaEntry("a/d/1", "p", door, "tcp://w")], 10, None, None, [])
+        fabric = Fabric(loop, name="test")
+        fabric.apply(Table("e", 1, b"s", {"a/d": entry}, []))
+        since = loop.time()
+        fabric.router("a/d").submit(RefState("m", payloads.dumps(bytes(20_000_000)), "id"), None, None)
+        [link] = fabric._links.values()
+        while not any(frame.kind == Kind.CALL for frame in frames):
+            assert not link.silent
+            await asyncio.sleep(0.01)
+        # It took long enough for a silent one to be noticed.
+        assert loop.time() - since > 2 * link_module.SILENT_AFTER
+        await fabric.close()
+        server.close()
+
+    asyncio.run(check())
+
+
 # -- strangers
 
 

@@ -81,6 +81,8 @@ class Link:
         #: The most calls under way since there was none.
         self._most = 0
         self._asked = 0.0
+        #: Bytes that waited to leave at the last look.
+        self._unsent = 0
         self._on_lost = on_lost
         #: One that leads nowhere keeps the frames until the one that is found takes its place.
         self._connection = self._make(secret, lambda _: None, self._on_broken)
@@ -95,10 +97,10 @@ class Link:
         try:
             make = functools.partial(self._make, secret)
             connection = await reach(self.process, self.door, ssl, ways, make=make, on_lost=self._on_broken)
+            if connection.closed:
+                raise ConnectionError("the connection broke at once")
             connection.take_over(self._connection)
             self._connection = connection
-            if connection.closed:
-                self._break()
             logger.debug("Connected to the door %s", self.door)
         except OSError as error:
             logger.info("Cannot reach the door %s of process %s: %s", self.door, self.process, error)
@@ -158,7 +160,10 @@ class Link:
         connection = self._connection
         if not connection.ready or self.lost:
             return
-        heard = connection.heard
+        unsent = connection.unsent
+        # A large payload that goes on leaving is as good as an answer, which has to wait behind it.
+        heard = now if unsent < self._unsent else connection.heard
+        self._unsent = unsent
         if self._asked and heard >= self._asked:
             self._asked = 0.0
             self._mark(False)

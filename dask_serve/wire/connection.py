@@ -99,6 +99,11 @@ class Connection(asyncio.Protocol):
         if start < len(out):
             self.transport.write(b"".join(out[start:]) if start else b"".join(out))
 
+    @property
+    def unsent(self) -> int:
+        """Bytes that were written and have not left."""
+        return 0 if self.transport is None or self.closed else self.transport.get_write_buffer_size()
+
     def pause_writing(self) -> None:
         self.paused = True
 
