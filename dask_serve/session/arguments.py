@@ -17,6 +17,7 @@ from ..routing.state import Outcome, RefState
 from ..wire import payloads
 from ..wire.frames import Buffer
 from ..wire.messages import Attachment
+from . import web
 
 __all__ = ["Arguments", "culprit"]
 
@@ -59,7 +60,7 @@ class Arguments:
                 self._values.append(value)
             return payloads.attached, (place,)
 
-        return {DeploymentResponse: stand_in, Assigned: stand_in, Future: stand_in}
+        return {DeploymentResponse: stand_in, Assigned: stand_in, Future: stand_in, **web.reducers()}
 
     # ------------------------------------------------------------------ on the loop that carries the call
 
