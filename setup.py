@@ -41,6 +41,10 @@ EXTRAS = {
         "httpx>=0.27",
         "numpy>=1.26",
         "cryptography>=42",  # temporary certificates
+        # A real Jupyter kernel: tests/test_notebook.py.
+        "ipykernel>=6.29",
+        "nbclient>=0.10",
+        "nbformat>=5.10",
     ],
     "lint": ["ruff>=0.9", "mypy>=1.14", "import-linter>=2.1"],
 }

@@ -246,7 +246,7 @@ class DeploymentHandle:
         if context is None:
             request_id, timeout = self._request_id or _new_request_id(), self._timeout
         else:
-            request_id, timeout = self._request_id or context.request_id, self._remaining(context.deadline)
+            request_id, timeout = self._request_id or context.request_id, self._remaining(context.deadline, session)
             if background is None:
                 background = context.background
         state = RefState(self._method, (), request_id)
@@ -286,12 +286,15 @@ class DeploymentHandle:
                 engine.put(_submit, fabric, id, state, timeout)
         return ref if self._sync else Assigned(ref)
 
-    def _remaining(self, deadline: float | None) -> float | None:
+    def _remaining(self, deadline: float | None, session: Session) -> float | None:
         """Return the seconds that a call may take: its own, and no more than the request has that makes it."""
+        timeout = self._timeout
         if deadline is None:
-            return self._timeout
+            return timeout
+        if timeout is None:
+            timeout = session.deadline_of(self._id)
         remaining = max(1e-3, deadline - time.monotonic())
-        return remaining if self._timeout is None else min(remaining, self._timeout)
+        return remaining if timeout is None else min(remaining, timeout)
 
     def _find_router(self, session: Session) -> tuple[asyncio.AbstractEventLoop, Router, int] | None:
         """Return the running loop, its router and its thread, or None where the background loop carries the request."""

@@ -242,9 +242,9 @@ class DeploymentResponse(Future):
             return self._value(outcome)
         return (yield from self._result().__await__())
 
-    def exception(self, timeout: float | str | None = None, **kwargs: Any) -> Any:
+    def exception(self, timeout: float | str | None = None, *, timeout_s: float | None = None, **kwargs: Any) -> Any:
         """Wait for the end of the call; return its exception, or None. An awaitable when the client is asynchronous."""
-        seconds = seconds_of(timeout)
+        seconds = seconds_of(timeout if timeout_s is None else timeout_s)
         if self._session.is_asynchronous:
             return self._exception(seconds)
         self._refuse_to_block("exception()")

@@ -1,7 +1,7 @@
 """What Ray Serve's users were promised of calls from Python in 2022, S1 to S16, in the terms of dask_serve.
 
-S1 the same deployment over HTTP and from Python; S2 composition; S3 and S5 `Deployment.get_handle`; S4 calls from Python
-are balanced as HTTP requests are; S6 ordinary arguments; S7 what a call returns can be waited for and retrieved; S8 the
+S1 the same deployment over HTTP and from Python; S2 composition; S3 and S5 `Deployment.get_handle`; S4 calls from
+Python are balanced as HTTP requests are; S6 ordinary arguments; S7 what a call returns can be waited for and retrieved; S8 the
 default method and named ones; S9 the practice for both entrances; S10 to S13 the two types of handle; S14 the
 asynchronous one carries its calls itself; S15 what handles can do besides; S16 calls that nobody awaited as arguments.
 """
@@ -311,7 +311,7 @@ def test_s04_neither_uses_a_draining_replica(service, pool, tmp_path):
         path.with_suffix(".go").touch()
         scale.join(30)
     (remaining,) = [one.id for one in replicas_of(service) if one.state == "ready"]
-    assert {name: set(counts) for name, counts in answers.items()} == dict.fromkeys(ways, {remaining})
+    assert {name: set(counts) for name, counts in answers.items()} == {name: {remaining} for name in ways}
     # What ran in the others was finished there.
     assert len({ref.result(20) for ref in held}) == 4
     service.run(Pool.bind(), "s04")
@@ -379,7 +379,9 @@ def test_s09_one_method_for_both_entrances(service):
 
 def test_s10_s11_s12_s13_two_types_of_handle(service):
     service.run(Echo.bind(), "s10")
-    default, synchronous, asynchronous = (Echo.get_handle(**options) for options in ({}, {"sync": True}, {"sync": False}))
+    default, synchronous, asynchronous = (
+        Echo.get_handle(**options) for options in ({}, {"sync": True}, {"sync": False})
+    )
     # S11: the synchronous one is the default, and returns the ref directly.
     assert default == synchronous != asynchronous
     assert isinstance(default.remote(1), serve.DeploymentResponse)

@@ -194,9 +194,13 @@ class Dispatcher:
         self._port.send(target, call, credit)
         self._announce(now)
 
+    def waiting(self) -> list[Any]:
+        """Return the live requests of the backlog."""
+        return list(self._backlog)
+
     def take_all(self) -> list[Any]:
         """Empty the backlog and return its live requests: nothing will ever answer them."""
-        calls = list(self._backlog)
+        calls = self.waiting()
         self._backlog.clear()
         self.queued = 0
         self._announce(0.0)

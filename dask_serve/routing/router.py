@@ -81,9 +81,10 @@ class Router:
         ----------
         call : Outgoing
         timeout : float or None
-            Seconds until its deadline.
+            Seconds until its deadline. None: those that the deployment declares, if any.
         limit : int or None
-            How many requests may wait here before this one is refused.
+            How many requests may wait here before this one is refused. None: as many as the deployment declares, if
+            any.
         """
         now = call.since = monotonic()
         if self._gone_for_good is not None:
@@ -91,6 +92,12 @@ class Router:
             call.fail(DeploymentUnavailableError(self._gone_for_good))
             return
         dispatcher = self._dispatcher
+        entry = self.entry
+        if entry is not None:
+            if timeout is None:
+                timeout = entry.request_timeout_s
+            if limit is None:
+                limit = entry.max_queued_requests
         if timeout is not None:
             call.deadline = now + timeout
             call.timer = self._loop.call_later(timeout, self._on_deadline, call)
@@ -237,8 +244,10 @@ class Router:
     def apply(self, entry: DeploymentEntry | None, links: dict[str, Link]) -> None:
         """Take over a new version of the table's entry; None: the deployment is gone."""
         now = monotonic()
-        self.entry = entry
         dispatcher = self._dispatcher
+        if self.entry is None and entry is not None and entry.request_timeout_s is not None:
+            self._set_deadlines(entry.request_timeout_s, now)
+        self.entry = entry
         grown = False
         listed = {} if entry is None else {replica.id: replica for replica in entry.replicas}
         self._draining &= listed.keys()
@@ -269,6 +278,13 @@ class Router:
             self._fail_all(f"deployment {self.id!r} does not exist (any more); deploy it with serve.run()")
         elif entry.failure is not None and not listed:
             self._fail_all(f"deployment {self.id!r} has no replica, and none can be started: {entry.failure}")
+
+    def _set_deadlines(self, timeout: float, now: float) -> None:
+        """Give the calls that came before the deployment was known the deadline that it declares."""
+        for call in self._dispatcher.waiting():
+            if call.deadline is None:
+                call.deadline = call.since + timeout
+                call.timer = self._loop.call_later(call.deadline - now, self._on_deadline, call)
 
     def _fail_all(self, why: str) -> None:
         self._gone_for_good = why

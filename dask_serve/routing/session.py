@@ -96,6 +96,11 @@ class Session:
 
     # ------------------------------------------------------------------ the table
 
+    def deadline_of(self, deployment: str) -> float | None:
+        """Return the seconds that a deployment gives its requests, as far as the table tells."""
+        entry = None if self.table is None else self.table.deployments.get(deployment)
+        return None if entry is None else entry.request_timeout_s
+
     async def _follow(self) -> None:
         """Ask for newer tables until the owner closes (on the owner's loop)."""
         epoch, version, absent = "", 0, 0

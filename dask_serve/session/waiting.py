@@ -14,14 +14,23 @@ from distributed import Future, secede
 from distributed.threadpoolexecutor import rejoin
 from distributed.worker import thread_state
 
+from ..exceptions import ConfigError
+
 __all__ = ["NOTHING", "call_back", "in_dask_task", "patiently", "seceded", "seconds_of"]
 
 logger = logging.getLogger("dask_serve.refs")
 
 
 def seconds_of(timeout: float | str | None) -> float | None:
-    """Parse a time to wait as Dask does."""
-    return None if timeout is None else float(parse_timedelta(timeout, "s"))
+    """Parse a time to wait as Dask does; numbers are seconds, and those below 0 mean not to wait."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, (int, float)):
+        return max(0.0, float(timeout))
+    try:
+        return max(0.0, float(parse_timedelta(timeout, "s")))
+    except (KeyError, ValueError, TypeError):
+        raise ConfigError(f'timeout={timeout!r} is not a time: give seconds, or text like "500ms"') from None
 
 
 def in_dask_task() -> bool:
