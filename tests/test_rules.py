@@ -23,6 +23,7 @@ What is tested elsewhere:
 from __future__ import annotations
 
 import asyncio
+import builtins
 import contextlib
 import gc
 import os
@@ -260,6 +261,73 @@ async def test_the_deployment_says_how_long_a_request_may_take(c, s, a, b):
     async with Client(s.address, asynchronous=True, set_as_default=False) as other:
         with pytest.raises(serve.RequestTimeoutError, match="deadline"):
             await asyncio.wait_for(DeploymentHandle("default", "Model", s.address, client=other).gate.remote(1), 5)
+
+
+# -- what comes back ---------------------------------------------------------------------------------------------------
+
+
+@serve.deployment
+class Odd:
+    """Raises what would end the process of whoever raised it, and returns what means nothing elsewhere."""
+
+    def __init__(self, model: DeploymentHandle) -> None:
+        self.model = model
+
+    def leave(self, name):
+        raise getattr(builtins, name)(3)
+
+    async def leave_in_a_coroutine(self, name):
+        raise getattr(builtins, name)(3)
+
+    async def forgets_await(self, how):
+        return self.what(how)
+
+    def forgets_result(self, how):
+        return self.what(how)
+
+    def what(self, how):
+        ref = self.model.remote(1)
+        if how == "Dask future":
+            return {"deep": [get_client().submit(abs, -1)]}
+        return {"bare": ref, "nested": {"deep": [ref]}, "assigned": [self.model.options(sync=True).remote(1)]}[how]
+
+    async def text(self):
+        return ["distributed.client", "is only text here"]
+
+
+@serve.deployment
+class Between:
+    def __init__(self, odd: DeploymentHandle) -> None:
+        self.odd = odd
+
+    async def through(self, name):
+        return await self.odd.leave.remote(name)
+
+
+@gen_cluster(client=True)
+async def test_what_would_end_the_caller_arrives_as_a_description(c, s, a, b):
+    between = await serve.run(Between.bind(Odd.bind(Model.bind())), route_prefix=None)
+    odd = await serve.get_deployment_handle("Odd")
+    for name in ("SystemExit", "KeyboardInterrupt", "GeneratorExit", "StopIteration", "StopAsyncIteration"):
+        for method in (odd.leave, odd.leave_in_a_coroutine, between.through):
+            # Python itself turns a StopIteration of a coroutine into a RuntimeError.
+            with pytest.raises((serve.UserCodeError, RuntimeError), match=name) as caught:
+                await asyncio.wait_for(method.remote(name), 5)
+            assert "in leave" in str(caught.value) + str(caught.value.__cause__)
+    assert len((await serve.status()).applications["default"].deployments["Odd"].replicas) == 1
+
+
+@gen_cluster(client=True)
+async def test_results_hold_no_refs_and_no_futures(c, s, a, b):
+    await serve.run(Odd.bind(Model.bind()), route_prefix=None)
+    odd = await serve.get_deployment_handle("Odd")
+    for method in (odd.forgets_await, odd.forgets_result):
+        for how in ("bare", "nested", "assigned"):
+            with pytest.raises(serve.PayloadError, match=r"result of replica .* a ref, .*return await"):
+                await asyncio.wait_for(method.remote(how), 5)
+        with pytest.raises(serve.PayloadError, match=r"result of replica .* a Dask future, .*future\.result\(\)"):
+            await asyncio.wait_for(method.remote("Dask future"), 5)
+    assert await odd.text.remote() == ["distributed.client", "is only text here"]
 
 
 # -- the queue of a handle ---------------------------------------------------------------------------------------------

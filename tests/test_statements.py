@@ -1,7 +1,7 @@
 """What Ray Serve's users were promised of calls from Python in 2022, S1 to S16, in the terms of dask_serve.
 
 S1 the same deployment over HTTP and from Python; S2 composition; S3 and S5 `Deployment.get_handle`; S4 calls from
-Python are balanced as HTTP requests are; S6 ordinary arguments; S7 what a call returns can be waited for and retrieved; S8 the
+Python are balanced as HTTP requests are; S6 ordinary arguments; S7 what a call returns can be waited for; S8 the
 default method and named ones; S9 the practice for both entrances; S10 to S13 the two types of handle; S14 the
 asynchronous one carries its calls itself; S15 what handles can do besides; S16 calls that nobody awaited as arguments.
 """

@@ -21,6 +21,7 @@ from ..context import request_context
 from ..exceptions import MethodNotFoundError
 from ..wire.messages import HttpHead, Kind
 from .execution import Answer, Execution
+from .results import refuse_futures
 from .streams import END, opened
 
 if TYPE_CHECKING:
@@ -246,6 +247,7 @@ def _response(result: Any) -> Response:
 
 def _as_json(value: Any) -> Any:
     """Render what JSON does not know: numpy arrays and scalars, pandas objects, pydantic models."""
+    refuse_futures(value)
     for method, kwargs in (("tolist", {}), ("model_dump", {"mode": "json"}), ("to_dict", {"orient": "records"})):
         convert = getattr(value, method, None)
         if convert is not None:

@@ -29,6 +29,7 @@ from .asgi import HttpAdapter
 from .door import Door
 from .execution import Answer, Execution
 from .pool import Pool
+from .results import dump_result
 
 __all__ = ["UserCode"]
 
@@ -319,7 +320,7 @@ class UserCode:
 
     def _result(self, value: object) -> Answer:
         try:
-            parts = payloads.dumps(value)
+            parts = dump_result(value)
         except PayloadError as error:
             raise PayloadError(f"the result of replica {self.id}, a {type(value).__name__}, {error}") from error
         nbytes = payloads.size_of(parts)

@@ -159,8 +159,13 @@ def size_of(parts: Sequence[Buffer]) -> int:
 
 
 def dump_exception(error: BaseException) -> tuple[str, list[Buffer]]:
-    """Serialise an exception of user code: its traceback as text, and itself (nothing if it cannot be pickled)."""
+    """Serialise an exception of user code: its traceback as text, and itself (nothing if it cannot be pickled).
+
+    What would end the caller (``SystemExit``, ``KeyboardInterrupt``) or its loops (``StopIteration``) stays behind too.
+    """
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    if not isinstance(error, Exception) or isinstance(error, (StopIteration, StopAsyncIteration)):
+        return text, []
     try:
         parts = dumps(error)
         # Many exceptions pickle and then fail to unpickle (arguments that __init__ does not take).
