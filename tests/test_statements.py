@@ -389,16 +389,16 @@ def test_s09_one_method_for_both_entrances(service):
 
 def test_s10_s11_s12_s13_two_types_of_handle(service):
     service.run(Echo.bind(), "s10")
-    default, synchronous, asynchronous = (
-        Echo.get_handle(**options) for options in ({}, {"sync": True}, {"sync": False})
-    )
+    default, synchronous = Echo.get_handle(), Echo.get_handle(sync=True)
+    asynchronous = default.options(sync=False)
     # S11: the synchronous one is the default, and returns the ref directly.
     assert default == synchronous != asynchronous
     assert isinstance(default.remote(1), serve.DeploymentResponse)
     assert default.remote(1).result(10) == 1
     # S13: outside of a running loop the other one says what to do.
-    with pytest.raises(serve.ServeError, match=r"sync=False.*running event loop.*sync=True"):
-        asynchronous.remote(1)
+    for attempt in (lambda: Echo.get_handle(sync=False), lambda: asynchronous.remote(1)):
+        with pytest.raises(serve.ServeError, match=r"sync=False.*running event loop.*sync=True"):
+            attempt()
 
     async def main() -> None:
         handle = Echo.get_handle(sync=False)
