@@ -103,8 +103,8 @@ class CallOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         False: ``await handle.remote()`` is the ref; for use in a running event loop, which then carries the requests
         itself.
     request_timeout_s : float or None, default None
-        Deadline of each request in seconds; passed on to the calls that the request makes in turn. None: none, or that
-        of the request that makes the call.
+        Deadline of each request in seconds; passed on to the calls that the request makes in turn. None: the
+        deployment's, if it has one. Never later than that of the request that makes the call.
     retries_on_loss : int, default 0
         How often a request may be sent again when its replica is lost while it runs. Only for calls that may run twice.
     multiplexed_model_id : str, default ""

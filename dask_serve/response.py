@@ -11,11 +11,11 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from distributed import Future, Worker
 
-from .exceptions import ReplicaLostError, RequestCancelledError, ServeError
+from .exceptions import PayloadError, ReplicaLostError, RequestCancelledError, ServeError
 from .routing.promotion import (
     flush_later,
     pack_outcome,
@@ -40,6 +40,22 @@ _UNREAD = object()
 
 #: One ref is promoted at a time in a process; a finaliser never takes it.
 _promotion = threading.RLock()
+
+
+class _Returning(threading.local):
+    """Whether the thread pickles the result of a method, in which a ref would be freed before the caller has it."""
+
+    active = False
+
+    @staticmethod
+    def refuse() -> NoReturn:
+        raise PayloadError(
+            "is or holds a ref, which means nothing to the caller: return its value, as in `return await "
+            "handle.remote(...)`, or in a `def` `return handle.remote(...).result()`"
+        )
+
+
+returning = _Returning()
 
 
 class DeploymentResponse(Future):
@@ -387,6 +403,8 @@ class DeploymentResponse(Future):
         return self._inner
 
     def __reduce__(self) -> tuple[Any, ...]:
+        if returning.active:
+            returning.refuse()
         return Future, (self.key,)
 
     def __dask_tokenize__(self) -> Any:

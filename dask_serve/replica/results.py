@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 from distributed import Future
 
 from ..exceptions import PayloadError
-from ..response import Assigned, DeploymentResponse
+from ..response import Assigned, DeploymentResponse, returning
 from ..wire import payloads
 from ..wire.frames import Buffer
 
 __all__ = ["dump_result", "refuse_futures"]
 
-#: Refs and futures are pickled as the class in this module.
+#: Dask futures are pickled as a class of this module.
 _MODULE = Future.__module__.encode()
 
 
@@ -26,21 +26,23 @@ def dump_result(value: Any) -> list[Buffer]:
         It cannot be pickled, or it is or holds a ref or a Dask future: its value would be freed when the method
         returns, and the caller could not find it.
     """
-    refuse_futures(value)
-    parts = payloads.dumps(value)
+    returning.active = True
+    try:
+        parts = payloads.dumps(value)
+    finally:
+        returning.active = False
     if _MODULE in parts[0]:
-        # Something in there may be one; looking is slower.
-        return payloads.dumps(value, dict.fromkeys((Future, DeploymentResponse, Assigned), refuse_futures))
+        # Something in there may be a future; looking is slower.
+        return payloads.dumps(value, {Future: refuse_futures})
     return parts
 
 
 def refuse_futures(value: Any) -> Any:
     """Raise `PayloadError` for a ref or a Dask future."""
     if isinstance(value, (DeploymentResponse, Assigned)):
-        _refuse("a ref", "`return await handle.remote(...)`, or in a `def` `return handle.remote(...).result()`")
+        returning.refuse()
     if isinstance(value, Future):
-        _refuse("a Dask future", "`return future.result()` in a `def`")
-
-
-def _refuse(what: str, repair: str) -> NoReturn:
-    raise PayloadError(f"is or holds {what}, which means nothing to the caller: return its value, as in {repair}")
+        raise PayloadError(
+            "is or holds a Dask future, which means nothing to the caller: return its value, as in "
+            "`return future.result()`"
+        )
