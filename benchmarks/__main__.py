@@ -10,23 +10,25 @@ from pathlib import Path
 
 from distributed import Client
 
-from . import door, handle_calls, http_noop, memory
+from . import door, handle_calls, http_noop, memory, streams
 from .load import generator
 from .processes import cluster
 from .table import Row, page
 
-PARTS = ("http", "handle", "memory", "door")
+PARTS = ("http", "handle", "streams", "memory", "door")
 RESULTS = Path(__file__).parent / "results.md"
 
 
 def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
-    """Measure one part after the other; each but the first two has a cluster of its own."""
-    if "http" in parts or "handle" in parts:
+    """Measure one part after the other; each but the first three has a cluster of its own."""
+    if {"http", "handle", "streams"} & {*parts}:
         with cluster() as running, Client(running.address, set_as_default=False) as client:
             if "http" in parts:
                 yield from http_noop.rows(running, client, pairs, seconds)
             if "handle" in parts:
                 yield from handle_calls.rows(running, client, pairs, seconds)
+            if "streams" in parts:
+                yield from streams.rows(running, client, pairs, seconds)
     if "memory" in parts:
         yield from memory.rows(pairs)
     if "door" in parts:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import threading
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -22,6 +25,31 @@ class NoOp:
     async def echo(self, value: Any) -> Any:
         """Do what ``dask_actor.Echo`` does."""
         return value
+
+
+@serve.deployment(max_ongoing_requests=1000)
+class Streamer:
+    """Yields without end, and does nothing else."""
+
+    async def numbers(self) -> AsyncIterator[int]:
+        """Yield without ever waiting."""
+        for number in itertools.count():
+            yield number
+
+    def blocking_numbers(self) -> Iterator[int]:
+        """Do the same in a thread."""
+        yield from itertools.count()
+
+    async def records(self) -> AsyncIterator[dict[str, Any]]:
+        """Yield what has to be pickled item by item."""
+        for number in itertools.count():
+            yield {"token": "word", "number": number}
+
+    async def ticks(self) -> AsyncIterator[int]:
+        """Yield one item in a turn of the event loop."""
+        for number in itertools.count():
+            await asyncio.sleep(0)
+            yield number
 
 
 @serve.deployment

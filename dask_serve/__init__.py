@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from .gathering import gather
     from .handle import DeploymentHandle
     from .response import DeploymentResponse
+    from .streaming import DeploymentResponseGenerator
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ __all__ = [
     "DeploymentFailedError",
     "DeploymentHandle",
     "DeploymentResponse",
+    "DeploymentResponseGenerator",
     "DeploymentUnavailableError",
     "MethodNotFoundError",
     "NotRunningError",
@@ -92,6 +94,7 @@ _MODULES = {
     "gathering": ("gather",),
     "handle": ("DeploymentHandle",),
     "response": ("DeploymentResponse",),
+    "streaming": ("DeploymentResponseGenerator",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -113,6 +113,9 @@ class CallOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     request_class : "online", "background" or None, default None
         Where requests wait at a router, background ones let online ones go first (but for one of ten). None: as the
         request that makes the call, else online.
+    stream : bool, default False
+        True: the method is a generator, and ``remote`` returns a stream of what it yields, a
+        `DeploymentResponseGenerator`.
     request_id : str or None, default None
         Stands in logs and errors. None: that of the request that makes the call, else a new one.
     """
@@ -125,6 +128,7 @@ class CallOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     request_class: Annotated[
         Literal["online", "background"] | None, Meta(description='it is "online", "background" or None')
     ] = None
+    stream: bool = False
     request_id: Annotated[
         Annotated[str, Meta(pattern=r"^[!-~]{1,128}\Z")] | None,
         Meta(description="it is a str of 1 to 128 printable ASCII characters without blanks, or None"),

@@ -24,8 +24,10 @@ from .response import Assigned, DeploymentResponse
 from .routing.router import Router
 from .routing.session import Session
 from .routing.state import Outcome, RefState
+from .routing.stream import StreamState
 from .session.arguments import Arguments, culprit
 from .session.peers import current_client, current_worker
+from .streaming import AssignedStream, DeploymentResponseGenerator
 from .wire import payloads
 from .wire.loops import running_loop
 
@@ -58,6 +60,10 @@ _ELSEWHERE = {
     "use_new_handle_api": "leave it out: handles are of one kind here",
     "_prefer_local_routing": "leave it out: routers choose by load",
 }
+
+#: The state of a call, what stands for its answer, and what is awaited for that.
+_REF: tuple[Any, Any, Any] = RefState, DeploymentResponse, Assigned
+_STREAM: tuple[Any, Any, Any] = StreamState, DeploymentResponseGenerator, AssignedStream
 
 #: Request ids are unique by this prefix, made anew in each process, and a count.
 _prefix = os.urandom(6).hex()
@@ -115,6 +121,7 @@ class DeploymentHandle:
         "_client",
         "_here",
         "_id",
+        "_kinds",
         "_method",
         "_methods",
         "_model_id",
@@ -162,6 +169,7 @@ class DeploymentHandle:
         self._model_id = options.multiplexed_model_id
         self._background = None if options.request_class is None else options.request_class == "background"
         self._request_id = options.request_id
+        self._kinds = _STREAM if options.stream else _REF
 
     # ------------------------------------------------------------------ identity
 
@@ -230,8 +238,8 @@ class DeploymentHandle:
 
         Returns
         -------
-        DeploymentResponse
-            The ref; with ``sync=False`` an awaitable of it.
+        DeploymentResponse or DeploymentResponseGenerator
+            The ref, or the stream; with ``sync=False`` an awaitable of it.
         """
         session = self._session
         if session is None or session.closed:
@@ -249,13 +257,14 @@ class DeploymentHandle:
             request_id, timeout = self._request_id or context.request_id, self._remaining(context.deadline, session)
             if background is None:
                 background = context.background
-        state = RefState(self._method, (), request_id)
+        make_state, make_ref, assigned = self._kinds
+        state = make_state(self._method, (), request_id)
         state.retries = self._retries
         if background:
             state.background = True
         if self._model_id:
             state.model_id = self._model_id
-        ref = DeploymentResponse(session, state, _why_not_to_block)
+        ref = make_ref(session, state, _why_not_to_block)
         arguments: Arguments | None = None
         parts = payloads.dumps_plain(args, kwargs)
         if parts is None:
@@ -266,7 +275,7 @@ class DeploymentHandle:
                 which = culprit(args, kwargs, arguments.reducers)
                 what = f"{which} of a call of {self._id!r}, method {self._method!r}, {error}"
                 state.settle("error", Outcome(error=("PayloadError", what)))
-                return ref if self._sync else Assigned(ref)
+                return ref if self._sync else assigned(ref)
         state.parts = parts
         if here is not None:
             loop, router, thread = here
@@ -284,7 +293,7 @@ class DeploymentHandle:
                 engine.put(arguments.start, lambda left: _submit(fabric, id, state, left))
             else:
                 engine.put(_submit, fabric, id, state, timeout)
-        return ref if self._sync else Assigned(ref)
+        return ref if self._sync else assigned(ref)
 
     def _remaining(self, deadline: float | None, session: Session) -> float | None:
         """Return the seconds that a call may take: its own, and no more than the request has that makes it."""
@@ -351,15 +360,15 @@ def _unpickle(app: str, deployment: str, address: str | None, options: dict[str,
     return DeploymentHandle(app, deployment, address, **options)
 
 
-def _submit(fabric: Any, id: str, state: RefState, timeout: float | None) -> None:
+def _submit(fabric: Any, id: str, state: RefState | StreamState, timeout: float | None) -> None:
     fabric.router(id).submit(state, timeout, None)
 
 
-def _cancel_at(fabric: Any, id: str, state: RefState, arguments: Arguments | None) -> None:
+def _cancel_at(fabric: Any, id: str, state: RefState | StreamState, arguments: Arguments | None) -> None:
     _cancel(fabric.router(id), state, arguments)
 
 
-def _cancel(router: Router, state: RefState, arguments: Arguments | None) -> None:
+def _cancel(router: Router, state: RefState | StreamState, arguments: Arguments | None) -> None:
     """Cancel a call wherever it is by now (on its router's loop)."""
     if not (arguments is not None and arguments.cancel()) and not state.done():
         router.cancel(state)

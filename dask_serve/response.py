@@ -498,10 +498,10 @@ class Assigned:
 
     __slots__ = ("ref",)
 
-    def __init__(self, ref: DeploymentResponse) -> None:
+    def __init__(self, ref: Any) -> None:
         self.ref = ref
 
-    def __await__(self) -> Generator[Any, None, DeploymentResponse]:
+    def __await__(self) -> Generator[Any, None, Any]:
         yield from ()
         return self.ref
 

@@ -33,7 +33,7 @@ from ..routing.fabric import Fabric
 from ..routing.router import Router
 from ..routing.table import RouteEntry, Table
 from ..wire.frames import Buffer
-from ..wire.messages import Chunk, Failure, HttpHead, Reply
+from ..wire.messages import LEAST, WINDOW_STEP, Chunk, Failure, HttpHead, Reply
 from .protocol import CONNECTION, ProxyProtocol
 
 __all__ = ["Forwarder", "HttpCall"]
@@ -269,12 +269,15 @@ class Forwarder:
 
     async def _pass_on(self, call: HttpCall, send: Send) -> None:
         """Send the chunks as they come, until the body is whole or has failed."""
+        consumed = 0
         while True:
             while call.chunks:
                 chunk = bytes(call.chunks.popleft())
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                if not call.ended:
-                    call.target[1].link.widen(call.number, len(chunk))
+                consumed += max(LEAST, len(chunk))
+                if consumed >= WINDOW_STEP and not call.ended:
+                    call.target[1].link.widen(call.number, consumed)
+                    consumed = 0
             if call.whole or call.ended:
                 return
             try:

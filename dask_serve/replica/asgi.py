@@ -1,7 +1,7 @@
 """The replica's side of HTTP: user code is given a Starlette request, and its answer is rendered here.
 
 A plain answer leaves as one frame. A streaming one is an ordinary ASGI conversation whose chunks move against a window:
-user code waits in ``send`` while the caller has `WINDOW` bytes that it has not consumed.
+user code waits in ``send`` while the caller has a whole window that it has not consumed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import re
 from collections.abc import Callable
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -21,16 +22,14 @@ from ..context import request_context
 from ..exceptions import MethodNotFoundError
 from ..wire.messages import HttpHead, Kind
 from .execution import Answer, Execution
+from .outflow import BodyFlow
 from .results import refuse_futures
-from .streams import END, opened
+from .streams import TURN, forget_deadline, is_stream, pour
 
 if TYPE_CHECKING:
     from .user import UserCode
 
 __all__ = ["HttpAdapter"]
-
-#: Bytes of a streamed answer that may be on their way.
-WINDOW = 256 * 1024
 
 #: What no header may contain; a proxy would have to break the connection.
 _bad_name = re.compile(rb"[\x00-\x20\x7f()<>@,;:\[\]={}\\\"]").search
@@ -84,7 +83,7 @@ class HttpAdapter:
                 if inspect.iscoroutine(result):
                     # An async method behind a plain decorator.
                     result = await result
-            if inspect.isasyncgen(result) or inspect.isgenerator(result):
+            if is_stream(result):
                 answer = await conversation.stream(result)
             else:
                 answer = await conversation.finish(_response(result))
@@ -117,6 +116,8 @@ class _Conversation:
         self._scope = _scope(head)
         self._body_taken = False
         self._runs_on = False
+        self._flow: BodyFlow | None = None
+        self._paused = monotonic()
 
     def request(self) -> Request:
         return Request(self._scope, self._receive, self._send)
@@ -132,21 +133,26 @@ class _Conversation:
             await response(self._scope, self._receive, self._send)
         finally:
             source = getattr(response, "body_iterator", None)
-            if inspect.isasyncgen(source):
-                await source.aclose()
+            close = getattr(source, "aclose", None)
+            if close is not None:
+                await close()
         return Answer(Kind.END)
 
     async def stream(self, generator: Any) -> Answer:
         """Send what a generator yields; the head waits for the first chunk: an error before it has its own status."""
-        async with opened(generator, self._user.in_pool) as following:
-            chunk = await following()
-            headers = _TEXT if chunk is END or isinstance(chunk, str) else _BINARY
-            body = chunk if chunk is END else _as_bytes(chunk)
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-            while body is not END:
-                await self._send({"type": "http.response.body", "body": body, "more_body": True})
-                chunk = await following()
-                body = chunk if chunk is END else _as_bytes(chunk)
+        flow = BodyFlow(self._user, self._execution, self._user.tell)
+
+        def put(chunk: Any) -> None:
+            body = _as_bytes(chunk)
+            if not self.started:
+                self.started = True
+                flow.head(200, _TEXT if isinstance(chunk, str) else _BINARY)
+            if body:
+                flow.put(body)
+
+        await pour(self._user, self._execution, generator, flow, put)
+        if not self.started:
+            flow.head(200, _TEXT)
         return Answer(Kind.END)
 
     async def _receive(self) -> dict[str, Any]:
@@ -165,28 +171,25 @@ class _Conversation:
 
     async def _send(self, message: Any) -> None:
         execution = self._execution
+        flow = self._flow
+        if flow is None:
+            flow = self._flow = BodyFlow(self._user, execution, self._user.tell)
         if message["type"] == "http.response.start":
             headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
             _check(headers)
             self.started = True
-            self._user.send(execution, Answer(Kind.CHUNK, status=message["status"], headers=headers))
+            flow.head(message["status"], headers)
         elif message["type"] == "http.response.body":
             body = message.get("body", b"")
             if body:
-                await self._room()
-                execution.outstanding += len(body)
-                self._user.send(execution, Answer(Kind.CHUNK, (bytes(body),)))
+                if flow.full or monotonic() - self._paused > TURN:
+                    await flow.pause()
+                    self._paused = monotonic()
+                flow.put(bytes(body))
+                forget_deadline(execution)
             if self._runs_on and not message.get("more_body"):
-                # An empty chunk: the body is whole, and the client has its answer while background tasks run.
-                self._user.send(execution, Answer(Kind.CHUNK))
-
-    async def _room(self) -> None:
-        execution = self._execution
-        while execution.outstanding >= WINDOW:
-            if execution.room is None:
-                execution.room = asyncio.Event()
-            execution.room.clear()
-            await execution.room.wait()
+                # The body is whole, and the client has its answer while background tasks run.
+                flow.end()
 
 
 def _scope(head: HttpHead) -> dict[str, Any]:

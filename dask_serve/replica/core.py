@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..policy.admission import Admission
 from ..wire.frames import Buffer, Frame, encode_frame
-from ..wire.messages import Call, Chunk, Failure, Kind, ReplicaName, Reply, Want, encode
+from ..wire.messages import Call, Failure, Kind, ReplicaName, Reply, Want, encode
 from .execution import Answer, Execution
 
 if TYPE_CHECKING:
@@ -134,13 +134,11 @@ class ReplicaCore:
         self._user.begin(execution)
 
     def on_answer(self, execution: Execution, answer: Answer) -> None:
-        """User code has answered, or sent a part of its answer."""
+        """User code has answered; what it streamed before leaves first."""
         kind = answer.kind
         connection = execution.connection
-        if kind == Kind.CHUNK:
-            execution.started = True
-            connection.send(kind, execution.request, encode(Chunk(answer.status, answer.headers)), answer.parts)
-            return
+        if execution.outflow is not None:
+            execution.outflow.drain()
         now = time.monotonic()
         self._active -= 1
         if kind == Kind.ERROR:

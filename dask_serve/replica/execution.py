@@ -14,6 +14,7 @@ from ..wire.messages import Call
 
 if TYPE_CHECKING:
     from .core import ReplicaCore
+    from .outflow import Outflow
 
 __all__ = ["Answer", "Execution"]
 
@@ -49,10 +50,9 @@ class Execution:
         "core",
         "deadline",
         "on_cancel",
-        "outstanding",
+        "outflow",
         "parts",
         "request",
-        "room",
         "running",
         "started",
         "task",
@@ -76,9 +76,8 @@ class Execution:
         #: A part of the answer has been sent.
         self.started = False
         self.task: asyncio.Task[None] | None = None
-        #: Bytes of a streamed answer that the caller has not consumed yet, and who waits for fewer of them.
-        self.outstanding = 0
-        self.room: asyncio.Event | None = None
+        #: The parts of a streamed answer on their way out.
+        self.outflow: Outflow | None = None
         self.on_cancel: asyncio.Event | None = None
 
     def context(self) -> RequestContext:

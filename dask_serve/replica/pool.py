@@ -33,6 +33,16 @@ class Pool:
         self._lock = threading.Lock()
         self._stopped = False
 
+    @property
+    def stopped(self) -> bool:
+        """Nothing is started any more."""
+        return self._stopped
+
+    @property
+    def is_awaited(self) -> bool:
+        """Something waits for a thread."""
+        return not self._jobs.empty()
+
     def submit(self, function: Callable[..., object], *args: Any) -> None:
         """Run ``function``, which does not raise, on a thread. From any thread."""
         self._jobs.put((function, args))

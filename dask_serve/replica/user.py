@@ -30,6 +30,7 @@ from .door import Door
 from .execution import Answer, Execution
 from .pool import Pool
 from .results import dump_result
+from .streams import is_stream, serve_stream
 
 __all__ = ["UserCode"]
 
@@ -154,6 +155,7 @@ class UserCode:
         """Everything is there: requests may come."""
         self._door = door
         self._starts = Outbox(door.loop, self._inbox)
+        self._told = Outbox(self.loop, door.mailbox)
         self._context.run(replica_context.set, replica)
         self._http = HttpAdapter(self)
 
@@ -202,7 +204,7 @@ class UserCode:
     def begin(self, execution: Execution) -> None:
         """Run an admitted request."""
         call = execution.call
-        if call.http is None and not call.attachments:
+        if call.http is None and not call.attachments and not call.stream:
             method = self._methods.get(call.method)
             if method is not None and not method[1]:
                 # A known `def`: nothing is to be done for it on the user loop.
@@ -216,7 +218,12 @@ class UserCode:
 
     def widen(self, execution: Execution, nbytes: int) -> None:
         """The caller has consumed ``nbytes`` of a streamed answer."""
-        self._starts.put((self._widen, (execution, nbytes)))
+        if execution.outflow is not None:
+            execution.outflow.widen(nbytes)
+
+    def wake(self, waiter: asyncio.Future[None]) -> None:
+        """Let a coroutine of the user loop go on."""
+        self._starts.put((_wake, waiter))
 
     def _on_mail(self, mail: tuple[Callable[[Any], None], Any]) -> None:
         mail[0](mail[1])
@@ -228,6 +235,8 @@ class UserCode:
         elif call.http is not None:
             assert self._http is not None
             execution.task = self.loop.create_task(self._http.serve(execution))
+        elif call.stream:
+            execution.task = self.loop.create_task(serve_stream(self, execution))
         else:
             try:
                 function, is_async = self.method(call.method)
@@ -252,12 +261,6 @@ class UserCode:
                     self._answer(execution, _CANCELLED)
 
             task.add_done_callback(answered)
-
-    def _widen(self, change: tuple[Execution, int]) -> None:
-        execution, nbytes = change
-        execution.outstanding -= nbytes
-        if execution.room is not None:
-            execution.room.set()
 
     # ------------------------------------------------------------------ running
 
@@ -322,6 +325,11 @@ class UserCode:
         try:
             parts = dump_result(value)
         except PayloadError as error:
+            if is_stream(value):
+                raise PayloadError(
+                    f"the method called in replica {self.id} returned a generator; call it with "
+                    "handle.options(stream=True) and iterate over what that returns"
+                ) from None
             raise PayloadError(f"the result of replica {self.id}, a {type(value).__name__}, {error}") from error
         nbytes = payloads.size_of(parts)
         if nbytes < INLINE_BELOW:
@@ -391,8 +399,24 @@ class UserCode:
             self._door.answer(answers[0][0].core, answers, True)
 
     def send(self, execution: Execution, answer: Answer) -> None:
-        """Hand over an answer, or a part of one."""
+        """Hand over an answer."""
         self._answer(execution, answer)
+
+    def tell(self, mail: Any) -> None:
+        """Put something into the door's mailbox, with what else this tick of the user loop brings."""
+        self._told.put(mail)
+
+    def tell_at_once(self, mail: Any) -> None:
+        """Put something into the door's mailbox, from a thread of the pool."""
+        assert self._door is not None
+        # Nobody is left who could read it.
+        with contextlib.suppress(RuntimeError):
+            self._door.mailbox.put(mail)
+
+
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 async def _loaded(parts: Sequence[Buffer]) -> Any:

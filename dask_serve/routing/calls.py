@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from ..exceptions import RequestError
 from ..wire.frames import Buffer
@@ -29,7 +29,11 @@ class Outgoing:
         The model that it is for, or "".
     background : bool
         It lets others go first while it waits at the router.
+    stream : bool
+        The answer is a stream of Python objects.
     """
+
+    stream: ClassVar[bool] = False
 
     __slots__ = (
         "attachments",

@@ -201,6 +201,7 @@ class Link:
             list(call.attachments),
             call.model_id,
             call.background,
+            call.stream,
         )
         self._connection.send(Kind.CALL, number, encode(header), call.parts)
         under_way = len(self._calls)

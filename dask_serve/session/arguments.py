@@ -14,6 +14,7 @@ from ..exceptions import PayloadError, RequestCancelledError, RequestTimeoutErro
 from ..response import Assigned, DeploymentResponse
 from ..routing.session import Session
 from ..routing.state import Outcome, RefState
+from ..routing.stream import StreamState
 from ..wire import payloads
 from ..wire.frames import Buffer
 from ..wire.messages import Attachment
@@ -37,7 +38,7 @@ class Arguments:
 
     __slots__ = ("_session", "_state", "_task", "_timeout", "_values")
 
-    def __init__(self, session: Session, state: RefState, timeout: float | None) -> None:
+    def __init__(self, session: Session, state: RefState | StreamState, timeout: float | None) -> None:
         self._session = session
         self._state = state
         self._timeout = timeout

@@ -13,6 +13,9 @@ import msgspec
 from msgspec import Struct
 
 __all__ = [
+    "LEAST",
+    "WINDOW",
+    "WINDOW_STEP",
     "Attachment",
     "Call",
     "Chunk",
@@ -29,6 +32,13 @@ __all__ = [
 
 #: The wire's versions that this code speaks, the preferred one first.
 VERSIONS: Final = (1,)
+
+#: Bytes of a stream that may be under way: yielded in the replica, and not consumed by the caller.
+WINDOW: Final = 256 * 1024
+#: The caller tells what it has consumed in steps of this many bytes.
+WINDOW_STEP: Final = WINDOW // 4
+#: What an item counts at least, so that small ones are bounded too.
+LEAST: Final = 1024
 
 
 class Kind:
@@ -116,6 +126,8 @@ class Call(Struct, array_like=True, gc=False):
     model_id: str = ""
     #: It lets online requests go first.
     background: bool = False
+    #: The answer is a stream: the method returns a generator.
+    stream: bool = False
 
 
 class Reply(Struct, array_like=True, gc=False):
@@ -155,6 +167,8 @@ class Chunk(Struct, array_like=True, gc=False):
 
     status: int = 0
     headers: list[tuple[bytes, bytes]] = []
+    #: Of a stream of Python objects: how its items lie in the payload (`chunks`).
+    items: list[int] = []
 
 
 class Window(Struct, array_like=True, gc=False):
