@@ -882,6 +882,10 @@ def test_a_killed_replica(tmp_path):
 
         stream = handle.options(retries_on_loss=5).remote(100, path)
         assert next(stream) == 0
+        deadline = time.monotonic() + 10
+        while sum(-count for count, _ in stream._local.entries) < 99:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         os.kill(pids(1)[0], signal.SIGKILL)
         began = time.monotonic()
         found: list[int] = []
