@@ -186,7 +186,7 @@ class _Conversation:
                     await flow.pause()
                     self._paused = monotonic()
                 flow.put(bytes(body))
-                forget_deadline(execution)
+                forget_deadline()
             if self._runs_on and not message.get("more_body"):
                 # The body is whole, and the client has its answer while background tasks run.
                 flow.end()

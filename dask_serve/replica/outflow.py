@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import PayloadError
-from ..wire.chunks import freeze, pack
+from ..wire.chunks import FRAME, freeze, pack
 from ..wire.frames import Buffer
 from ..wire.messages import LEAST, WINDOW, Chunk, Kind, encode
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .user import UserCode
 
 __all__ = ["BodyFlow", "ItemFlow", "Outflow"]
+
+#: Parts of this many bytes do not wait for the end of a tick.
+_LARGE = 16 * 1024
 
 
 class Outflow:
@@ -53,7 +56,11 @@ class Outflow:
     def _append(self, entry: Any, nbytes: int) -> None:
         self._entries.append(entry)
         self._put += nbytes
-        if not self._noted:
+        if nbytes >= _LARGE:
+            # The door writes it while user code goes on.
+            self._noted = True
+            self._user.tell_at_once((None, self.drain))
+        elif not self._noted:
             self._noted = True
             self.tell((None, self.drain))
 
@@ -162,14 +169,19 @@ class BodyFlow(Outflow):
         self._append(Chunk(), 0)
 
     def _send(self, entries: list[Any]) -> None:
-        chunk, parts = Chunk(), []
+        chunk, size = Chunk(), 0
+        parts: list[Buffer] = []
         for entry in entries:
             if type(entry) is not Chunk:
+                if parts and size + len(entry) > FRAME:
+                    self._send_chunk(chunk, parts)
+                    chunk, parts, size = Chunk(), [], 0
                 parts.append(entry)
+                size += len(entry)
                 continue
             if parts or chunk.status:
                 self._send_chunk(chunk, parts)
-            chunk, parts = entry, []
+            chunk, parts, size = entry, [], 0
             if not entry.status:
                 # A chunk without anything, which is the end.
                 self._send_chunk(entry, parts)

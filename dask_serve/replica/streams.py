@@ -98,7 +98,7 @@ async def _pour(execution: Execution, source: AsyncIterator[Any], flow: Outflow,
             put(item)
             if first:
                 first = False
-                forget_deadline(execution)
+                forget_deadline()
                 # It leaves before the generator goes on.
                 await asyncio.sleep(0)
             elif flow.full or monotonic() - began > TURN:
@@ -110,10 +110,11 @@ async def _pour(execution: Execution, source: AsyncIterator[Any], flow: Outflow,
             await close()
 
 
-def forget_deadline(execution: Execution) -> None:
+def forget_deadline() -> None:
     """The deadline is for the first part of the answer: calls that the generator makes later have none of it."""
-    if execution.deadline is not None:
-        request_context.set(execution.context()._replace(deadline=None))
+    context = request_context.get()
+    if context is not None and context.deadline is not None:
+        request_context.set(context._replace(deadline=None))
 
 
 class _Blocking:
@@ -200,7 +201,7 @@ class _Blocking:
             put(item)
             if self._first:
                 self._first = False
-                forget_deadline(execution)
+                forget_deadline()
             if flow.full:
                 return _FULL
             if pool.is_awaited and monotonic() >= end:

@@ -15,12 +15,12 @@ from . import payloads
 from .frames import Buffer
 from .messages import LEAST, WINDOW_STEP
 
-__all__ = ["Entry", "freeze", "pack", "thaw"]
+__all__ = ["FRAME", "Entry", "freeze", "pack", "thaw"]
 
 #: Small values in one entry: all of them count as consumed when the next entry is begun.
 _RUN = WINDOW_STEP // LEAST
 #: A frame that has this many bytes is full; a large item has a frame to itself.
-_FRAME = 64 * 1024
+FRAME = 64 * 1024
 #: A frame has at most 65,535 payload parts.
 _PARTS = 60_000
 
@@ -60,7 +60,7 @@ def pack(entries: Iterable[Entry]) -> Iterator[tuple[list[int], list[Buffer]]]:
     size = 0
     for count, entry in _with_runs(entries):
         nbytes = payloads.size_of(entry)
-        if counts and (size + nbytes > _FRAME or len(parts) + len(entry) > _PARTS):
+        if counts and (size + nbytes > FRAME or len(parts) + len(entry) > _PARTS):
             yield counts, parts
             counts, parts, size = [], [], 0
         counts.append(count)
