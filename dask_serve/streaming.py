@@ -9,10 +9,10 @@ from collections.abc import Callable, Generator
 from typing import Any, NoReturn
 
 from .exceptions import PayloadError, RequestCancelledError, ServeError
-from .response import SECEDE_AFTER, Assigned
+from .response import Assigned
 from .routing.session import Session
 from .routing.stream import StreamState
-from .session.waiting import in_dask_task, seceded
+from .session.waiting import patiently
 from .wire.chunks import thaw
 from .wire.messages import WINDOW_STEP
 
@@ -88,15 +88,7 @@ class DeploymentResponseGenerator:
                 if found == _END:
                     raise StopIteration
                 if found == _WAIT:
-                    self._wait_in_thread()
-
-    def _wait_in_thread(self) -> None:
-        """Wait for more; a Dask task gives its thread back meanwhile, which the generator may need."""
-        if not in_dask_task():
-            self._local.wait_in_thread(None)
-        elif not self._local.wait_in_thread(SECEDE_AFTER):
-            with seceded():
-                self._local.wait_in_thread(None)
+                    patiently(self._local.wait_in_thread, None)
 
     def _refuse_to_block(self) -> None:
         why = "the event loop of the asynchronous client" if self._session.is_asynchronous else self._blocked()

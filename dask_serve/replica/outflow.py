@@ -13,6 +13,8 @@ from ..wire.chunks import FRAME, freeze, pack
 from ..wire.frames import Buffer
 from ..wire.messages import LEAST, WINDOW, Chunk, Kind, encode
 
+from .results import dump_result
+
 if TYPE_CHECKING:
     from .execution import Execution
     from .user import UserCode
@@ -139,7 +141,7 @@ class ItemFlow(Outflow):
     def put(self, item: Any) -> None:
         """Take an item as it is now."""
         try:
-            entry, nbytes = freeze(item)
+            entry, nbytes = freeze(item, dump_result)
         except PayloadError as error:
             raise PayloadError(
                 f"an item that replica {self._user.id} yielded, a {type(item).__name__}, {error}"

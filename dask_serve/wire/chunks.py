@@ -8,7 +8,7 @@ an item with the same bytes against the window, each with at least `LEAST`, so t
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from . import payloads
@@ -34,7 +34,7 @@ _TEXTS = frozenset({bytes, str})
 Entry = Any
 
 
-def freeze(item: Any) -> tuple[Entry, int]:
+def freeze(item: Any, dumps: Callable[[Any], list[Buffer]] = payloads.dumps) -> tuple[Entry, int]:
     """Return an item as it is now, whatever user code does to it later, and the bytes that it counts.
 
     Small values of plain types cannot change, so that they need not be pickled one by one.
@@ -47,7 +47,7 @@ def freeze(item: Any) -> tuple[Entry, int]:
     kind = type(item)
     if kind in _NUMBERS or (kind is int and -_INT < item < _INT) or (kind in _TEXTS and len(item) <= _SHORT):
         return item, LEAST
-    parts = payloads.dumps(item)
+    parts = dumps(item)
     if len(parts) == 1 and len(parts[0]) <= LEAST:
         return (parts[0],), LEAST
     return parts, max(LEAST, payloads.size_of(parts))
