@@ -12,7 +12,6 @@ from ..exceptions import PayloadError
 from ..wire.chunks import FRAME, freeze, pack
 from ..wire.frames import Buffer
 from ..wire.messages import LEAST, WINDOW, Chunk, Kind, encode
-
 from .results import dump_result
 
 if TYPE_CHECKING:
