@@ -23,8 +23,8 @@ from ..exceptions import MethodNotFoundError
 from ..wire.messages import HttpHead, Kind
 from .execution import Answer, Execution
 from .outflow import BodyFlow
-from .results import refuse_futures
-from .streams import TURN, forget_deadline, is_stream, pour
+from .results import is_stream, refuse_futures
+from .streams import TURN, forget_deadline, pour
 
 if TYPE_CHECKING:
     from .user import UserCode

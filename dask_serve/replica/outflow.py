@@ -12,7 +12,7 @@ from ..exceptions import PayloadError
 from ..wire.chunks import FRAME, freeze, pack
 from ..wire.frames import Buffer
 from ..wire.messages import LEAST, WINDOW, Chunk, Kind, encode
-from .results import dump_result
+from .results import dump_item
 
 if TYPE_CHECKING:
     from .execution import Execution
@@ -140,7 +140,7 @@ class ItemFlow(Outflow):
     def put(self, item: Any) -> None:
         """Take an item as it is now."""
         try:
-            entry, nbytes = freeze(item, dump_result)
+            entry, nbytes = freeze(item, dump_item)
         except PayloadError as error:
             raise PayloadError(
                 f"an item that replica {self._user.id} yielded, a {type(item).__name__}, {error}"

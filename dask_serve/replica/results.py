@@ -11,14 +11,31 @@ from ..response import Assigned, DeploymentResponse, returning
 from ..wire import payloads
 from ..wire.frames import Buffer
 
-__all__ = ["dump_result", "refuse_futures"]
+__all__ = ["dump_item", "dump_result", "is_stream", "refuse_futures"]
 
 #: Dask futures are pickled as a class of this module.
 _MODULE = Future.__module__.encode()
 
 
+def is_stream(value: object) -> bool:
+    """Tell whether something is a generator, or an iterator of another kind."""
+    return hasattr(type(value), "__anext__") or hasattr(type(value), "__next__")
+
+
 def dump_result(value: Any) -> list[Buffer]:
-    """Serialise what a method returned.
+    """Serialise what a method returned, as `dump_item` does."""
+    try:
+        return dump_item(value)
+    except PayloadError:
+        if is_stream(value):
+            raise PayloadError(
+                "comes in items: call the method with handle.options(stream=True) and iterate over what that returns"
+            ) from None
+        raise
+
+
+def dump_item(value: Any) -> list[Buffer]:
+    """Serialise what user code gives to its caller.
 
     Raises
     ------

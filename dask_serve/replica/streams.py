@@ -19,21 +19,17 @@ from ..exceptions import PayloadError
 from ..wire.messages import Kind
 from .execution import Answer, Execution
 from .outflow import ItemFlow, Outflow
+from .results import is_stream
 
 if TYPE_CHECKING:
     from .user import UserCode
 
-__all__ = ["TURN", "forget_deadline", "is_stream", "pour", "serve_stream"]
+__all__ = ["TURN", "forget_deadline", "pour", "serve_stream"]
 
 #: Seconds that a generator may keep its loop, or a thread that others wait for.
 TURN = 0.001
 
 _DONE, _FULL, _OTHERS = range(3)
-
-
-def is_stream(value: object) -> bool:
-    """Tell whether something is a generator, or an iterator of another kind."""
-    return hasattr(type(value), "__anext__") or hasattr(type(value), "__next__")
 
 
 async def serve_stream(user: UserCode, execution: Execution) -> None:

@@ -30,7 +30,7 @@ from .door import Door
 from .execution import Answer, Execution
 from .pool import Pool
 from .results import dump_result
-from .streams import is_stream, serve_stream
+from .streams import serve_stream
 
 __all__ = ["UserCode"]
 
@@ -325,11 +325,6 @@ class UserCode:
         try:
             parts = dump_result(value)
         except PayloadError as error:
-            if is_stream(value):
-                raise PayloadError(
-                    f"the method called in replica {self.id} returned a generator; call it with "
-                    "handle.options(stream=True) and iterate over what that returns"
-                ) from None
             raise PayloadError(f"the result of replica {self.id}, a {type(value).__name__}, {error}") from error
         nbytes = payloads.size_of(parts)
         if nbytes < INLINE_BELOW:
