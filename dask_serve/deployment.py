@@ -109,7 +109,8 @@ class Deployment:
         ----------
         *args, **kwargs
             What ``__init__`` gets on each replica. Applications among them, also inside lists, tuples,
-            sets, dicts and dataclasses, arrive as handles; Dask futures arrive as their values.
+            sets, dicts, dataclasses and the like (named tuples, attrs, msgspec, pydantic, namespaces), arrive as
+            handles; Dask futures arrive as their values.
 
         Returns
         -------

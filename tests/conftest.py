@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from distributed.utils_test import (  # noqa: F401
     a,
     b,
@@ -15,3 +16,11 @@ from distributed.utils_test import (  # noqa: F401
     tls_client,
     tls_cluster,
 )
+
+from dask_serve.session.waiting import call_back
+
+
+@pytest.fixture(scope="session", autouse=True)
+def callback_thread():
+    """Dask's thread for callbacks stays; it is there before a test counts threads."""
+    call_back(lambda ref: None, None)

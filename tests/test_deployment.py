@@ -8,7 +8,9 @@ import inspect
 import sys
 import types
 import warnings
+from typing import NamedTuple
 
+import msgspec
 import pytest
 
 import dask_serve as serve
@@ -205,6 +207,39 @@ def test_applications_become_handles():
     assert args == ("handle of app/middle", [double, (slowly,)])
     assert kwargs == {"parts": Parts({"k": double}, [slowly]), "plain": 3}
     assert opened(built, "middle")[1] == (double,)
+
+
+class Pair(NamedTuple):
+    first: object
+    second: object
+
+
+class Record(msgspec.Struct):
+    part: object
+
+
+class LikeAttrs:
+    """What attrs makes of a class, as far as it matters here."""
+
+    __attrs_attrs__ = (types.SimpleNamespace(name="part"),)
+
+    def __init__(self, part):
+        self.part = part
+
+
+@pytest.mark.parametrize(
+    ("wrap", "unwrap"),
+    [
+        (lambda app: Pair(1, [app]), lambda pair: pair.second[0]),
+        (Record, lambda record: record.part),
+        (LikeAttrs, lambda made: made.part),
+        (lambda app: types.SimpleNamespace(deep={"k": app}), lambda space: space.deep["k"]),
+        (lambda app: {"k": ({1, 2}, frozenset([app]))}, lambda d: next(iter(d["k"][1]))),
+    ],
+)
+def test_applications_in_other_containers(wrap, unwrap):
+    built = build(Plain.bind(wrap(twice.bind())), "app")
+    assert unwrap(opened(built, "Plain")[1][0]) == "handle of app/double"
 
 
 def test_the_default_handle(monkeypatch):

@@ -10,14 +10,17 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import dask
+import dask.array
+import numpy as np
 import pytest
 import uvloop
-from distributed import Client, Future, Variable, as_completed, wait
+from distributed import Client, Future, Queue, Variable, as_completed, wait
 from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils_test import captured_logger, gen_cluster
 
@@ -57,6 +60,12 @@ class Model:
 
     def fail(self, text):
         raise ValueError(text)
+
+    def fail_because(self, text):
+        try:
+            self.fail(text)
+        except ValueError as error:
+            raise KeyError(text) from error
 
 
 class Graphs(SchedulerPlugin):
@@ -412,6 +421,45 @@ async def test_variables_and_published_data_sets(c, s, a, b):
 
 
 @gen_cluster(client=True)
+async def test_queues_and_collections(c, s, a, b):
+    handle = await serve.run(Model.bind(), route_prefix=None, client=c)
+    async with Client(s.address, asynchronous=True, set_as_default=False) as other:
+        queue, theirs = Queue("q", client=c), Queue("q", client=other)
+        for ref in (handle.remote(1), handle.large.remote(), handle.after.remote(0.05, "late")):
+            await queue.put(ref)
+        values = [await (await theirs.get(timeout=5)) for _ in range(3)]
+        assert values == [2, b"x" * LARGE, "late"]
+    # Blocks of an array: one that is here, one that is under way.
+    refs = [handle.after.remote(0, np.arange(20_000)), handle.after.remote(0.05, np.arange(20_000))]
+    blocks = [dask.array.from_delayed(dask.delayed(ref), (20_000,), int) for ref in refs]
+    assert await c.compute(dask.array.concatenate(blocks).sum()) == 2 * sum(range(20_000))
+    assert await c.gather(c.map(lambda x, y: x + y, [handle.remote(i) for i in range(3)], y=handle.remote(9))) == [
+        11,
+        12,
+        13,
+    ]
+
+
+@gen_cluster(client=True)
+async def test_traceback(c, s, a, b):
+    handle = await serve.run(Model.bind(), route_prefix=None, client=c)
+    made = await handle.fail.remote("x").traceback()
+    last = traceback.extract_tb(made)[-1]
+    assert (last.name, last.line) == ("fail", "raise ValueError(text)")
+    assert last.filename == __file__
+    assert "in fail" in "".join(traceback.format_tb(made))
+    # Of an exception with a cause, its own.
+    made = await handle.fail_because.remote("x").traceback()
+    assert traceback.extract_tb(made)[-1].name == "fail_because"
+    cancelled = handle.gate.remote(1)
+    cancelled.cancel()
+    assert await cancelled.traceback() is None
+    # What text it may be, it does no harm.
+    assert payloads.load_traceback("") is None
+    assert payloads.load_traceback("Traceback (most recent call last):\nnonsense") is None
+
+
+@gen_cluster(client=True)
 async def test_a_ref_goes_on_after_its_promotion(c, s, a, b):
     """The value belongs to Dask then, and the ref reads it there."""
     handle = await serve.run(Model.bind(), route_prefix=None, client=c)
@@ -568,7 +616,9 @@ def test_results_in_a_script(client, handle):
     assert ref.result(timeout=1) == 2
     assert ref.exception() is None
     assert ref.traceback() is None
-    assert isinstance(handle.fail.remote("x").exception(), ValueError)
+    failed = handle.fail.remote("x")
+    assert isinstance(failed.exception(), ValueError)
+    assert traceback.extract_tb(failed.traceback())[-1].name == "fail"
     with pytest.raises(ValueError, match="x"):
         handle.fail.remote("x").result()
     slow = handle.gate.remote(7)
@@ -642,6 +692,12 @@ def test_dask_functions_from_a_script(client, handle):
         assert Variable("v", client=other).get().result() == 2
         assert len(other.get_dataset("d").result()) == LARGE
     client.unpublish_dataset("d")
+    Queue("q").put(handle.remote(1))
+    assert Queue("q").get(timeout=5).result() == 2
+    block = dask.array.from_delayed(dask.delayed(handle.after.remote(0.05, np.arange(3))), (3,), int)
+    assert block.sum().compute() == 3
+    found = as_completed([handle.after.remote(0.2, 1), handle.fail.remote("x")], with_results=True, raise_errors=False)
+    assert [ref.status for ref, _ in found] == ["error", "finished"]
 
 
 def test_a_hundred_thousand_refs_come_and_go(client, handle):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
@@ -16,7 +17,7 @@ from .code import bound_handle, pack
 from .revision import revision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["Built", "Unbound", "build"]
 
@@ -139,7 +140,7 @@ class Unbound:
             raise AttributeError(attribute)
         raise ConfigError(
             f"the application of deployment {self._name!r} is no handle here: bind it into the deployment that uses "
-            "it, as an argument or inside a list, tuple, set, dict or dataclass"
+            "it, as an argument or inside a list, tuple, set, dict, dataclass or the like"
         )
 
 
@@ -159,9 +160,22 @@ def _applications(value: Any, seen: set[int] | None = None) -> Iterator[Applicat
         items = [*value.keys(), *value.values()]
     elif isinstance(value, (list, tuple, set, frozenset)):
         items = value
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [getattr(value, field.name, None) for field in dataclasses.fields(value)]
+    elif not isinstance(value, type):
+        items = [getattr(value, name, None) for name in _fields(value)]
     if items and id(value) not in seen:
         seen.add(id(value))
         for item in items:
             yield from _applications(item, seen)
+
+
+def _fields(value: Any) -> Iterable[str]:
+    """Return the names of an object's declared fields: of a dataclass, attrs, msgspec, pydantic, a namespace."""
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value)]
+    if isinstance(value, SimpleNamespace):
+        return vars(value)
+    kind = type(value)
+    attrs = getattr(kind, "__attrs_attrs__", None)
+    if attrs is not None:
+        return [attribute.name for attribute in attrs]
+    return getattr(kind, "__struct_fields__", None) or getattr(kind, "model_fields", None) or ()
