@@ -10,25 +10,27 @@ from pathlib import Path
 
 from distributed import Client
 
-from . import door, handle_calls, http_noop, memory, streams
+from . import arrays, chain, door, dropped, handle_calls, http_noop, memory, streams
 from .load import generator
-from .processes import cluster
+from .processes import DEADLINE, cluster
 from .table import Row, page
 
-PARTS = ("http", "handle", "streams", "memory", "door")
+PARTS = ("http", "handle", "streams", "refs", "memory", "door")
 RESULTS = Path(__file__).parent / "results.md"
 
 
 def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
-    """Measure one part after the other; each but the first three has a cluster of its own."""
+    """Measure one part after the other; the first three share a cluster, each other one has its own."""
     if {"http", "handle", "streams"} & {*parts}:
         with cluster() as running, Client(running.address, set_as_default=False) as client:
-            if "http" in parts:
-                yield from http_noop.rows(running, client, pairs, seconds)
-            if "handle" in parts:
-                yield from handle_calls.rows(running, client, pairs, seconds)
-            if "streams" in parts:
-                yield from streams.rows(running, client, pairs, seconds)
+            for name, part in [("http", http_noop), ("handle", handle_calls), ("streams", streams)]:
+                if name in parts:
+                    yield from part.rows(running, client, pairs, seconds)
+    if "refs" in parts:
+        with cluster(workers=2) as running, Client(running.address, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=DEADLINE)
+            for part in [chain, arrays, dropped]:
+                yield from part.rows(running, client, pairs, seconds)
     if "memory" in parts:
         yield from memory.rows(pairs)
     if "door" in parts:

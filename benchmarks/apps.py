@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
@@ -63,6 +64,27 @@ class Busy:
     async def echo(self, value: Any) -> Any:
         """Return the argument."""
         return value
+
+
+@serve.deployment
+class Maker:
+    """Returns an array that it has."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.array = np.ones(nbytes, np.uint8)
+
+    async def make(self) -> np.ndarray:
+        """Return the array."""
+        return self.array
+
+
+@serve.deployment
+class Taker:
+    """Takes an array, and looks at its size only."""
+
+    async def size(self, array: np.ndarray) -> int:
+        """Return its bytes."""
+        return array.nbytes
 
 
 def spin() -> None:

@@ -15,6 +15,7 @@ import dask_serve as serve
 
 from .apps import NoOp
 from .dask_actor import Echo
+from .loops import Loop, connect
 from .processes import Clock, Cluster
 from .table import Row, Sample, interleave
 
@@ -78,8 +79,8 @@ def synchronous_rows(handle: serve.DeploymentHandle, cluster: Cluster, pairs: in
 
 def asyncio_rows(cluster: Cluster, pairs: int, seconds: float) -> Iterator[Row]:
     """Compare callers in one event loop, which lives as long as the comparison."""
-    with asyncio.Runner() if hasattr(asyncio, "Runner") else LoopRunner() as runner:
-        direct = runner.run(open_client(cluster.address))
+    with Loop() as runner:
+        direct = runner.run(connect(cluster.address))
         try:
             actor = runner.run(make_actor(direct))
             # The handle of an asynchronous client: the running loop carries its calls, as it carries the actor's.
@@ -97,11 +98,6 @@ def asyncio_rows(cluster: Cluster, pairs: int, seconds: float) -> Iterator[Row]:
             runner.run(direct.close())
 
 
-async def open_client(address: str) -> Client:
-    """Connect in the running loop, straight to the workers."""
-    return await Client(address, asynchronous=True, direct_to_workers=True)
-
-
 async def find_handle(client: Client) -> serve.DeploymentHandle:
     """Return the handle of this comparison's application."""
     handle: serve.DeploymentHandle = await serve.get_app_handle("handle", client=client)
@@ -111,18 +107,3 @@ async def find_handle(client: Client) -> serve.DeploymentHandle:
 async def make_actor(client: Client) -> Any:
     """Make the actor that is compared."""
     return await client.submit(Echo, actor=True)
-
-
-class LoopRunner:
-    """What ``asyncio.Runner`` does, for Python 3.10."""
-
-    def __enter__(self) -> LoopRunner:
-        self.loop = asyncio.new_event_loop()
-        return self
-
-    def run(self, coroutine: Any) -> Any:
-        """Run a coroutine in the loop."""
-        return self.loop.run_until_complete(coroutine)
-
-    def __exit__(self, *error: object) -> None:
-        self.loop.close()

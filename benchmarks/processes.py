@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,11 +48,17 @@ def stop(process: subprocess.Popen[str]) -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """One scheduler and one worker process, without a nanny, so that their pids are known."""
+    """One scheduler and its worker processes, without nannies, so that their pids are known."""
 
     address: str
     scheduler: psutil.Process
-    worker: psutil.Process
+    #: Named "one", "two", ... on the cluster.
+    workers: list[psutil.Process]
+
+    @property
+    def worker(self) -> psutil.Process:
+        """The first worker, or the only one."""
+        return self.workers[0]
 
     def proxies(self) -> list[psutil.Process]:
         """Return the HTTP proxies, children of the scheduler."""
@@ -60,10 +66,14 @@ class Cluster:
         return [child for child in children if "dask_serve.proxy" in child.cmdline()]
 
 
+#: Names of workers, for ``workers=`` of deployments.
+NAMES = ("one", "two")
+
+
 @contextmanager
-def cluster() -> Iterator[Cluster]:
-    """Start a scheduler and a worker by Dask's own commands; 4 threads, no dashboard."""
-    with tempfile.TemporaryDirectory() as folder:
+def cluster(workers: int = 1) -> Iterator[Cluster]:
+    """Start a scheduler and one or two workers by Dask's own commands; 4 threads each, no dashboard."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         file = Path(folder) / "scheduler.json"
         dask = ["-m", "dask"]
         common = ["--host", "127.0.0.1", "--no-dashboard"]
@@ -71,17 +81,15 @@ def cluster() -> Iterator[Cluster]:
         scheduler = spawn(
             *dask, "scheduler", *common, "--port", "0", "--scheduler-file", str(file), "--no-show", **quiet
         )
-        try:
-            address = wait_for_address(file, scheduler)
-            worker = spawn(
-                *dask, "worker", address, *common, "--no-nanny", "--nthreads", "4", "--memory-limit", "0", **quiet
-            )
-            try:
-                yield Cluster(address, psutil.Process(scheduler.pid), psutil.Process(worker.pid))
-            finally:
-                stop(worker)
-        finally:
-            stop(scheduler)
+        stack.callback(stop, scheduler)
+        address = wait_for_address(file, scheduler)
+        common += ["--no-nanny", "--nthreads", "4", "--memory-limit", "0"]
+        pids = []
+        for name in NAMES[:workers]:
+            worker = spawn(*dask, "worker", address, *common, "--name", name, **quiet)
+            stack.callback(stop, worker)
+            pids.append(worker.pid)
+        yield Cluster(address, psutil.Process(scheduler.pid), [psutil.Process(pid) for pid in pids])
 
 
 def wait_for_address(file: Path, process: subprocess.Popen[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from distributed import Client
 
 import dask_serve as serve
-from dask_serve.routing.link import split_address
+from dask_serve.routing.dial import split_address
 from dask_serve.routing.session import Session
 from dask_serve.wire.connection import CallerConnection
 from dask_serve.wire.local import connect_locally
