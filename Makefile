@@ -5,6 +5,7 @@
 #   make test-all      the same with the slow tests
 #   make test-oldest   the tests with the oldest distributed that is promised, in .venv-oldest
 #   make bench         the benchmarks, several minutes                     (ARGS="--quick")
+#   make bench-peers   beside other servers, each in .venv-peers/<peer>; 10 minutes and 1 GB   (ARGS="--quick")
 #   make clean         remove environments and caches
 
 PYTHON ?= python3
@@ -14,8 +15,9 @@ RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 METADATA := setup.py pyproject.toml
 OLDEST := 2025.9.0
+PEERS := $(patsubst benchmarks/peers/requirements/%.txt,%,$(wildcard benchmarks/peers/requirements/*.txt))
 
-.PHONY: help demo test test-all test-oldest lint bench clean
+.PHONY: help demo test test-all test-oldest lint bench bench-peers clean
 .DEFAULT_GOAL := help
 
 help:
@@ -43,8 +45,18 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	@$(RUN) -m benchmarks $(ARGS)
 
+bench-peers: $(VENV)/.dev $(PEERS:%=.venv-peers/%/.installed)
+	@$(RUN) -m benchmarks.peers $(ARGS)
+
+# A peer's packages are pinned, all of them, and never meet those of another one or of dask_serve.
+.venv-peers/%/.installed: benchmarks/peers/requirements/%.txt
+	@$(MAKE) --no-print-directory VENV=.venv-peers/$* .venv-peers/$*/pyvenv.cfg
+	@echo 'Installing $* into .venv-peers/$*, once, a few minutes'
+	@.venv-peers/$*/bin/python -m pip --disable-pip-version-check --quiet install --requirement $<
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-peers build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,what,stamp): pip prints hundreds of lines; show a dot for each package instead, and keep its errors.

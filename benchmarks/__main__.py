@@ -16,6 +16,7 @@ from .processes import DEADLINE, cluster
 from .table import Row, page
 
 PARTS = ("http", "handle", "streams", "refs", "memory", "door")
+PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
 
 
@@ -58,7 +59,13 @@ def main() -> int:
     for row in measure(parts, pairs, seconds):
         print(row.line(), file=sys.stderr, flush=True)
         rows.append(row)
-    text = page(rows, pairs=pairs, seconds=seconds, generator=generator())
+    method = (
+        f"{pairs} interleaved pair(s) of {seconds:g} s each; medians, and the range of the ratios. HTTP load from "
+        f"{generator()}. One scheduler and one worker process, two for refs and streams (`dask scheduler`, "
+        "`dask worker --no-nanny --nthreads 4`), one proxy, one replica of each deployment, all on one machine with "
+        "the load. Ratios mean something, absolute figures only this machine."
+    )
+    text = page(rows, title="Benchmarks", method=method, packages=PACKAGES)
     whole = not options.quick and set(parts) == set(PARTS)
     if output := options.output or (RESULTS if whole else None):
         output.write_text(text, encoding="utf-8")

@@ -40,7 +40,7 @@ def rows(cluster: Cluster, client: Client, pairs: int, seconds: float) -> Iterat
         direct = loop.run(connect(cluster.address))
         try:
             yield from by_ref(loop, direct, cluster, pairs, seconds)
-            yield from there_and_back(loop, direct, handles["echo"], cluster, pairs, seconds)
+            yield from there_and_back(loop, direct, handles["echo"], cluster, pairs=pairs, seconds=seconds)
         finally:
             loop.run(direct.close())
     for name in handles:
@@ -128,7 +128,7 @@ def counted() -> Iterator[list[int]]:
 
 
 def there_and_back(
-    loop: Loop, client: Client, handle: serve.DeploymentHandle, cluster: Cluster, pairs: int, seconds: float
+    loop: Loop, client: Client, handle: serve.DeploymentHandle, cluster: Cluster, *, pairs: int, seconds: float
 ) -> Iterator[Row]:
     """Compare an array that is an argument and the result with the same bytes through a socket and back."""
     array = np.ones(THERE_AND_BACK, np.uint8)

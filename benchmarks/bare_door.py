@@ -1,4 +1,4 @@
-"""What streams are compared with: frames through the same kind of connection, echoed by a process that does nothing else.
+"""What streams are compared with: frames through the same kind of connection, echoed by a process for that alone.
 
 ``python -m benchmarks.bare_door SECRET PROCESS`` listens as a door does, and prints its port when it can be reached.
 """

@@ -1,6 +1,6 @@
 """What arrays are compared with: their bytes there and back through a loopback TCP socket, and nothing else.
 
-``python -m benchmarks.bare_socket BYTES`` prints its port, takes one caller, and sends back each ``BYTES`` that it gets.
+``python -m benchmarks.bare_socket BYTES`` prints its port, takes one caller, and sends back all that it gets.
 """
 
 from __future__ import annotations

@@ -104,24 +104,19 @@ def interleave(
     return mine, other
 
 
-def page(rows: Sequence[Row], *, pairs: int, seconds: float, generator: str) -> str:
+def page(rows: Sequence[Row], *, title: str, method: str, packages: Sequence[str], notes: Sequence[str] = ()) -> str:
     """Return the page, in Markdown."""
-    packages = ["dask", "distributed", "uvicorn", "starlette", "uvloop"]
     versions = ", ".join(f"{name} {installed(name)}" for name in packages)
-    method = (
-        f"{pairs} interleaved pair(s) of {seconds:g} s each; medians, and the range of the ratios. HTTP load from "
-        f"{generator}. One scheduler and one worker process (`dask scheduler`, `dask worker --no-nanny --nthreads 4`), "
-        "one proxy, one replica, all on one machine with the load. Ratios mean something, absolute figures only this "
-        "machine."
-    )
     machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     head = [
-        "# Benchmarks",
+        f"# {title}",
         "",
         method,
         "",
         f"{machine}; {versions}.",
         "",
+        *[f"- {note}" for note in notes],
+        *[""][: len(notes)],
         "| what | dask_serve | beside it | ratio or value | asked | met |",
         "|---|---|---|---|---|---|",
         *[row.line() for row in rows],
