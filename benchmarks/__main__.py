@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distributed import Client
 
-from . import arrays, chain, door, dropped, handle_calls, http_noop, memory, streams
+from . import arrays, chain, door, dropped, handle_calls, http_noop, memory
 from .load import generator
 from .processes import DEADLINE, cluster
 from .table import Row, page
@@ -61,7 +61,7 @@ def main() -> int:
         rows.append(row)
     method = (
         f"{pairs} interleaved pair(s) of {seconds:g} s each; medians, and the range of the ratios. HTTP load from "
-        f"{generator()}. One scheduler and one worker process, two for refs and streams (`dask scheduler`, "
+        f"{generator()}. One scheduler and one worker process, two for refs (`dask scheduler`, "
         "`dask worker --no-nanny --nthreads 4`), one proxy, one replica of each deployment, all on one machine with "
         "the load. Ratios mean something, absolute figures only this machine."
     )
