@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distributed import Client
 
-from . import arrays, chain, door, dropped, handle_calls, http_noop, memory
+from . import arrays, chain, door, dropped, handle_calls, http_noop, memory, streams
 from .load import generator
 from .processes import DEADLINE, cluster
 from .table import Row, page
