@@ -30,6 +30,7 @@ OTHER = {
     "multiplexed_model_id": "m1",
     "request_class": "background",
     "request_id": "my-id",
+    "stream": True,
 }
 
 
