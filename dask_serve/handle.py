@@ -119,6 +119,7 @@ class DeploymentHandle:
         "_address",
         "_background",
         "_client",
+        "_cluster",
         "_here",
         "_id",
         "_kinds",
@@ -151,6 +152,7 @@ class DeploymentHandle:
         self._address = address
         self._client = client
         self._on_exit = on_exit
+        self._cluster = ""
         self._id = deployment_id(app_name, deployment_name)
         # What the last call found: the session, and with a loop of its own that loop, its router and its thread (in
         # one tuple, because loops in several threads may share the handle).
@@ -186,7 +188,15 @@ class DeploymentHandle:
         changed = {
             name: value for name, value in msgspec.structs.asdict(self._options).items() if value != _DEFAULTS[name]
         }
-        return _unpickle, (self.app_name, self.deployment_name, self._address, changed)
+        return _unpickle, (self.app_name, self.deployment_name, self._address, changed, self._known_cluster())
+
+    def _known_cluster(self) -> str:
+        """Return the scheduler's id, by which it is known where its address is another, as behind a forwarded port."""
+        if self._cluster or self._address is None:
+            return self._cluster
+        if self._session is not None:
+            return self._session.cluster
+        return "" if self._client is None else Session.of(self._client).cluster
 
     def __repr__(self) -> str:
         method = "" if self._method == "__call__" else f".{self._method}"
@@ -215,6 +225,7 @@ class DeploymentHandle:
 
     def _with(self, options: CallOptions) -> DeploymentHandle:
         other = DeploymentHandle(self.app_name, self.deployment_name, self._address, client=self._client)
+        other._cluster = self._cluster
         other._resolve(options)
         other._session = self._session
         if other._sync == self._sync:
@@ -322,23 +333,29 @@ class DeploymentHandle:
         """Find the connection to the cluster that this handle belongs to."""
         self._here = None
         worker = current_worker()
-        if worker is not None and self._address in (None, worker.scheduler.address):
+        if worker is not None and self._belongs_to(worker):
             session = Session.of(worker)
         else:
             session = Session.of(self._find_owner())
         self._session = session
         return session
 
+    def _belongs_to(self, owner: Client | Worker) -> bool:
+        """Tell whether a client or worker is connected to the cluster of this handle."""
+        if self._address in (None, owner.scheduler.address):
+            return True
+        return bool(self._cluster) and Session.of(owner).is_of(self._cluster)
+
     def _find_owner(self) -> Client | Worker:
         candidates = [self._client, current_client(), *list(Client._instances)]
         for client in candidates:
             if client is None or client.status != "running" or client.scheduler is None:
                 continue
-            if self._client is client or self._address in (None, client.scheduler.address):
+            if self._client is client or self._belongs_to(client):
                 return client
         # A thread that user code started in a replica or a task.
         for worker in list(Worker._instances):
-            if worker.status in WORKS and self._address in (None, worker.scheduler.address):
+            if worker.status in WORKS and self._belongs_to(worker):
                 return worker
         where = "" if self._address is None else f" at {self._address}"
         raise NotRunningError(
@@ -356,8 +373,12 @@ class DeploymentHandle:
             self._on_exit()
 
 
-def _unpickle(app: str, deployment: str, address: str | None, options: dict[str, Any]) -> DeploymentHandle:
-    return DeploymentHandle(app, deployment, address, **options)
+def _unpickle(
+    app: str, deployment: str, address: str | None, options: dict[str, Any], cluster: str
+) -> DeploymentHandle:
+    handle = DeploymentHandle(app, deployment, address, **options)
+    handle._cluster = cluster
+    return handle
 
 
 def _submit(fabric: Any, id: str, state: RefState | StreamState, timeout: float | None) -> None:

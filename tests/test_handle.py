@@ -757,5 +757,9 @@ def test_two_clusters(loop):
             with pytest.raises(PayloadError, match="another cluster"):
                 first.remote(future).result(5)
             assert c1.submit(lambda h: h.remote(1).result(), first).result(5) == 2
+            # A scheduler has several names; the workers know it by another one than this session does.
+            with Client(one.scheduler_address.replace("127.0.0.1", "localhost"), set_as_default=False, loop=loop) as c3:
+                third = serve.get_app_handle(client=c3)
+                assert c3.submit(lambda h: h.remote(2).result(5), third).result(10) == 3
             serve.shutdown(client=c1)
             serve.shutdown(client=c2)

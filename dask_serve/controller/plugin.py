@@ -337,6 +337,7 @@ class Controller(SchedulerPlugin):
             routes=registry.table_routes(),
             applications=registry.table_applications(),
             url=self.url,
+            cluster=self.scheduler.id,
         )
         if table != self._table or not table.version:
             self._table = msgspec.structs.replace(table, version=self._table.version + 1)

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..exceptions import NotRunningError
 from ..wire.frames import Buffer
+from ..wire.loops import running_loop
 from .dial import Ways
 from .engine import Engine
 from .fabric import Fabric
@@ -35,6 +36,8 @@ logger = logging.getLogger("dask_serve.session")
 POLL = 30.0
 #: Seconds until a controller that did not answer is asked again.
 RETRY = 0.5
+#: Seconds to wait for the first table where nothing goes without it.
+FIRST_TABLE = 5.0
 #: After this many answers "there is no such operation" dask_serve does not run on the cluster, rather than not yet.
 ABSENT_AFTER = 4
 
@@ -93,6 +96,23 @@ class Session:
     def address(self) -> str:
         """Address of the scheduler."""
         return str(self.owner.scheduler.address)
+
+    @property
+    def cluster(self) -> str:
+        """The scheduler's id; empty while it is not known."""
+        if self.table is not None and self.table.cluster:
+            return self.table.cluster
+        # Workers are not told.
+        return str(getattr(self.owner, "_scheduler_identity", {}).get("id", ""))
+
+    def is_of(self, cluster: str) -> bool:
+        """Tell whether this is the cluster with that scheduler id; may wait for the first table.
+
+        In an event loop it cannot wait, and takes an unknown cluster for the right one.
+        """
+        if not self.cluster and running_loop() is None:
+            asyncio.run_coroutine_threadsafe(self.until(lambda _: True, FIRST_TABLE), self._loop).result()
+        return self.cluster in ("", cluster)
 
     # ------------------------------------------------------------------ the table
 

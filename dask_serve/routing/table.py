@@ -55,6 +55,8 @@ class Table(Struct, frozen=True, array_like=True):
     applications: dict[str, str] = {}
     #: Where HTTP is served, e.g. ``http://127.0.0.1:8000``; empty before the proxies listen.
     url: str = ""
+    #: The scheduler's id: it may be known by several addresses.
+    cluster: str = ""
 
 
 encode_table = msgspec.msgpack.Encoder().encode
