@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import contextlib
 import dataclasses
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -363,6 +364,15 @@ def _ensure_client(client: Client | None, say: Callable[[str], None]) -> tuple[C
         # Registered last, it runs first: a client whose scheduler leaves would try to reconnect, and complain.
         atexit.register(_close_made)
         return _made.client, True
+
+
+def _after_fork() -> None:
+    """The embedded cluster is the parent's; its client has no thread here that could close it."""
+    global _made
+    _made = None
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _close_made() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextvars
+import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from .exceptions import ServeError
@@ -38,8 +40,11 @@ class ReplicaContext(NamedTuple):
     servable_object: Any
 
 
-class RequestContext(NamedTuple):
+class RequestContext:
     """For whom this code runs.
+
+    It also knows what the request has under way (the calls that it made, threads that wait for it), so that all of that
+    ends when the request is cancelled. What has ended is forgotten at once; the end of the request itself ends nothing.
 
     Attributes
     ----------
@@ -51,17 +56,89 @@ class RequestContext(NamedTuple):
         The model that the request is for, or "". See `get_multiplexed_model_id`.
     background : bool
         The request lets online ones go first; so do the calls that it makes.
+    cancelled : bool
+        Nobody wants the answer any more. A ``def`` that computes for long may look at it.
     """
 
-    request_id: str
-    deadline: float | None = None
-    multiplexed_model_id: str = ""
-    background: bool = False
+    __slots__ = (
+        "_refuses",
+        "_under_way",
+        "background",
+        "cancelled",
+        "deadline",
+        "multiplexed_model_id",
+        "request_id",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        deadline: float | None = None,
+        multiplexed_model_id: str = "",
+        background: bool = False,
+    ) -> None:
+        self.request_id = request_id
+        self.deadline = deadline
+        self.multiplexed_model_id = multiplexed_model_id
+        self.background = background
+        self.cancelled = False
+        self._refuses = False
+        #: By what is under way: how it is cancelled. Made with the first call, since most requests make none.
+        self._under_way: dict[Any, Callable[[], object]] | None = None
+
+    def __repr__(self) -> str:
+        return f"<RequestContext {self.request_id}{', cancelled' if self.cancelled else ''}>"
 
     @property
     def request_class(self) -> str:
         """``"online"`` or ``"background"``."""
         return "background" if self.background else "online"
+
+    @property
+    def refuses(self) -> bool:
+        """It begins nothing any more: the code that it runs cannot be told otherwise that it was cancelled."""
+        return self._refuses
+
+    def note(self, work: Any, cancel: Callable[[], object]) -> None:
+        """Cancel ``work`` with the request, until `forget` is called. From any thread.
+
+        A request that begins nothing any more cancels it at once. Who notes something that may have ended meanwhile
+        forgets it then.
+        """
+        under_way = self._under_way
+        if under_way is None:
+            with _making:
+                under_way = self._under_way
+                if under_way is None:
+                    under_way = self._under_way = {}
+        under_way[work] = cancel
+        # The other half is in `cancel`: whichever of the two comes second sees the other.
+        if self._refuses:
+            cancel()
+
+    def forget(self, work: Any) -> None:
+        """Its end: ``work`` is not under way any more. From any thread; takes no lock."""
+        if self._under_way is not None:
+            self._under_way.pop(work, None)
+
+    def cancel(self, refuse: bool) -> None:
+        """Cancel what is under way.
+
+        Parameters
+        ----------
+        refuse : bool
+            Begin nothing afterwards either. For a ``def``, whose code cannot be interrupted where it runs; a coroutine
+            is told by its ``CancelledError``, and may call whatever it needs for cleaning up.
+        """
+        self.cancelled = True
+        self._refuses = self._refuses or refuse
+        if self._under_way:
+            for cancel in list(self._under_way.values()):
+                cancel()
+
+
+#: Two threads of one request may make their first calls at once.
+_making = threading.Lock()
 
 
 replica_context: contextvars.ContextVar[ReplicaContext] = contextvars.ContextVar("dask_serve_replica")

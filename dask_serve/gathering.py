@@ -19,7 +19,7 @@ from .exceptions import ConfigError
 from .response import Assigned, DeploymentResponse
 from .routing.state import RefState
 from .session.peers import current_client, current_worker
-from .session.waiting import patiently, seconds_of
+from .session.waiting import patiently, seconds_of, until_cancelled
 from .wire.loops import running_loop
 
 __all__ = ["gather"]
@@ -211,8 +211,9 @@ class _Gathering:
             event = threading.Event()
             countdown = _Countdown(pending, not self._skip, event.set)
             try:
-                if not patiently(event.wait, seconds):
-                    raise self._too_late(seconds)
+                with until_cancelled(event.set):
+                    if not patiently(event.wait, seconds):
+                        raise self._too_late(seconds)
             finally:
                 countdown.forget()
         coming = [asyncio.run_coroutine_threadsafe(coroutine, loop) for loop, coroutine in self._on_loops(None)]
@@ -221,10 +222,11 @@ class _Gathering:
             def wait(timeout: float | None) -> bool:
                 return not concurrent.wait(coming, timeout).not_done
 
-            if not patiently(wait, None if deadline is None else max(0.0, deadline - time.monotonic())):
-                for future in coming:
-                    future.cancel()
-                raise self._too_late(seconds)
+            with until_cancelled(*(future.cancel for future in coming)):
+                if not patiently(wait, None if deadline is None else max(0.0, deadline - time.monotonic())):
+                    for future in coming:
+                        future.cancel()
+                    raise self._too_late(seconds)
         return self._values([pair for future in coming for pair in future.result()])
 
     async def wait(self, seconds: float | None) -> list[Any]:

@@ -17,8 +17,8 @@ from distributed import Client, Worker
 from distributed.core import Status
 
 from .config import CallOptions, build_options, change_options
-from .context import request_context
-from .exceptions import ConfigError, NotRunningError, PayloadError, ServeError
+from .context import RequestContext, request_context
+from .exceptions import ConfigError, NotRunningError, PayloadError, RequestCancelledError, ServeError
 from .policy.desired import deployment_id
 from .response import Assigned, DeploymentResponse
 from .routing.router import Router
@@ -26,7 +26,7 @@ from .routing.session import Session
 from .routing.state import Outcome, RefState
 from .routing.stream import StreamState
 from .session.arguments import Arguments, culprit
-from .session.peers import current_client, current_worker
+from .session.peers import current_client, current_worker, is_left_behind, was_forked
 from .streaming import AssignedStream, DeploymentResponseGenerator
 from .wire import payloads
 from .wire.loops import running_loop
@@ -266,8 +266,7 @@ class DeploymentHandle:
             request_id, timeout = self._request_id or _new_request_id(), self._timeout
         else:
             request_id, timeout = self._request_id or context.request_id, self._remaining(context.deadline, session)
-            if background is None:
-                background = context.background
+            background = context.background if background is None else background
         make_state, make_ref, assigned = self._kinds
         state = make_state(self._method, (), request_id)
         state.retries = self._retries
@@ -276,6 +275,9 @@ class DeploymentHandle:
         if self._model_id:
             state.model_id = self._model_id
         ref = make_ref(session, state, _why_not_to_block)
+        if context is not None and context.refuses:
+            state.fail(RequestCancelledError(f"request {request_id} was cancelled: it makes no more calls"))
+            return ref if self._sync else assigned(ref)
         arguments: Arguments | None = None
         parts = payloads.dumps_plain(args, kwargs)
         if parts is None:
@@ -297,14 +299,20 @@ class DeploymentHandle:
             else:
                 router.submit(state, timeout, None)
         else:
-            engine, fabric = session.engine()
-            id = self._id
-            ref._cancel = lambda: engine.put(_cancel_at, fabric, id, state, arguments)
-            if arguments:
-                engine.put(arguments.start, lambda left: _submit(fabric, id, state, left))
-            else:
-                engine.put(_submit, fabric, id, state, timeout)
+            self._through_engine(session, ref, arguments, timeout)
+        if context is not None:
+            _belong(ref, context)
         return ref if self._sync else assigned(ref)
+
+    def _through_engine(self, session: Session, ref: Any, arguments: Arguments | None, timeout: float | None) -> None:
+        """Let the background loop carry a call."""
+        engine, fabric = session.engine()
+        id, state = self._id, ref._local
+        ref._cancel = lambda: engine.put(_cancel_at, fabric, id, state, arguments)
+        if arguments:
+            engine.put(arguments.start, lambda left: _submit(fabric, id, state, left))
+        else:
+            engine.put(_submit, fabric, id, state, timeout)
 
     def _remaining(self, deadline: float | None, session: Session) -> float | None:
         """Return the seconds that a call may take: its own, and no more than the request has that makes it."""
@@ -349,18 +357,21 @@ class DeploymentHandle:
     def _find_owner(self) -> Client | Worker:
         candidates = [self._client, current_client(), *list(Client._instances)]
         for client in candidates:
-            if client is None or client.status != "running" or client.scheduler is None:
+            if client is None or client.status != "running" or client.scheduler is None or is_left_behind(client):
                 continue
             if self._client is client or self._belongs_to(client):
                 return client
         # A thread that user code started in a replica or a task.
         for worker in list(Worker._instances):
-            if worker.status in WORKS and self._belongs_to(worker):
+            if worker.status not in WORKS or is_left_behind(worker):
+                continue
+            if self._belongs_to(worker):
                 return worker
         where = "" if self._address is None else f" at {self._address}"
         raise NotRunningError(
             f"{self!r} belongs to the cluster{where}, and no open Dask client is connected to it here: make one with "
             f"distributed.Client({self._address or '<scheduler address>'!r})"
+            f"{' (this process was forked, and clients do not survive a fork)' if was_forked() else ''}"
         )
 
     # ------------------------------------------------------------------ the end of a with block
@@ -379,6 +390,16 @@ def _unpickle(
     handle = DeploymentHandle(app, deployment, address, **options)
     handle._cluster = cluster
     return handle
+
+
+def _belong(ref: DeploymentResponse | DeploymentResponseGenerator, request: RequestContext) -> None:
+    """Let a call end with the request that made it. It has left already, so that a cancel cannot come before it."""
+    state, cancel = ref._local, ref._cancel
+    assert cancel is not None
+    state.request = request
+    request.note(state, cancel)
+    if state.done():
+        request.forget(state)
 
 
 def _submit(fabric: Any, id: str, state: RefState | StreamState, timeout: float | None) -> None:

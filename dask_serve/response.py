@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import functools
 import logging
+import os
 import threading
 import time
 import uuid
@@ -15,7 +16,8 @@ from typing import Any, NoReturn
 
 from distributed import Future, Worker
 
-from .exceptions import PayloadError, ReplicaLostError, RequestCancelledError, ServeError
+from .context import request_context
+from .exceptions import NotRunningError, PayloadError, ReplicaLostError, RequestCancelledError, ServeError
 from .routing.promotion import (
     flush_later,
     pack_outcome,
@@ -28,7 +30,7 @@ from .routing.promotion import (
 from .routing.session import Session
 from .routing.state import Outcome, RefState
 from .session.bridge import Mirror
-from .session.waiting import NOTHING, call_back, patiently, seconds_of
+from .session.waiting import NOTHING, call_back, patiently, seconds_of, until_cancelled
 from .wire import payloads
 from .wire.frames import Buffer
 
@@ -40,6 +42,14 @@ _UNREAD = object()
 
 #: One ref is promoted at a time in a process; a finaliser never takes it.
 _promotion = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _promotion
+    _promotion = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Returning(threading.local):
@@ -89,7 +99,9 @@ class DeploymentResponse(Future):
 
     @property
     def client(self) -> Any:
-        """The Dask client behind the ref; in a worker it is the worker's, made at first use."""
+        """The Dask client behind the ref; in a worker it is the one of `get_client`, made at first use."""
+        if self._inner is not None:
+            return self._inner.client
         owner = self._session.owner
         return owner._get_client() if isinstance(owner, Worker) else owner
 
@@ -162,14 +174,22 @@ class DeploymentResponse(Future):
 
     def _wait_in_thread(self, seconds: float | None) -> bool:
         local = self._local
-        return local.status != "pending" or patiently(local.wait_in_thread, seconds)
+        if local.status != "pending":
+            return True
+        self._refuse_in_a_fork()
+        request = request_context.get()
+        ended = patiently(lambda left: local.wait_in_thread(left, request), seconds)
+        if ended and request is not None and local.status == "pending":
+            raise RequestCancelledError(f"request {request.request_id} was cancelled, which waited here")
+        return ended
 
     def take_in_thread(self, seconds: float | None) -> Any:
         """Return the value of a call that has ended, fetched if it is elsewhere."""
         if self.is_elsewhere():
             fetching = self._session.on_engine(self.find_stored())
             try:
-                found = fetching.result(seconds)
+                with until_cancelled(fetching.cancel):
+                    found = fetching.result(seconds)
             except concurrent.futures.TimeoutError:
                 if fetching.done():  # it is the error of the call
                     raise
@@ -179,11 +199,14 @@ class DeploymentResponse(Future):
         return self.value()
 
     async def _result_within(self, seconds: float | None) -> Any:
-        await self._local.wait(seconds)
+        if self._local.status == "pending":
+            self._refuse_in_a_fork()
+            await self._local.wait(seconds)
         return await self._result()
 
     async def _result(self, raiseit: bool = True) -> Any:
         if self._local.status == "pending":
+            self._refuse_in_a_fork()
             await self._local.wait()
         outcome = self._local.outcome
         assert outcome is not None
@@ -247,6 +270,7 @@ class DeploymentResponse(Future):
     def __await__(self) -> Generator[Any, None, Any]:
         state = self._local
         if state.status == "pending":
+            self._refuse_in_a_fork()
             try:
                 yield from state.waiter()
             except asyncio.CancelledError:
@@ -267,12 +291,12 @@ class DeploymentResponse(Future):
         if not self._wait_in_thread(seconds):
             raise TimeoutError(f"request {self.request_id} did not end within {seconds:g} s; the call goes on")
         self._read = True
-        return self._local.exception
+        return _settled(self._local).exception()
 
     async def _exception(self, seconds: float | None = None) -> BaseException | None:
         await self._local.wait(seconds)
         self._read = True
-        return self._local.exception
+        return _settled(self._local).exception()
 
     def traceback(self, timeout: float | str | None = None, **kwargs: Any) -> Any:
         """Wait for the end of the call; return the traceback of its exception, or None.
@@ -292,6 +316,13 @@ class DeploymentResponse(Future):
     def _remote_traceback(self) -> TracebackType | None:
         outcome = self._local.outcome
         return None if outcome is None or outcome.raised is None else payloads.load_traceback(outcome.raised[0])
+
+    def _refuse_in_a_fork(self) -> None:
+        if self._session.forked:
+            raise NotRunningError(
+                f"the call of request {self.request_id} belongs to the process that this one was forked from, and can "
+                "be waited for only there"
+            )
 
     def _refuse_to_block(self, what: str) -> None:
         if self._local.status == "pending" or self.is_elsewhere():
@@ -313,7 +344,7 @@ class DeploymentResponse(Future):
         `asyncio.CancelledError`, a ``def`` that runs finishes and its result is dropped. A settled ref is left
         alone.
         """
-        if self._cancel is not None and self._local.status == "pending":
+        if self._cancel is not None and self._local.status == "pending" and not self._session.forked:
             self._cancel()
         return NOTHING if self._session.is_asynchronous else None
 
@@ -423,6 +454,8 @@ class DeploymentResponse(Future):
             if self._shared or inner.status == "pending":
                 session = self._session
                 session.later(session.leftovers.add, inner.key, self._local)
+            return
+        if self._session.forked:
             return
         # No lock is taken here: the garbage collector calls this anywhere, and may hold one. The outcome is looked at
         # before and after the flag is set: whichever side comes second sees the other.

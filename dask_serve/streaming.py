@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any, NoReturn
 
-from .exceptions import PayloadError, RequestCancelledError, ServeError
+from .exceptions import NotRunningError, PayloadError, RequestCancelledError, ServeError
 from .response import Assigned
 from .routing.session import Session
 from .routing.stream import StreamState
@@ -91,12 +91,19 @@ class DeploymentResponseGenerator:
                     patiently(self._local.wait_in_thread, None)
 
     def _refuse_to_block(self) -> None:
+        self._refuse_in_a_fork()
         why = "the event loop of the asynchronous client" if self._session.is_asynchronous else self._blocked()
         home = self._local.home
         if why is None and home is not None and self._local.thread == threading.get_ident() and home.is_running():
             why = "the event loop that carries the stream"
         if why is not None:
             raise ServeError(f"`for` over {self!r} would block {why}; use `async for` there")
+
+    def _refuse_in_a_fork(self) -> None:
+        if self._session.forked:
+            raise NotRunningError(
+                f"{self!r} belongs to the process that this one was forked from, and can be consumed only there"
+            )
 
     def __aiter__(self) -> DeploymentResponseGenerator:
         return self
@@ -110,6 +117,7 @@ class DeploymentResponseGenerator:
             return self._ready.pop()
         except IndexError:
             pass
+        self._refuse_in_a_fork()
         if not self._turn.acquire(blocking=False):
             raise ValueError(f"{self!r} is already being iterated, by another task or thread")
         try:

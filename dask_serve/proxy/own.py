@@ -68,6 +68,7 @@ def _metrics(fabric: Fabric, forwarder: Forwarder) -> list[str]:
         "failed": "counter",
         "refused": "counter",
         "lost": "counter",
+        "cancelled": "counter",
         "queued": "gauge",
         "in_flight": "gauge",
         "replicas": "gauge",

@@ -18,7 +18,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from ..context import request_context
 from ..exceptions import MethodNotFoundError
 from ..wire.messages import HttpHead, Kind
 from .execution import Answer, Execution
@@ -63,10 +62,7 @@ class HttpAdapter:
         assert call.http is not None
         conversation = _Conversation(user, execution, call.http)
         try:
-            # The loop may have been blocked since the request came.
-            if execution.deadline is not None:
-                user.check(execution)
-            request_context.set(execution.context())
+            user.enter(execution)
             if self._function is None:
                 raise self._error
             function = self._function
@@ -76,7 +72,7 @@ class HttpAdapter:
                 request = conversation.request()
 
                 def run() -> Any:
-                    user.check(execution)
+                    user.enter(execution, blocking=True)
                     return function(request) if self._takes_request else function()
 
                 result = await user.in_pool(run)

@@ -50,9 +50,11 @@ class ReplicaCore:
         self.draining = False
         #: Everything is answered; what user code still answers is dropped.
         self.closed = False
-        #: Counts since the replica is ready: answers by kind, and seconds of work that nobody took.
+        #: Counts since the replica is ready: answers by kind, and what ran for nobody because it was cancelled.
         self.answered = 0
         self.failed = 0
+        self.dropped = 0
+        self.seconds_wasted = 0.0
         self._user = user
         self._settle = settle
         self._books_are_due = False
@@ -98,6 +100,13 @@ class ReplicaCore:
         """The caller no longer wants it: end it where it is. It is answered all the same, exactly once."""
         execution.cancelled = True
         if execution.running:
+            if not execution.begun:
+                # It waits for a thread or its loop; user code sees the flag before it begins.
+                self._active -= 1
+                execution.left = True
+                execution.parts = ()
+                self._leave(execution, Answer(Kind.ERROR, error="RequestCancelledError", message="cancelled"))
+                self._begin_more()
             self._user.cancel(execution)
         elif execution in self._waiting:
             self._waiting.remove(execution)
@@ -135,6 +144,8 @@ class ReplicaCore:
 
     def on_answer(self, execution: Execution, answer: Answer) -> None:
         """User code has answered; what it streamed before leaves first."""
+        if execution.left:
+            return
         kind = answer.kind
         connection = execution.connection
         if execution.outflow is not None:
@@ -145,17 +156,23 @@ class ReplicaCore:
             self.failed += 1
         else:
             self.answered += 1
+        if execution.cancelled:
+            self.dropped += 1
+            self.seconds_wasted += now - execution.began
         credited = self.admission.finish(now - execution.began, now)
         if execution.answered:
             connection.executions.pop(execution.request, None)
             self._send_credits(credited)
         else:
             self._reply(execution, answer, credited)
+        self._begin_more()
+        if self._idle and not self.admission.running:
+            self._tell_idle()
+
+    def _begin_more(self) -> None:
         waiting = self._waiting
         while waiting and self._active < self.admission.limit:
             self._begin(waiting.popleft())
-        if self._idle and not self.admission.running:
-            self._tell_idle()
 
     @property
     def is_awaited(self) -> bool:
@@ -253,6 +270,16 @@ class ReplicaCore:
         if self._lapse is None:
             self._arm_lapse()
 
+    def stats(self) -> dict[str, Any]:
+        """Counts for the metrics of the worker."""
+        return {
+            "running": self.admission.running,
+            "answered": self.answered,
+            "failed": self.failed,
+            "dropped": self.dropped,
+            "seconds_wasted": self.seconds_wasted,
+        }
+
     # ------------------------------------------------------------------ the end
 
     def drain(self, connections: list[Any]) -> None:
@@ -279,8 +306,7 @@ class ReplicaCore:
     def set_limit(self, limit: int) -> None:
         """Change ``max_ongoing_requests`` in place."""
         self._send_credits(self.admission.resize(limit, time.monotonic()))
-        while self._waiting and self._active < limit:
-            self._begin(self._waiting.popleft())
+        self._begin_more()
 
     def close(self, connections: Iterable[Any]) -> None:
         """Forget everything, and answer what still runs as lost: user code will not any more."""

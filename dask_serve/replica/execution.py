@@ -44,11 +44,14 @@ class Execution:
     __slots__ = (
         "answered",
         "began",
+        "begun",
+        "blocking",
         "call",
         "cancelled",
         "connection",
         "core",
         "deadline",
+        "left",
         "on_cancel",
         "outflow",
         "parts",
@@ -56,6 +59,7 @@ class Execution:
         "running",
         "started",
         "task",
+        "user_context",
     )
 
     def __init__(  # noqa: PLR0917
@@ -70,7 +74,15 @@ class Execution:
         self.began = now
         #: Left the waiting line: user code has it.
         self.running = False
+        #: User code runs, or did. Set before it looks at ``cancelled``, which is set before the door looks at this.
+        self.begun = False
         self.cancelled = False
+        #: Cancelled before user code began, and answered: what comes from user threads is of no interest.
+        self.left = False
+        #: User code runs in a thread of the pool, where nothing can interrupt it.
+        self.blocking = False
+        #: What user code sees of it.
+        self.user_context: RequestContext | None = None
         #: The answer is written already; only the books are left to be kept.
         self.answered = False
         #: A part of the answer has been sent.
@@ -82,9 +94,13 @@ class Execution:
 
     def context(self) -> RequestContext:
         """What user code can ask about the request."""
-        call = self.call
-        model_id = call.model_id if call.http is None else _model_id(call.http.headers)
-        return RequestContext(call.request_id, self.deadline, model_id, call.background)
+        context = self.user_context
+        if context is None:
+            call = self.call
+            model_id = call.model_id if call.http is None else _model_id(call.http.headers)
+            context = RequestContext(call.request_id, self.deadline, model_id, call.background)
+            self.user_context = context
+        return context
 
 
 def _model_id(headers: Sequence[tuple[bytes, bytes]]) -> str:

@@ -67,6 +67,7 @@ class ServeProcess:
             units[:] = [other for other in units if not other.ended]
             units.append(unit)
         if not known:
+            worker.metrics["serve"] = _metrics
             loop = worker.loop.asyncio_loop
             asyncio.run_coroutine_threadsafe(worker.plugin_add(DrainAtClose(), name=DrainAtClose.name), loop).result(10)
             if worker.status in _LEAVING:
@@ -106,6 +107,11 @@ class ServeProcess:
             unit.user.join(max(0.0, deadline - time.monotonic()))
         if door is not None:
             door.close()
+
+
+def _metrics(worker: Worker) -> dict[str, dict[str, Any]]:
+    """Return the counts of a worker's replicas, which its heartbeats carry to the scheduler."""
+    return {unit.id: unit.core.stats() for unit in ServeProcess.units_of(worker) if unit.core is not None}
 
 
 class DrainAtClose(WorkerPlugin):

@@ -44,9 +44,7 @@ async def serve_stream(user: UserCode, execution: Execution) -> None:
 
 async def _stream(user: UserCode, execution: Execution) -> None:
     call = execution.call
-    # The loop may have been blocked since the request came.
-    user.check(execution)
-    request_context.set(execution.context())
+    user.enter(execution)
     function, is_async = user.method(call.method)
     args, kwargs = user._arguments(execution, await user._fetch_all(execution) if call.attachments else ())
     make = partial(function, *args, **kwargs)
@@ -57,7 +55,7 @@ async def _stream(user: UserCode, execution: Execution) -> None:
     else:
 
         def run() -> Any:
-            user.check(execution)
+            user.enter(execution, blocking=True)
             return make()
 
         value = await user.in_pool(run)
@@ -80,7 +78,8 @@ async def pour(user: UserCode, execution: Execution, source: Any, flow: Outflow,
 
     An asynchronous generator is run here, a plain one on the pool, where it belongs as any ``def`` does.
     """
-    if hasattr(type(source), "__anext__"):
+    execution.blocking = not hasattr(type(source), "__anext__")
+    if not execution.blocking:
         await _pour(execution, source, flow, put)
     else:
         await _Blocking(user, execution, source, flow, put).pour()
@@ -110,7 +109,7 @@ def forget_deadline() -> None:
     """The deadline is for the first part of the answer: calls that the generator makes later have none of it."""
     context = request_context.get()
     if context is not None and context.deadline is not None:
-        request_context.set(context._replace(deadline=None))
+        context.deadline = None
 
 
 class _Blocking:

@@ -19,6 +19,7 @@ import msgspec
 from ..config import DeploymentOptions
 from ..context import ReplicaContext
 from ..exceptions import ServeError
+from .clients import Clients
 from .core import ReplicaCore
 from .door import Door
 from .user import UserCode
@@ -57,7 +58,10 @@ class ReplicaUnit:
         self._released = threading.Event()
         self._ended = threading.Event()
         self._drained_in_vain = False
-        self.user = UserCode(self.id, self.options.threads, _user_context(worker), self._value_of)
+        context = _user_context(worker)
+        self.user = UserCode(self.id, self.options.threads, context, self._value_of)
+        self.user.clients = Clients(worker, self.user.loop)
+        self.user.clients.enter(context)
 
     @property
     def released(self) -> bool:
@@ -129,7 +133,9 @@ class ReplicaUnit:
                 f"deployment {self.spec['deployment']!r} has user_config={user_config!r} but no method "
                 "reconfigure(user_config); define one"
             )
-        result = reconfigure(user_config)
+        assert self.user.clients is not None
+        with self.user.clients.on_the_loop():
+            result = reconfigure(user_config)
         if asyncio.iscoroutine(result):
             await result
 

@@ -13,12 +13,20 @@ import inspect
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from .. import exceptions
 from ..context import ReplicaContext, replica_context, request_context
-from ..exceptions import ArgumentsError, MethodNotFoundError, PayloadError, RequestError, RequestTimeoutError
+from ..exceptions import (
+    ArgumentsError,
+    MethodNotFoundError,
+    PayloadError,
+    RequestCancelledError,
+    RequestError,
+    RequestTimeoutError,
+)
 from ..routing.store import INLINE_BELOW
 from ..wire import payloads
 from ..wire.frames import Buffer
@@ -26,6 +34,7 @@ from ..wire.loops import new_event_loop
 from ..wire.mailbox import Mailbox, Outbox
 from ..wire.messages import Attachment, Kind
 from .asgi import HttpAdapter
+from .clients import Clients
 from .door import Door
 from .execution import Answer, Execution
 from .pool import Pool
@@ -73,8 +82,9 @@ class UserCode:
         self.id = id
         self.loop = new_event_loop()
         self.instance: Any = None
-        self.seconds_wasted = 0.0
         self.gather = gather
+        #: The Dask clients of user code.
+        self.clients: Clients | None = None
         self._pool = Pool(threads, f"{id}-def")
         self._context = context
         self._inbox = Mailbox(self.loop, self._on_mail, context)
@@ -122,6 +132,8 @@ class UserCode:
             _, pending = await asyncio.wait(pending, timeout=CLEAN_UP)
         if pending:
             logger.warning("User code of replica %s goes on after it was cancelled; it is dropped", self.id)
+        if self.clients is not None:
+            await self.clients.close()
         try:
             await asyncio.wait_for(self.loop.shutdown_asyncgens(), CLEAN_UP)
         except asyncio.TimeoutError:
@@ -148,8 +160,11 @@ class UserCode:
             instance = target.__new__(target, *args, **kwargs)
             await init(instance, *args, **kwargs)
             self.instance = instance
+        elif inspect.isclass(target):
+            with self.clients.on_the_loop() if self.clients is not None else contextlib.nullcontext():
+                self.instance = target(*args, **kwargs)
         else:
-            self.instance = target(*args, **kwargs) if inspect.isclass(target) else target
+            self.instance = target
 
     def open(self, door: Door, replica: ReplicaContext) -> None:
         """Everything is there: requests may come."""
@@ -253,6 +268,8 @@ class UserCode:
             execution.on_cancel.set()
         task = execution.task
         if task is not None and not task.done():
+            if self.clients is not None:
+                self.clients.before_cancel()
             task.cancel()
 
             def answered(task: asyncio.Task[None]) -> None:
@@ -261,16 +278,16 @@ class UserCode:
                     self._answer(execution, _CANCELLED)
 
             task.add_done_callback(answered)
+        context = execution.user_context
+        if context is not None:
+            context.cancel(refuse=execution.blocking)
 
     # ------------------------------------------------------------------ running
 
     async def _run_async(self, execution: Execution, function: Callable[..., Any], is_async: bool) -> None:
         try:
             call = execution.call
-            # The loop may have been blocked since the request came.
-            if execution.deadline is not None:
-                self.check(execution)
-            request_context.set(execution.context())
+            self.enter(execution)
             values = await self._fetch_all(execution) if call.attachments else ()
             if is_async:
                 args, kwargs = self._arguments(execution, values)
@@ -291,19 +308,29 @@ class UserCode:
         self._door.answer(core, [(execution, answer)], core.admission.running <= 1)
 
     def _blocking_answer(self, execution: Execution, function: Callable[..., Any], values: Sequence[Any]) -> Answer:
-        self.check(execution)
-        request_context.set(execution.context())
+        self.enter(execution, blocking=True)
         args, kwargs = self._arguments(execution, values)
         return self._result(function(*args, **kwargs))
 
-    def check(self, execution: Execution) -> None:
-        """Raise when it makes no sense to start the request any more: it waited for its thread."""
+    def enter(self, execution: Execution, blocking: bool = False) -> None:
+        """User code begins, or goes on in a thread of the pool (``blocking``): set its context.
+
+        Raises
+        ------
+        asyncio.CancelledError, RequestTimeoutError
+            It makes no sense any more: the request waited for its thread or its loop.
+        """
+        context = execution.context()
+        execution.blocking = blocking
+        execution.begun = True
+        # Who cancels sets the flag first and then looks at what was set here: one of the two sees the other.
         if execution.cancelled:
             raise asyncio.CancelledError
         if execution.deadline is not None and time.monotonic() >= execution.deadline:
             raise RequestTimeoutError(
                 f"the deadline passed while the request waited in replica {self.id}; it was not executed"
             )
+        request_context.set(context)
 
     async def in_pool(self, function: Callable[[], Any]) -> Any:
         """Run a function on the pool, in a copy of the present context."""
@@ -357,8 +384,11 @@ class UserCode:
     def answer_for(self, execution: Execution, error: BaseException) -> Answer:
         """Turn what was raised into an answer, and log what user code has to know of."""
         if isinstance(error, asyncio.CancelledError):
-            if execution.cancelled:
-                self.seconds_wasted += time.monotonic() - execution.began
+            return _CANCELLED
+        if execution.cancelled:
+            if not isinstance(error, RequestCancelledError):
+                logger.info("Request %s, which was cancelled, failed: %r", execution.call.request_id, error)
+            _let_go(error)
             return _CANCELLED
         if isinstance(error, RequestError) and not _from_user_code(error):
             return failure(error)
@@ -412,6 +442,13 @@ class UserCode:
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Empty the dead frames of an error. They may be part of a cycle, and the Dask futures there have to go now."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 async def _loaded(parts: Sequence[Buffer]) -> Any:

@@ -65,5 +65,14 @@ class Engine:
             self.loop.close()
 
 
+def _after_fork() -> None:
+    # The thread of the engine is in the parent, and somebody there may have held the lock.
+    Engine._lock = threading.Lock()
+    Engine._current = None
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def _run(item: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
     item[0](*item[1])

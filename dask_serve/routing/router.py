@@ -38,14 +38,14 @@ class Router:
 
     Attributes
     ----------
-    sent, answered, failed, refused : int
+    sent, answered, failed, refused, lost, cancelled : int
         Counts since the router was made.
     """
 
     def __init__(self, id: str) -> None:
         self.id = id
         self.entry: DeploymentEntry | None = None
-        self.sent = self.answered = self.failed = self.refused = self.lost = 0
+        self.sent = self.answered = self.failed = self.refused = self.lost = self.cancelled = 0
         self._loop = asyncio.get_running_loop()
         self._dispatcher = Dispatcher(self, random.random)
         #: Replicas that the table may still list: those that said they drain, and those that cannot be reached.
@@ -115,6 +115,7 @@ class Router:
     def cancel(self, call: Outgoing) -> None:
         """The caller does not want the answer any more: end the request wherever it is."""
         if not call.dropped:
+            self.cancelled += 1
             self._give_up(call)
             call.fail(RequestCancelledError(f"request {call.request_id} was cancelled"))
 
@@ -306,6 +307,7 @@ class Router:
             "failed": self.failed,
             "refused": self.refused,
             "lost": self.lost,
+            "cancelled": self.cancelled,
             "queued": self.queued,
             "in_flight": self.in_flight,
             "replicas": len(self._dispatcher.targets),

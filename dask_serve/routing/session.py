@@ -60,6 +60,8 @@ class Session:
         #: There is no controller on the cluster.
         self.absent = False
         self.closed = False
+        #: This process is a fork of the one that the session belongs to: nothing is left of it but what it knew.
+        self.forked = False
         self.in_worker = hasattr(owner, "batched_send")
         self._loop: asyncio.AbstractEventLoop = owner.loop.asyncio_loop
         self.leftovers = Leftovers(self)
@@ -74,6 +76,7 @@ class Session:
         self._engine_fabric: Fabric | None = None
         self._fabrics: dict[asyncio.AbstractEventLoop, Fabric] = {}
         self._watch = asyncio.run_coroutine_threadsafe(self._follow(), self._loop)
+        _sessions.add(self)
 
     @classmethod
     def of(cls, owner: Any) -> Session:
@@ -308,6 +311,13 @@ class Session:
 
     # ------------------------------------------------------------------ the end
 
+    def _after_fork(self) -> None:
+        """Forget all that runs in the parent: loops, threads, and locks that somebody there may have held."""
+        self.closed = self.forked = True
+        self._lock = threading.Lock()
+        self._engine = self._engine_fabric = None
+        self._fabrics = {}
+
     def _end(self) -> None:
         with self._lock:
             if self.closed:
@@ -329,6 +339,18 @@ class Session:
 
 
 _making = threading.Lock()
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    global _making
+    _making = threading.Lock()
+    for session in list(_sessions):
+        session._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 #: A client's and a worker's states in which their session is over.
 _CLOSED = {"closed", "closing", "Status.closed", "Status.closing", "Status.failed"}

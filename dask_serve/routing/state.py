@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import sys
 import threading
@@ -89,6 +90,7 @@ class RefState(Outgoing):
         "keep",
         "key",
         "outcome",
+        "request",
         "status",
         "thread",
         "traceback",
@@ -102,6 +104,8 @@ class RefState(Outgoing):
         self.outcome: Outcome | None = None
         self.home: asyncio.AbstractEventLoop | None = None
         self.thread = 0
+        #: The request in which the call was made: it cancels the call with itself.
+        self.request: Any = None
         #: Dask futures among the arguments, which must live as long as the request.
         self.keep: Any = None
         #: The ref is gone: nobody will read the outcome.
@@ -130,6 +134,9 @@ class RefState(Outgoing):
             _wake(waiter, self.home, self.thread)
         self.parts = ()
         self.keep = None
+        if self.request is not None:
+            self.request.forget(self)
+            self.request = None
         # The target stays: the answer to a cancelled request still comes, and is counted there.
         for callback in callbacks:
             try:
@@ -178,22 +185,41 @@ class RefState(Outgoing):
 
     @property
     def exception(self) -> BaseException | None:
-        """The exception, as Dask reads it: a new object each time."""
-        return None if self.outcome is None else self.outcome.exception()
+        """The exception, as Dask reads it: a new object each time; of a cancelled request Dask's own."""
+        if self.outcome is None:
+            return None
+        error = self.outcome.exception()
+        if self.status == "cancelled":
+            from distributed.client import FutureCancelledError
 
-    def wait_in_thread(self, timeout: float | None) -> bool:
-        """Block until it is settled, at most ``timeout`` seconds; False when they have passed."""
+            return FutureCancelledError(self.request_id, str(error))  # type: ignore[no-any-return]
+        return error
+
+    def wait_in_thread(self, timeout: float | None, request: Any = None) -> bool:
+        """Block until it is settled, at most ``timeout`` seconds; False when they have passed.
+
+        Parameters
+        ----------
+        request : RequestContext, optional
+            The request for which the thread waits: its cancellation ends the wait too (True).
+        """
         if self.status != "pending":
             return True
         gate = threading.Lock()
         gate.acquire()
-        self.on_done(gate.release)
+        open_gate: Callable[[], None] = gate.release
+        if request is not None:
+            open_gate = functools.partial(_open, gate)
+            request.note(gate, open_gate)
+        self.on_done(open_gate)
         arrived = False
         try:
             arrived = gate.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
         finally:
-            if not arrived:
-                self._forget(gate.release)
+            if request is not None:
+                request.forget(gate)
+            if self.status == "pending":
+                self._forget(open_gate)
         return arrived
 
     def _forget(self, callback: Callable[[], None]) -> None:
@@ -247,3 +273,9 @@ def _wake(future: asyncio.Future[None], loop: asyncio.AbstractEventLoop, thread:
         # The loop that waits may have been closed meanwhile.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(lambda: None if future.done() else future.set_result(None))
+
+
+def _open(gate: threading.Lock) -> None:
+    """Let a thread go that waits; it may have been let go already."""
+    with contextlib.suppress(RuntimeError):
+        gate.release()

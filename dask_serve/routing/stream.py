@@ -35,7 +35,7 @@ class StreamState(Outgoing):
         The router's loop, where that is not the background one, with the thread it runs in.
     """
 
-    __slots__ = ("_wake", "entries", "home", "keep", "outcome", "status", "thread")
+    __slots__ = ("_wake", "entries", "home", "keep", "outcome", "request", "status", "thread")
 
     stream: ClassVar[bool] = True
 
@@ -46,6 +46,8 @@ class StreamState(Outgoing):
         self.outcome: Outcome | None = None
         self.home: asyncio.AbstractEventLoop | None = None
         self.thread = 0
+        #: The request in which the call was made: it cancels the call with itself.
+        self.request: Any = None
         #: Dask futures among the arguments, which must live as long as the request.
         self.keep: Any = None
         self._wake: Callable[[], None] | None = None
@@ -89,6 +91,9 @@ class StreamState(Outgoing):
         self.outcome = outcome
         self.parts = ()
         self.keep = None
+        if self.request is not None:
+            self.request.forget(self)
+            self.request = None
         if self._wake is not None:
             self._wake()
         return True

@@ -74,9 +74,12 @@ class Arguments:
     def cancel(self) -> bool:
         """Stop waiting; False when the call has left."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-        return task is not None
+        if task is None:
+            return False
+        task.cancel()
+        # Not by the task: cancelled before its first step, it takes none.
+        self._state.fail(RequestCancelledError(f"request {self._state.request_id} was cancelled"))
+        return True
 
     async def _wait_and_submit(self, submit: Callable[[float | None], None]) -> None:
         state = self._state

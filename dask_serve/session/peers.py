@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distributed import Worker, get_worker
+from distributed import Client, Worker, get_worker
 from distributed.client import _get_global_client
 from distributed.utils import sync as run_on_loop
 
@@ -18,22 +20,53 @@ from ..routing.table import Table, decode_table
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from distributed import Client
-
     from ..handle import DeploymentHandle
 
-__all__ = ["ask", "current_client", "current_worker", "find_handle", "make_handle", "not_running", "probe"]
+__all__ = [
+    "ask",
+    "current_client",
+    "current_worker",
+    "find_handle",
+    "is_left_behind",
+    "make_handle",
+    "not_running",
+    "probe",
+    "was_forked",
+]
 
 
 def current_client(client: Client | None = None) -> Client | None:
     """Return ``client``, or the one that Dask would use here; None when there is none."""
-    return client if client is not None else _get_global_client()
+    client = client if client is not None else _get_global_client()
+    return None if client is None or is_left_behind(client) else client
+
+
+def is_left_behind(owner: Client | Worker) -> bool:
+    """The client or worker belongs to the process that this one was forked from: here it has no thread that runs it."""
+    return owner in _left_behind
+
+
+def was_forked() -> bool:
+    """Tell whether this process was forked from one that had a client or a worker."""
+    return bool(_left_behind)
+
+
+_left_behind: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    _left_behind.update(list(Client._instances))
+    _left_behind.update(list(Worker._instances))
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def current_worker() -> Worker | None:
     """Return the Dask worker that runs this code, in a task or in a replica; None elsewhere."""
     try:
-        return get_worker()
+        worker = get_worker()
+        return None if is_left_behind(worker) else worker
     except ValueError:
         pass
     context = replica_context.get(None)

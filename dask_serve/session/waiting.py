@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
 from dask.utils import parse_timedelta
@@ -14,9 +14,10 @@ from distributed import Future, secede
 from distributed.threadpoolexecutor import rejoin
 from distributed.worker import thread_state
 
-from ..exceptions import ConfigError
+from ..context import request_context
+from ..exceptions import ConfigError, RequestCancelledError
 
-__all__ = ["NOTHING", "call_back", "in_dask_task", "patiently", "seceded", "seconds_of"]
+__all__ = ["NOTHING", "call_back", "in_dask_task", "patiently", "seceded", "seconds_of", "until_cancelled"]
 
 logger = logging.getLogger("dask_serve.refs")
 
@@ -50,6 +51,44 @@ def patiently(wait: Callable[[float | None], bool], seconds: float | None) -> bo
         return True
     with seceded():
         return wait(None if seconds is None else max(0.0, seconds - SECEDE_AFTER))
+
+
+@contextlib.contextmanager
+def until_cancelled(*wakes: Callable[[], object]) -> Iterator[None]:
+    """Let the cancellation of a request end a wait of one of its threads.
+
+    Parameters
+    ----------
+    *wakes : callable
+        What lets the thread go.
+
+    Raises
+    ------
+    RequestCancelledError
+        The request was cancelled meanwhile.
+    """
+    request = request_context.get()
+    if request is None:
+        yield
+        return
+    ended = False
+
+    def end() -> None:
+        nonlocal ended
+        ended = True
+        for wake in wakes:
+            wake()
+
+    request.note(end, end)
+    try:
+        yield
+    except CancelledError:
+        if not ended:
+            raise
+    finally:
+        request.forget(end)
+    if ended:
+        raise RequestCancelledError(f"request {request.request_id} was cancelled, which waited here")
 
 
 @contextlib.contextmanager
