@@ -361,7 +361,7 @@ async def test_the_normal_end_cancels_nothing(c, s, a, b):
 
 @gen_cluster(client=True)
 async def test_streams(c, s, a, b):
-    """Those that a request consumes end with it, and those that it does not; a stream that is cancelled ends its own."""
+    """Those that a request consumes end with it, and those that it does not; a cancelled stream ends its own."""
     handle = await serve.run(Middle.bind(Leaf.bind()), route_prefix=None, client=c)
     middle, leaf = unit_of("Middle", a, b), unit_of("Leaf", a, b)
     await begun_then_cancelled(handle.forgets_a_stream.remote(), "stream")
