@@ -43,6 +43,9 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Seconds that a stopping replica may take to finish what it runs.
     request_timeout_s : float or None, default None
         Deadline of a request in seconds. None: 60 over HTTP, none for handles.
+    inline_result_bytes : int, default 65536
+        Results of calls from Python with at least this many bytes (serialised) stay in the process of the replica until
+        they are fetched, passed to another call, or needed by Dask; smaller ones travel in the answer.
     version : str or None, default None
         Replaces the code's part of the revision: replicas restart only when it changes.
     """
@@ -57,6 +60,7 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_replicas_per_worker: Count | None = None
     graceful_shutdown_timeout_s: Annotated[float, Meta(ge=0)] = 20.0
     request_timeout_s: Seconds | None = None
+    inline_result_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024
     version: str | None = None
 
 

@@ -93,6 +93,7 @@ class Deployment:
         max_replicas_per_worker: int | UnsetType | None = UNSET,
         graceful_shutdown_timeout_s: float | UnsetType = UNSET,
         request_timeout_s: float | UnsetType | None = UNSET,
+        inline_result_bytes: int | UnsetType = UNSET,
         version: str | UnsetType | None = UNSET,
         **unknown: Any,
     ) -> Deployment:
@@ -208,6 +209,7 @@ def deployment(
     max_replicas_per_worker: int | UnsetType | None = UNSET,
     graceful_shutdown_timeout_s: float | UnsetType = UNSET,
     request_timeout_s: float | UnsetType | None = UNSET,
+    inline_result_bytes: int | UnsetType = UNSET,
     version: str | UnsetType | None = UNSET,
     **unknown: Any,
 ) -> Callable[[Callable[..., Any]], Deployment]: ...
@@ -228,6 +230,7 @@ def deployment(
     max_replicas_per_worker: int | UnsetType | None = UNSET,
     graceful_shutdown_timeout_s: float | UnsetType = UNSET,
     request_timeout_s: float | UnsetType | None = UNSET,
+    inline_result_bytes: int | UnsetType = UNSET,
     version: str | UnsetType | None = UNSET,
     **unknown: Any,
 ) -> Deployment | Callable[[Callable[..., Any]], Deployment]:

@@ -274,6 +274,9 @@ class DeploymentHandle:
             state.background = True
         if self._model_id:
             state.model_id = self._model_id
+        # A running request waits for it: holding it back for want of room could hold back what makes room. A stream
+        # needs none.
+        state.urgent = context is not None or state.stream
         ref = make_ref(session, state, _why_not_to_block)
         if context is not None and context.refuses:
             state.fail(RequestCancelledError(f"request {request_id} was cancelled: it makes no more calls"))
@@ -281,7 +284,7 @@ class DeploymentHandle:
         arguments: Arguments | None = None
         parts = payloads.dumps_plain(args, kwargs)
         if parts is None:
-            arguments = Arguments(session, state, timeout)
+            arguments = Arguments(session, self._id, state, timeout)
             try:
                 parts = payloads.dumps((args, kwargs), arguments.reducers)
             except PayloadError as error:

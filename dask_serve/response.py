@@ -28,7 +28,8 @@ from .routing.promotion import (
     value_of,
 )
 from .routing.session import Session
-from .routing.state import Outcome, RefState
+from .routing.state import Outcome, RefState, Stored
+from .routing.store import Fetched
 from .session.bridge import Mirror
 from .session.waiting import NOTHING, call_back, patiently, seconds_of, until_cancelled
 from .wire import payloads
@@ -234,12 +235,19 @@ class DeploymentResponse(Future):
         """
         outcome = self._local.outcome
         assert outcome is not None
-        assert outcome.stored is not None
+        if outcome.stored is None:
+            # Another thread or loop was faster, and took it over.
+            return outcome.parts, None
         inner = self._inner
         if inner is None:
             try:
-                return await self._session.fetch(*outcome.stored[:3]), None
+                fetched = await self._session.fetch(*outcome.stored[:3])
+                self._take_over(outcome.stored, fetched)
+                return fetched.parts, None
             except ReplicaLostError:
+                parts = self._taken_over()
+                if parts is not None:
+                    return parts, None
                 inner = self._inner
                 if inner is None:
                     raise
@@ -255,6 +263,21 @@ class DeploymentResponse(Future):
         outcome = self._local.outcome
         assert outcome is not None
         return self._value(outcome)
+
+    def _take_over(self, stored: Stored, fetched: Fetched) -> None:
+        """Where the store has little room left, the value is here from now on."""
+        if not fetched.tight:
+            return
+        with _promotion:
+            if self._inner is not None or self._shared or self._taken_over() is not None:
+                return
+            self._local.outcome = Outcome(parts=fetched.parts)
+        self._session.release(stored.process, stored.name)
+
+    def _taken_over(self) -> Sequence[Buffer] | None:
+        """Return the serialised value if it is here, and was perhaps in a store before."""
+        outcome = self._local.outcome
+        return None if outcome is None else outcome.parts
 
     def _value(self, outcome: Outcome) -> Any:
         self._read = True

@@ -36,6 +36,8 @@ class Request:
     router: Router
     dropped: bool = False
     background: bool = False
+    prefers: frozenset[str] | None = None
+    urgent: bool = False
     #: Where it is: connection and target.
     place: Any = None
     outcomes: list[str] = field(default_factory=list)
@@ -232,7 +234,7 @@ class Router:
         connection.sent[call] = target
         self.sim.post(connection, 0, connection.replica.on_call, connection, call, credit)
 
-    def want(self, target: Target, count: int, oldest: float) -> None:
+    def want(self, target: Target, count: int, oldest: float, urgent: bool) -> None:
         connection = self.connections.get(target)
         if connection is not None:
             self.sim.post(connection, 0, connection.replica.on_want, connection, count, oldest)

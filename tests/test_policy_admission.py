@@ -194,6 +194,56 @@ def test_the_limit_changes_in_place():
     assert admission.finish(1.0, 0.0) == ["a"]
 
 
+def test_calls_that_may_store_are_held_back():
+    admission = Admission(10)
+    assert admission.hold_back(2, 0.0) == []
+    assert [admission.admit("a", False) for _ in range(3)] == [True, True, False]
+    assert admission.want("a", 8, 0.0, 0.0) == []
+    assert admission.held_back
+    assert admission.finish(1.0, 0.0) == ["a"]
+    assert admission.finish(1.0, 0.0) == ["a"]
+    assert (admission.storing, admission.granted) == (0, 2)
+    assert admission.hold_back(None, 0.0) == ["a"] * 6
+    assert not admission.held_back
+
+
+def test_urgent_ones_are_not_held_back():
+    admission = Admission(3)
+    admission.hold_back(0, 0.0)
+    admission.want("a", 5, 0.0, 0.0)
+    # Neither by the room, nor by those who wait for it; only by the slots.
+    assert admission.admit("http", False, urgent=True)
+    assert admission.want("b", 5, 0.0, 0.0, urgent=True) == ["b"] * 2
+    assert admission.admit("b", True, urgent=True)
+    assert admission.storing == 0
+    assert not admission.admit("http", False, urgent=True)
+    assert admission.finish(1.0, 0.0, urgent=True) == ["b"]
+    admission.want("b", 0, 0.0, 0.0)
+    assert admission.held_back
+
+
+def test_a_credit_that_came_for_an_urgent_one_is_of_no_use_to_others():
+    admission = Admission(2)
+    admission.hold_back(0, 0.0)
+    assert admission.want("a", 3, 0.0, 0.0, urgent=True) == ["a", "a"]
+    assert not admission.admit("a", True)
+    assert admission.granted == 1
+    # And the router is not granted the same again.
+    assert admission.hold_back(0, 0.0) == []
+    assert admission.want("a", 3, 0.0, 0.0, urgent=True) == ["a"]
+
+
+def test_a_credit_given_before_there_was_less_room():
+    admission = Admission(5)
+    admission.hold_back(2, 0.0)
+    assert admission.want("a", 5, 0.0, 0.0) == ["a", "a"]
+    admission.hold_back(1, 0.0)
+    assert admission.admit("a", True)
+    assert not admission.admit("a", True)
+    assert (admission.running, admission.granted) == (1, 0)
+    assert admission.finish(1.0, 0.0) == ["a"]
+
+
 ROUTERS = st.sampled_from("abcd")
 
 
@@ -206,6 +256,8 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.admission = Admission(2)
         self.credits: dict[str, deque[float]] = {router: deque() for router in "abcd"}
         self.allowed = 2
+        self.allowed_storing = 0
+        self.urgent = 0
 
     def granted(self, routers: list) -> None:
         for router, count in Counter(routers).items():
@@ -214,36 +266,58 @@ class AdmissionMachine(RuleBasedStateMachine):
         admission = self.admission
         if admission.running + admission.granted < admission.limit + admission.ahead:
             for router, want in admission._wants.items():
-                assert want.count <= len(self.credits[router])
+                assert want.count <= len(self.credits[router]) or (self.held_back() and not want.urgent)
 
-    @rule(router=ROUTERS, credit=st.booleans())
-    def call(self, router: str, credit: bool) -> None:
-        before = self.admission.running
-        room = before + self.admission.granted < self.admission.limit + self.admission.ahead
-        waited = self.admission.wanted
-        admitted = self.admission.admit(router, credit)
+    def held_back(self) -> bool:
+        admission = self.admission
+        return admission.most is not None and admission.storing + admission.granted >= admission.most
+
+    @rule(router=ROUTERS, credit=st.booleans(), urgent=st.booleans())
+    def call(self, router: str, credit: bool, urgent: bool) -> None:
+        admission = self.admission
+        before = admission.running
+        room = before + admission.granted < admission.limit + admission.ahead
+        held_back = self.held_back() and not urgent
+        open_to_all = admission.most is None or not urgent
+        waited = any(open_to_all or want.urgent for want in admission._wants.values())
+        has_room = urgent or admission.most is None or admission.storing < admission.most
+        admitted = admission.admit(router, credit, urgent)
         if credit and self.credits[router]:
             self.credits[router].popleft()
-            assert admitted
+            assert admitted == has_room
+            if not admitted:
+                # As the replica does it: the slot is free.
+                self.granted(admission.hold_back(admission.most, self.now))
         elif credit:
-            assert admitted == room
+            assert admitted == (room and not held_back)
         else:
-            assert admitted == (room and not waited)
-        assert self.admission.running == before + admitted
+            assert admitted == (room and not waited and not held_back)
+        assert admission.running == before + admitted
+        self.urgent += admitted and urgent
 
     @precondition(lambda self: self.admission.running)
-    @rule(service=st.sampled_from([0.0, 0.001, 0.1, 3.0]))
-    def finish(self, service: float) -> None:
-        self.granted(self.admission.finish(service, self.now))
+    @rule(service=st.sampled_from([0.0, 0.001, 0.1, 3.0]), urgent=st.booleans())
+    def finish(self, service: float, urgent: bool) -> None:
+        self.granted(self.admission.finish(service, self.now, self.one_of(urgent)))
 
     @precondition(lambda self: self.admission.running)
-    @rule()
-    def drop(self) -> None:
-        self.granted(self.admission.drop(self.now))
+    @rule(urgent=st.booleans())
+    def drop(self, urgent: bool) -> None:
+        self.granted(self.admission.drop(self.now, self.one_of(urgent)))
 
-    @rule(router=ROUTERS, count=st.integers(0, 5), oldest=st.floats(0, 10))
-    def want(self, router: str, count: int, oldest: float) -> None:
-        self.granted(self.admission.want(router, count, oldest, self.now))
+    def one_of(self, urgent: bool) -> bool:
+        """Say which kind ends, where there is one of that kind."""
+        urgent = bool(self.urgent) if urgent else not self.admission.storing
+        self.urgent -= urgent
+        return urgent
+
+    @rule(most=st.sampled_from([None, 0, 1, 3]))
+    def hold_back(self, most: int | None) -> None:
+        self.granted(self.admission.hold_back(most, self.now))
+
+    @rule(router=ROUTERS, count=st.integers(0, 5), oldest=st.floats(0, 10), urgent=st.booleans())
+    def want(self, router: str, count: int, oldest: float, urgent: bool) -> None:
+        self.granted(self.admission.want(router, count, oldest, self.now, urgent))
 
     @rule(router=ROUTERS)
     def give_back(self, router: str) -> None:
@@ -282,6 +356,12 @@ class AdmissionMachine(RuleBasedStateMachine):
         out = admission.running + admission.granted
         self.allowed = max(admission.limit + admission.ahead, min(self.allowed, out))
         assert out <= self.allowed
+        assert admission.storing == admission.running - self.urgent
+        if admission.most is not None:
+            self.allowed_storing = max(admission.most, min(self.allowed_storing, admission.storing))
+            assert admission.storing <= self.allowed_storing
+        else:
+            self.allowed_storing = admission.storing
         assert admission.granted == sum(map(len, self.credits.values()))
         assert (admission.next_lapse() is not None) == bool(admission.granted)
 
@@ -289,7 +369,8 @@ class AdmissionMachine(RuleBasedStateMachine):
         for router in "abcd":
             self.lose(router)
         while self.admission.running:
-            assert self.admission.finish(0.1, self.now) == []
+            assert self.admission.finish(0.1, self.now, self.one_of(False)) == []
+        assert self.admission.storing == 0
         admission = self.admission
         assert (admission.granted, admission.wanted, admission._credits, admission._silent) == (0, 0, {}, {})
 

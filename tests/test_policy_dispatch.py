@@ -20,6 +20,8 @@ class Call:
     dropped: bool = False
     number: int = 0
     background: bool = False
+    prefers: frozenset[str] | None = None
+    urgent: bool = False
 
 
 class Port:
@@ -28,13 +30,15 @@ class Port:
     def __init__(self) -> None:
         self.sent: list[tuple[Target, Call, bool]] = []
         self.wants: list[tuple[str, int, float]] = []
+        self.urgent: list[bool] = []
         self.returned: list[Target] = []
 
     def send(self, target: Target, call: Call, credit: bool) -> None:
         self.sent.append((target, call, credit))
 
-    def want(self, target: Target, count: int, oldest: float) -> None:
+    def want(self, target: Target, count: int, oldest: float, urgent: bool) -> None:
         self.wants.append((target.id, count, oldest))
+        self.urgent.append(urgent)
 
     def give_back(self, target: Target) -> None:
         self.returned.append(target)
@@ -86,6 +90,75 @@ def test_the_less_loaded_of_two():
     # What was heard of others is believed for a while only.
     assert busy.load(1.0 + STALE_AFTER / 2) == 60
     assert busy.load(1.0 + STALE_AFTER * 2) == 0
+
+
+def placed(*places: str, limit: int = 1) -> tuple[Dispatcher, Port, list[Target]]:
+    dispatcher, port, targets = make(len(places), limit)
+    for target, place in zip(targets, places, strict=True):
+        target.places = frozenset([place, f"worker of {target.id}"])
+    return dispatcher, port, targets
+
+
+def test_calls_go_where_their_largest_argument_is():
+    dispatcher, port, (_, here, _) = placed("p", "q", "r", limit=100)
+    for _ in range(50):
+        dispatcher.submit(Call(prefers=frozenset(["q", "unknown"])))
+    assert all(target is here for target, *_ in port.sent)
+    dispatcher.submit(Call(prefers=frozenset(["worker of r1"])))
+    assert here.mine == 51
+
+
+def test_the_least_loaded_of_those_that_have_it():
+    dispatcher, _port, (one, two, three) = placed("p", "q", "q", limit=10)
+    for _ in range(20):
+        dispatcher.submit(Call(prefers=frozenset(["q"])))
+    assert (one.mine, two.mine, three.mine) == (0, 10, 10)
+    # Both are full: any other.
+    dispatcher.submit(Call(prefers=frozenset(["q"])))
+    assert one.mine == 1
+    two.mine = 0
+    two.usable = False
+    dispatcher.submit(Call(prefers=frozenset(["q"])))
+    assert (one.mine, two.mine) == (2, 0)
+
+
+def test_a_place_that_nobody_has_is_any_place():
+    dispatcher, _port, targets = placed("p", "q", limit=100)
+    for _ in range(100):
+        dispatcher.submit(Call(prefers=frozenset(["gone"])))
+    assert all(20 < target.mine < 80 for target in targets)
+
+
+def test_urgent_ones_go_first_and_say_so():
+    dispatcher, port, (target,) = make(1)
+    fill_up(dispatcher)
+    submit(dispatcher, 3)
+    assert port.urgent == [False, False]
+    urgent = [Call(urgent=True, number=i) for i in range(2)]
+    for call in urgent:
+        dispatcher.submit(call)
+    # Told at once, though the level has hardly changed.
+    assert port.urgent == [False, False, True]
+    dispatcher.credited(target, 0.0)
+    dispatcher.refused(target, urgent[0], 1, 0, 0.0)
+    for _ in range(2):
+        dispatcher.credited(target, 0.0)
+    assert [call for _, call, _ in port.sent[1:]] == [urgent[0], *urgent]
+    assert port.urgent[-1] is False
+    assert dispatcher.queued == 3
+
+
+def test_several_refused_ones_keep_their_order():
+    """Whoever waits for the first may be the one who makes room for the others."""
+    dispatcher, port, (target,) = make(1, limit=3)
+    calls = [Call(float(i), number=i) for i in range(5)]
+    for call in calls:
+        dispatcher.submit(call)
+    for call in calls[:3]:
+        dispatcher.refused(target, call, 3, 0, 5.0)
+    for _ in calls:
+        dispatcher.credited(target, 5.0)
+    assert [call.number for _, call, _ in port.sent[3:]] == [0, 1, 2, 3, 4]
 
 
 def test_silent_replicas_get_nothing_new():
@@ -395,15 +468,18 @@ class DispatchMachine(RuleBasedStateMachine):
         #: Online calls that went while a background one waited.
         self.passed = 0
         self.count = 0
+        self.submitting = False
         self.expected: bool | None = None
         self.wants: dict[Target, int] = {}
+        self.told: dict[Target, bool] = {}
 
     # The port.
     def send(self, target: Target, call: Call, credit: bool) -> None:
         assert not call.dropped
         assert target in self.targets
         if call in self.waiting:
-            assert call is next(other for other in self.waiting if other.background == call.background), "out of turn"
+            urgent, online, background = self.classes()
+            assert call is (background if call.background else urgent or online)[0], "out of turn"
             if any(other.background != call.background for other in self.waiting):
                 assert call.background == (self.passed == BACKGROUND_EVERY - 1), "the wrong class"
             self.passed = 0 if call.background or not self.in_background() else self.passed + 1
@@ -411,12 +487,17 @@ class DispatchMachine(RuleBasedStateMachine):
         if not credit:
             assert target.usable
             assert target.mine <= target.limit
+        if self.submitting:
+            near = [other for other in self.targets if call.prefers and call.prefers & other.places]
+            near = [other for other in near if other.usable and other.mine - (other is target) < other.limit]
+            assert not near or target in near
         self.sent.append((target, call))
 
-    def want(self, target: Target, count: int, oldest: float) -> None:
+    def want(self, target: Target, count: int, oldest: float, urgent: bool) -> None:
         assert count <= target.limit + 1
         assert oldest >= 0
         self.wants[target] = count
+        self.told[target] = urgent
 
     def give_back(self, target: Target) -> None:
         assert not self.dispatcher.queued or target not in self.targets
@@ -429,7 +510,9 @@ class DispatchMachine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 3))
     def add(self, limit: int) -> None:
-        target = Target(f"r{self.count}", limit)
+        target = Target(
+            f"r{self.count}", limit, places=frozenset((f"process-{self.count % 3}", f"worker-{self.count}"))
+        )
         self.count += 1
         self.targets.append(target)
         self.dispatcher.add(target, self.now)
@@ -437,13 +520,37 @@ class DispatchMachine(RuleBasedStateMachine):
     def in_background(self) -> list[Call]:
         return [call for call in self.waiting if call.background]
 
-    @rule(background=st.booleans())
-    def submit(self, background: bool) -> None:
-        call = Call(self.now, background=background)
+    def classes(self) -> list[list[Call]]:
+        """What waits, by class: urgent, online, background."""
+        online = [call for call in self.waiting if not call.background]
+        return [
+            [call for call in online if call.urgent],
+            [call for call in online if not call.urgent],
+            self.in_background(),
+        ]
+
+    @rule(
+        background=st.booleans(),
+        urgent=st.booleans(),
+        prefers=st.sampled_from([None, frozenset(["process-1"]), frozenset(["worker-0", "w"])]),
+    )
+    def submit(self, background: bool, urgent: bool, prefers: frozenset[str] | None) -> None:
+        call = Call(self.now, background=background, urgent=urgent, prefers=prefers)
         self.waiting.append(call)
         waited = len(self.waiting) > 1
+        self.submitting = True
         self.dispatcher.submit(call)
+        self.submitting = False
         assert not waited or call in self.waiting
+
+    def back(self, call: Call) -> None:
+        """In front of all of its class that are not older."""
+        kind = call.background, call.urgent and not call.background
+        for place, other in enumerate(self.waiting):
+            if (other.background, other.urgent and not other.background) == kind and other.since >= call.since:
+                self.waiting.insert(place, call)
+                return
+        self.waiting.append(call)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -465,7 +572,7 @@ class DispatchMachine(RuleBasedStateMachine):
         target, call = self.take(data)
         call.dropped = dropped
         if not dropped:
-            self.waiting.insert(0, call)
+            self.back(call)
         self.dispatcher.refused(target, call, target.limit, 0, self.now)
 
     def take(self, data) -> tuple[Target, Call]:
@@ -492,7 +599,7 @@ class DispatchMachine(RuleBasedStateMachine):
         for call in calls:
             target.mine -= 1
             if again:
-                self.waiting.insert(0, call)
+                self.back(call)
                 self.dispatcher.put_back(call, self.now)
         self.returned = False
         self.dispatcher.credited(target, self.now)
@@ -520,16 +627,14 @@ class DispatchMachine(RuleBasedStateMachine):
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         self.dispatcher.remind(self.now)
-        online = [call for call in self.waiting if not call.background]
-        if any(self.now - calls[0].since >= PATIENCE for calls in (online, self.in_background()) if calls):
+        if any(self.now - calls[0].since >= PATIENCE for calls in self.classes() if calls):
             assert all(target.asked for target in self.targets if target.usable)
 
     @invariant()
     def everything_is_somewhere(self) -> None:
         dispatcher = self.dispatcher
         assert dispatcher.queued == len(self.waiting)
-        online = [call for call in self.waiting if not call.background]
-        assert list(dispatcher._backlog) == online + self.in_background()
+        assert list(dispatcher._backlog) == [call for calls in self.classes() for call in calls]
         for target in self.targets:
             assert target.mine == sum(other is target for other, _ in self.sent)
             # What it says of itself is what the replica was told last.
@@ -540,6 +645,9 @@ class DispatchMachine(RuleBasedStateMachine):
         else:
             assert asked >= min(ASKED_AT_LEAST, sum(target.usable for target in self.targets))
             assert not any(target.asked for target in self.targets if not target.usable)
+            urgent, _, background = self.classes()
+            may_be = bool(urgent) or (bool(background) and background[0].urgent)
+            assert all(self.told[target] == may_be for target in self.targets if target.asked)
 
     def teardown(self) -> None:
         for call in self.dispatcher.take_all():

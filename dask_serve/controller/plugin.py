@@ -26,7 +26,7 @@ from .changes import Changes
 from .promises import Promises
 from .reconciler import Reconciler
 from .registry import Registry
-from .status import ServeStatus, encode_status
+from .status import ServeStatus, WorkerStatus, encode_status
 from .tunnel import Tunnels
 
 if TYPE_CHECKING:
@@ -181,12 +181,12 @@ class Controller(SchedulerPlugin):
 
     async def serve_status(self) -> dict[str, Any]:
         """Return the status."""
-        return {"status": encode_status(self._status)}
+        return {"status": encode_status(self._with_workers())}
 
     async def serve_watch(self, since: int = 0, timeout: float = 30.0) -> dict[str, Any]:
         """Return the status as soon as it is newer than ``since``, or after ``timeout`` seconds."""
         await self._statuses.until(lambda: self._status.version > since, timeout)
-        return {"status": encode_status(self._status)}
+        return {"status": encode_status(self._with_workers())}
 
     # -- operations: applications
 
@@ -359,6 +359,15 @@ class Controller(SchedulerPlugin):
             self._not_idle.start()
         elif not registry.applications and self._not_idle.is_running():
             self._not_idle.stop()
+
+    def _with_workers(self) -> ServeStatus:
+        # Each heartbeat changes it, which is no news to those who watch the status.
+        workers = [
+            WorkerStatus(address=worker.address, **worker.metrics["serve"])
+            for worker in self.scheduler.workers.values()
+            if worker.metrics.get("serve")
+        ]
+        return msgspec.structs.replace(self._status, workers=workers)
 
     def _describe_proxies(self) -> list[dict[str, Any]]:
         rows = [] if self._proxies is None else self._proxies.describe()

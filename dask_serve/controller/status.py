@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+from dask.utils import format_bytes
 from msgspec import Struct
 
-__all__ = ["ApplicationStatus", "DeploymentStatus", "ReplicaStatus", "ServeStatus", "decode_status", "encode_status"]
+__all__ = [
+    "ApplicationStatus",
+    "DeploymentStatus",
+    "ReplicaStatus",
+    "ServeStatus",
+    "WorkerStatus",
+    "decode_status",
+    "encode_status",
+]
 
 Health = Literal["deploying", "running", "unhealthy", "failed", "deleting"]
 
@@ -104,6 +113,40 @@ class ApplicationStatus(Struct, frozen=True, kw_only=True):
         return "\n".join(lines)
 
 
+class WorkerStatus(Struct, frozen=True, kw_only=True):
+    """What the process of a worker with replicas keeps, as its last heartbeat told.
+
+    Attributes
+    ----------
+    address : str
+        Dask address of the worker.
+    process : str
+        Incarnation of the process.
+    results : int
+        Large results of calls from Python that it holds: not yet fetched and dropped by their callers.
+    result_bytes : int
+        Their bytes.
+    limit : int or None
+        Bytes from which on calls from Python wait (``serve.results-limit``); None: no limit.
+    promoted : int
+        Results that Dask has taken over in this process, since it began.
+    """
+
+    address: str
+    process: str
+    results: int
+    result_bytes: int
+    limit: int | None
+    promoted: int = 0
+
+    def __str__(self) -> str:
+        limit = "" if self.limit is None else f" of {format_bytes(self.limit)}"
+        return (
+            f"{self.address} holds {self.results} results, {format_bytes(self.result_bytes)}{limit}; "
+            f"{self.promoted} became Dask's"
+        )
+
+
 class ServeStatus(Struct, frozen=True, kw_only=True):
     """All of dask_serve on one cluster.
 
@@ -115,6 +158,8 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
         `ApplicationStatus` by name.
     proxies : list of dict
         The proxy processes: pid, slot and state.
+    workers : list of WorkerStatus
+        The workers that have or had replicas, and the results that they hold.
     url : str
         Where HTTP is served; empty when it is not.
     message : str
@@ -124,6 +169,7 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
     version: int = 0
     applications: dict[str, ApplicationStatus] = {}
     proxies: list[dict[str, Any]] = []
+    workers: list[WorkerStatus] = []
     url: str = ""
     message: str = ""
 
@@ -132,6 +178,7 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
         lines += _indented(self.message)
         for proxy in self.proxies:
             lines.append("  proxy " + ", ".join(f"{name} {value}" for name, value in proxy.items()))
+        lines += [f"  worker {worker}" for worker in self.workers]
         if not self.applications:
             lines.append("no applications")
         lines += [f"application {name}: {application}" for name, application in self.applications.items()]

@@ -8,7 +8,11 @@ The replica's half of the credit protocol; `dispatch` is the router's. The invar
 
 A *credit* is a slot promised to one router: it is used at once by a call that carries it, returned, or lapses. A *want*
 is a level: how many requests wait at a router, and since when the oldest does. Slots go to the router whose oldest has
-waited longest. A router that let a credit lapse is granted no more until it is heard of. It will be, if it lives: the
+waited longest. Of the calls that may leave a large result in the process's store only ``most`` are admitted at once; an
+*urgent* one (HTTP, made by a running request, or the first to take a stored result) is none of them, and a want says
+whether the router's next request is urgent.
+
+A router that let a credit lapse is granted no more until it is heard of. It will be, if it lives: the
 frames of a connection arrive in order, so each credit is answered by a call, a return, or the loss of the connection.
 
 Pure: the time is an argument, credits are returned for the caller to send.
@@ -33,11 +37,12 @@ _SMOOTHING = 0.1
 
 
 class _Want:
-    __slots__ = ("count", "since")
+    __slots__ = ("count", "since", "urgent")
 
-    def __init__(self, count: int, since: float) -> None:
+    def __init__(self, count: int, since: float, urgent: bool) -> None:
         self.count = count
         self.since = since
+        self.urgent = urgent
 
 
 class Admission:
@@ -58,9 +63,25 @@ class Admission:
         How many requests may be admitted beyond ``limit``: 0 or 1, by the mean service time.
     service : float
         Moving mean of the service time in seconds; 0.0 before the first request has finished.
+    storing : int
+        Running requests that are not urgent.
+    most : int or None
+        How many of those may run at once.
     """
 
-    __slots__ = ("_credits", "_lapses", "_silent", "_wants", "ahead", "granted", "limit", "running", "service")
+    __slots__ = (
+        "_credits",
+        "_lapses",
+        "_silent",
+        "_wants",
+        "ahead",
+        "granted",
+        "limit",
+        "most",
+        "running",
+        "service",
+        "storing",
+    )
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -68,6 +89,8 @@ class Admission:
         self.granted = 0
         self.ahead = 0
         self.service = 0.0
+        self.storing = 0
+        self.most: int | None = None
         self._wants: dict[Hashable, _Want] = {}
         # Wants of routers that let a credit lapse. They keep nobody from being admitted.
         self._silent: dict[Hashable, _Want] = {}
@@ -80,46 +103,75 @@ class Admission:
         """Sum of the wants: how many requests wait for this replica (among others) at all routers."""
         return sum(want.count for want in self._wants.values()) if self._wants else 0
 
-    def admit(self, router: Hashable, credit: bool) -> bool:
-        """Decide on a call; an unasked one is admitted only while nobody waits."""
+    @property
+    def held_back(self) -> bool:
+        """Requests wait that are not admitted, whatever slots are free."""
+        return self._is_held_back() and any(not want.urgent for want in self._wants.values())
+
+    def admit(self, router: Hashable, credit: bool, urgent: bool = False) -> bool:
+        """Decide on a call; an unasked one is admitted only while nobody waits who could be admitted."""
         if not credit:
-            if self._wants or self.running + self.granted >= self.limit + self.ahead:
+            if (self._wants and self._anybody_waits(urgent)) or self.running + self.granted >= self.limit + self.ahead:
+                return False
+            if not urgent and self.most is not None and self._is_held_back():
                 return False
         elif router in self._credits:
             self._take_credit(router)
+            if not urgent and self.most is not None and self.storing >= self.most:
+                # It was granted for an urgent one, or before there was less room.
+                if router in self._wants:
+                    self._wants[router].urgent = False
+                return False
         else:
             # Its credit lapsed. Where there is room now, nobody is waiting for that: it would have been granted.
             self._revive(router)
-            if self.running + self.granted >= self.limit + self.ahead:
+            if self.running + self.granted >= self.limit + self.ahead or (not urgent and self._is_held_back()):
                 return False
         self.running += 1
+        if not urgent:
+            self.storing += 1
         return True
 
-    def finish(self, service: float, now: float) -> list[Hashable]:
+    def _is_held_back(self) -> bool:
+        return self.most is not None and self.storing + self.granted >= self.most
+
+    def _anybody_waits(self, urgent: bool) -> bool:
+        return self.most is None or not urgent or any(want.urgent for want in self._wants.values())
+
+    def finish(self, service: float, now: float, urgent: bool = False) -> list[Hashable]:
         """A request ended after ``service`` seconds; return the routers that get a credit each."""
         self.running -= 1
+        if not urgent:
+            self.storing -= 1
         mean = self.service
         self.service = mean + _SMOOTHING * (service - mean) if mean else service
         self.ahead = 1 if self.service < AHEAD_BELOW else 0
         return self._grant(now) if self._wants else []
 
-    def drop(self, now: float) -> list[Hashable]:
+    def drop(self, now: float, urgent: bool = False) -> list[Hashable]:
         """A request left before it ran (cancelled, too late): its slot is free, and the mean learns nothing."""
         self.running -= 1
+        if not urgent:
+            self.storing -= 1
         return self._grant(now)
 
-    def want(self, router: Hashable, count: int, oldest: float, now: float) -> list[Hashable]:
+    def want(self, router: Hashable, count: int, oldest: float, now: float, urgent: bool = False) -> list[Hashable]:
         """A router says how many wait there and for how many seconds the oldest has."""
         self._silent.pop(router, None)
         if count <= 0:
             self._wants.pop(router, None)
         else:
-            self._wants[router] = _Want(count, now - oldest)
+            self._wants[router] = _Want(count, now - oldest, urgent)
         return self._grant(now)
 
     def resize(self, limit: int, now: float) -> list[Hashable]:
         """Take over another limit; what runs beyond a lower one goes on."""
         self.limit = limit
+        return self._grant(now)
+
+    def hold_back(self, most: int | None, now: float) -> list[Hashable]:
+        """Take over how many requests that are not urgent may run at once."""
+        self.most = most
         return self._grant(now)
 
     def give_back(self, router: Hashable, now: float) -> list[Hashable]:
@@ -177,8 +229,9 @@ class Admission:
         while self._wants and self.running + self.granted < self.limit + self.ahead:
             best: Hashable = None
             since = float("inf")
+            open_to_all = self.most is None or not self._is_held_back()
             for router, want in self._wants.items():
-                if want.since < since and want.count > self._credits.get(router, 0):
+                if want.since < since and (open_to_all or want.urgent) and want.count > self._credits.get(router, 0):
                     best, since = router, want.since
             if best is None:
                 break

@@ -1,4 +1,8 @@
-"""What waits at a router, in the order in which it leaves: online requests before background ones, nearly always."""
+"""What waits at a router, in the order in which it leaves.
+
+Online requests go before background ones, nearly always, and urgent ones of them before the others: those that are
+admitted even where results have no room, because they leave none, or make room.
+"""
 
 from __future__ import annotations
 
@@ -18,35 +22,53 @@ class Backlog:
     Requests that are given up stay until they get to the head; whoever gives them up calls `prune` where they pile up.
     """
 
-    __slots__ = ("_background", "_online", "_passed")
+    __slots__ = ("_background", "_online", "_passed", "_urgent")
 
     def __init__(self) -> None:
+        self._urgent: deque[Any] = deque()
         self._online: deque[Any] = deque()
         self._background: deque[Any] = deque()
         #: Online requests that have left since a background one did, while one waited.
         self._passed = 0
 
     def __len__(self) -> int:
-        return len(self._online) + len(self._background)
+        return len(self._urgent) + len(self._online) + len(self._background)
 
     def __iter__(self) -> Iterator[Any]:
         """Those that were not given up."""
-        for calls in (self._online, self._background):
+        for calls in (self._urgent, self._online, self._background):
             for call in calls:
                 if not call.dropped:
                     yield call
 
     def append(self, call: Any) -> None:
         """Take a new request."""
-        (self._background if call.background else self._online).append(call)
+        self._class_of(call).append(call)
 
     def put_back(self, call: Any) -> None:
-        """Take back a request that has been at the head before."""
-        (self._background if call.background else self._online).appendleft(call)
+        """Take back a request that has been at the head before: in front of all that are younger."""
+        calls = self._class_of(call)
+        place = 0
+        # Several that come back one after the other keep their order. Whoever waits for the first of them may be the
+        # one who makes room for the others.
+        while place < len(calls) and calls[place].since < call.since:
+            place += 1
+        calls.insert(place, call)
+
+    def _class_of(self, call: Any) -> deque[Any]:
+        if call.background:
+            return self._background
+        return self._urgent if call.urgent else self._online
+
+    @property
+    def urgent(self) -> bool:
+        """The next request is urgent, or may be."""
+        background = _live(self._background)
+        return bool(_live(self._urgent) or (background and background[0].urgent))
 
     def pop(self) -> Any:
         """Return the next request that was not given up; there must be one."""
-        online, background = _live(self._online), _live(self._background)
+        online, background = _live(self._urgent) or _live(self._online), _live(self._background)
         if online and background and self._passed < BACKGROUND_EVERY - 1:
             self._passed += 1
             return online.popleft()
@@ -55,16 +77,18 @@ class Backlog:
 
     def since(self) -> float:
         """When the oldest request came that was not given up; there must be one."""
-        heads = [calls[0].since for calls in (_live(self._online), _live(self._background)) if calls]
-        return float(min(heads))
+        classes = (_live(self._urgent), _live(self._online), _live(self._background))
+        return float(min(calls[0].since for calls in classes if calls))
 
     def prune(self) -> None:
         """Forget those that were given up."""
+        self._urgent = deque(call for call in self._urgent if not call.dropped)
         self._online = deque(call for call in self._online if not call.dropped)
         self._background = deque(call for call in self._background if not call.dropped)
 
     def clear(self) -> None:
         """Forget all."""
+        self._urgent.clear()
         self._online.clear()
         self._background.clear()
 

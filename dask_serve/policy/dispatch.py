@@ -1,9 +1,9 @@
 """Where a router sends its requests: choice of the replica, the backlog, and the router's half of the credits.
 
-A call goes out unasked while nothing waits here and a replica has room by this router's own count; power of two choices
-on own requests in flight plus what the last answer told of others. Everything else waits in the backlog, where it can
-still be cancelled, and leaves it on a credit, or unasked to a replica that just answered and said that nobody waits for
-it.
+A call goes out unasked while nothing waits here and a replica has room by this router's own count: the least loaded of
+those where its largest argument is, else power of two choices on own requests in flight plus what the last answer told
+of others. Everything else waits in the backlog, where it can still be cancelled, and leaves it on a credit, or unasked
+to a replica that just answered and said that nobody waits for it.
 
 While the backlog is not empty a want stands at some replicas: at least at `ASKED_AT_LEAST` and at one for each request
 that waits, where there are so many; at all once a request has waited for long. While it is empty no want stands.
@@ -38,6 +38,10 @@ class Queued(Protocol):
     since: float
     #: Online requests go first where both wait.
     background: bool
+    #: Places it should go to if one of them has room; None: anywhere.
+    prefers: frozenset[str] | None
+    #: It is admitted even where results have no room; it goes before others.
+    urgent: bool
 
 
 class Target:
@@ -45,6 +49,8 @@ class Target:
 
     Attributes
     ----------
+    places : frozenset of str
+        Names of where it is, for calls that prefer a place.
     limit : int
         ``max_ongoing_requests``.
     mine : int
@@ -59,10 +65,11 @@ class Target:
         False while its door is silent: no new requests go there.
     """
 
-    __slots__ = ("asked", "heard", "id", "limit", "link", "mine", "others", "usable", "wanted")
+    __slots__ = ("asked", "heard", "id", "limit", "link", "mine", "others", "places", "usable", "wanted")
 
-    def __init__(self, id: str, limit: int, link: Any = None) -> None:
+    def __init__(self, id: str, limit: int, link: Any = None, places: frozenset[str] = frozenset()) -> None:
         self.id = id
+        self.places = places
         self.limit = limit
         self.link = link
         self.mine = 0
@@ -86,8 +93,8 @@ class Port(Protocol):
     def send(self, target: Target, call: Any, credit: bool) -> None:
         """Send the call now."""
 
-    def want(self, target: Target, count: int, oldest: float) -> None:
-        """Tell the replica how many wait here and since when the oldest does."""
+    def want(self, target: Target, count: int, oldest: float, urgent: bool) -> None:
+        """Tell the replica how many wait here, since when the oldest does, and whether the next one is urgent."""
 
     def give_back(self, target: Target) -> None:
         """Return a credit."""
@@ -103,7 +110,7 @@ class Dispatcher:
         Returns a float in [0, 1).
     """
 
-    __slots__ = ("_announced", "_backlog", "_order", "_port", "_random", "queued", "targets")
+    __slots__ = ("_announced", "_announced_urgent", "_backlog", "_order", "_port", "_random", "queued", "targets")
 
     def __init__(self, port: Port, random: Callable[[], float]) -> None:
         self.targets: dict[str, Target] = {}
@@ -114,13 +121,14 @@ class Dispatcher:
         self._port = port
         self._random = random
         self._announced = 0
+        self._announced_urgent = False
 
     # ------------------------------------------------------------------ requests
 
     def submit(self, call: Queued) -> None:
         """Take a new request: send it, or let it wait."""
         if not self.queued:
-            target = self._choose(call.since)
+            target = self._choose(call.since, call.prefers)
             if target is not None:
                 # Reserved in the step that chooses, so that the next choice sees it.
                 target.mine += 1
@@ -150,7 +158,7 @@ class Dispatcher:
     def put_back(self, call: Queued, now: float) -> None:
         """A request whose replica went away is to be sent again: at once, or from the head of the backlog."""
         if not self.queued:
-            target = self._choose(now)
+            target = self._choose(now, call.prefers)
             if target is not None:
                 target.mine += 1
                 self._port.send(target, call, False)
@@ -241,8 +249,16 @@ class Dispatcher:
         if self.queued and now - self._backlog.since() >= PATIENCE:
             self._ask(now, len(self._order))
 
-    def _choose(self, now: float) -> Target | None:
+    def _choose(self, now: float, prefers: frozenset[str] | None) -> Target | None:
         order = self._order
+        if prefers is not None:
+            near = [
+                target
+                for target in order
+                if target.mine < target.limit and target.usable and not prefers.isdisjoint(target.places)
+            ]
+            if near:
+                return min(near, key=lambda target: target.load(now))
         count = len(order)
         if count == 1:
             only = order[0]
@@ -267,21 +283,23 @@ class Dispatcher:
     def _announce(self, now: float) -> None:
         """Tell the level of the backlog when it left or reached 0, doubled or halved."""
         queued, told = self.queued, self._announced
-        if queued == told or told < 2 * queued < 4 * told:
+        if (queued == told or told < 2 * queued < 4 * told) and self._announced_urgent == self._backlog.urgent:
             return
         if queued:
             self._ask(now, queued)
             return
         self._announced = 0
+        self._announced_urgent = False
         self._backlog.clear()
         for target in self._order:
             if target.asked:
                 target.asked = False
-                self._port.want(target, 0, 0.0)
+                self._port.want(target, 0, 0.0, False)
 
     def _ask(self, now: float, enough: int) -> None:
         """Tell ``enough`` replicas how many wait: those that know of it already, and the least loaded others."""
         self._announced = self.queued
+        self._announced_urgent = urgent = self._backlog.urgent
         asked = [target for target in self._order if target.asked]
         missing = max(enough, ASKED_AT_LEAST) - len(asked)
         if missing > 0:
@@ -292,4 +310,4 @@ class Dispatcher:
         oldest = max(0.0, now - self._backlog.since())
         for target in asked:
             target.asked = True
-            self._port.want(target, min(self.queued, target.limit + 1), oldest)
+            self._port.want(target, min(self.queued, target.limit + 1), oldest, urgent)

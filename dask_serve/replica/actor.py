@@ -37,5 +37,5 @@ class Replica:
         await self._unit.drain(timeout)
 
     async def reconfigure(self, options: bytes) -> None:
-        """Take over ``max_ongoing_requests`` and ``user_config`` in place."""
+        """Take over ``max_ongoing_requests``, ``inline_result_bytes`` and ``user_config`` in place."""
         await self._unit.change(_decode_options(options))

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..policy.admission import Admission
+from ..policy.results import ResultSize
 from ..wire.frames import Buffer, Frame, encode_frame
 from ..wire.messages import Call, Failure, Kind, ReplicaName, Reply, Want, encode
 from .execution import Answer, Execution
 
 if TYPE_CHECKING:
+    from .room import Room
     from .user import UserCode
 
 __all__ = ["ReplicaCore"]
@@ -47,6 +49,9 @@ class ReplicaCore:
     ) -> None:
         self.id = id
         self.admission = Admission(limit)
+        self.result_size = ResultSize()
+        #: Set when the door opens for it.
+        self.room: Room | None = None
         self.draining = False
         #: Everything is answered; what user code still answers is dropped.
         self.closed = False
@@ -72,8 +77,10 @@ class ReplicaCore:
         if self.draining:
             connection.send(Kind.DRAINING, frame.request, encode(Reply(admission.running, admission.wanted)))
             return
-        if not admission.admit(connection, call.credit):
+        if not admission.admit(connection, call.credit, call.urgent):
             connection.send(Kind.FULL, frame.request, encode(Reply(admission.running, admission.wanted)))
+            if admission.most is not None:
+                self._held_back(call)
             return
         execution = Execution(self, connection, frame.request, call, frame.parts, time.monotonic())
         connection.executions[frame.request] = execution
@@ -86,6 +93,19 @@ class ReplicaCore:
         if not self._books_are_due:
             self._books_are_due = True
             self._loop.call_later(BOOKS_EVERY, self._keep_books)
+
+    def _held_back(self, call: Call) -> None:
+        """A call was refused, and maybe not because all slots are taken."""
+        if call.credit:
+            # Its credit is somebody else's now.
+            self._send_credits(self.admission.hold_back(self.admission.most, time.monotonic()))
+        if self.room is not None:
+            self.room.refused()
+
+    def set_most(self, most: int | None) -> None:
+        """Take over how many calls may run whose results need room."""
+        if most != self.admission.most:
+            self._send_credits(self.admission.hold_back(most, time.monotonic()))
 
     def _keep_books(self) -> None:
         # Answers that user threads gave by themselves were noted without waking the door; nothing may have come since.
@@ -118,7 +138,9 @@ class ReplicaCore:
             # It came to the door after the replica had told everybody.
             connection.send(Kind.DRAINING, 0, encode(ReplicaName(self.id)))
             return
-        self._send_credits(self.admission.want(connection, want.count, want.oldest, time.monotonic()))
+        self._send_credits(self.admission.want(connection, want.count, want.oldest, time.monotonic(), want.urgent))
+        if self.room is not None and self.admission.held_back:
+            self.room.refused()
         self._settle()
 
     def on_return(self, connection: Any) -> None:
@@ -159,7 +181,10 @@ class ReplicaCore:
         if execution.cancelled:
             self.dropped += 1
             self.seconds_wasted += now - execution.began
-        credited = self.admission.finish(now - execution.began, now)
+        if answer.stored or self.result_size.mean:
+            # Before somebody gets the slot.
+            self._measure(execution, answer)
+        credited = self.admission.finish(now - execution.began, now, execution.call.urgent)
         if execution.answered:
             connection.executions.pop(execution.request, None)
             self._send_credits(credited)
@@ -173,6 +198,13 @@ class ReplicaCore:
         waiting = self._waiting
         while waiting and self._active < self.admission.limit:
             self._begin(waiting.popleft())
+
+    def _measure(self, execution: Execution, answer: Answer) -> None:
+        """See what the result means for the room that is left."""
+        if execution.call.http is None and answer.kind == Kind.RESULT:
+            self.result_size.sample(answer.nbytes)
+        if self.room is not None:
+            self.room.look()
 
     @property
     def is_awaited(self) -> bool:
@@ -220,7 +252,7 @@ class ReplicaCore:
     def _leave(self, execution: Execution, answer: Answer) -> None:
         """Answer a request that was admitted and never ran."""
         self.failed += 1
-        self._reply(execution, answer, self.admission.drop(time.monotonic()))
+        self._reply(execution, answer, self.admission.drop(time.monotonic(), execution.call.urgent))
         if self._idle and not self.admission.running:
             self._tell_idle()
 

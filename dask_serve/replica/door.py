@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from ..routing.dial import notice_silence
 from ..routing.fabric import Fabric
 from ..routing.store import ResultStore, stores, taken_here
+from ..wire import payloads
 from ..wire.connection import DoorConnection
 from ..wire.frames import Buffer, Frame
 from ..wire.local import listen_locally
@@ -37,6 +38,7 @@ from ..wire.messages import (
 )
 from .core import ReplicaCore
 from .execution import Answer, Execution
+from .room import Room
 
 __all__ = ["Door", "Visitor"]
 
@@ -79,6 +81,8 @@ class Door:
         Interface to listen on.
     ssl : SSLContext, optional
         Serve TLS with the worker's certificates.
+    results_limit : int, optional
+        Bytes of stored results from which on calls from Python wait.
 
     Attributes
     ----------
@@ -88,14 +92,19 @@ class Door:
         ``tcp://host:port`` or ``tls://host:port``.
     """
 
-    def __init__(self, secret: bytes, host: str, ssl: Any = None, dial_ssl: Any = None) -> None:
+    def __init__(
+        self, secret: bytes, host: str, ssl: Any = None, dial_ssl: Any = None, results_limit: int | None = None
+    ) -> None:
         self.process = uuid.uuid4().hex
         self.address = ""
-        self.store = stores[self.process] = ResultStore()
+        self.store = stores[self.process] = ResultStore(results_limit)
+        #: Bytes of results that were fetched from here through a connection.
+        self.served = 0
         self.replicas: dict[str, ReplicaCore] = {}
         self.connections: set[Visitor] = set()
         self.loop = new_event_loop()
         self.mailbox = Mailbox(self.loop, self._on_mail)
+        self.room = Room(self.store, self.replicas.values(), self.loop, self.call)
         self._secret = secret
         self._host = host
         self._ssl = ssl
@@ -172,6 +181,7 @@ class Door:
             connection.close()
         if self._fabric is not None:
             await self._fabric.close()
+        self.room.close()
         # One turn for what is queued to leave, one for the transports to tell that they are closed.
         deadline = time.monotonic() + 1.0
         while self.connections and time.monotonic() < deadline:  # noqa: ASYNC110
@@ -224,7 +234,9 @@ class Door:
             message = f"the result {name} is no longer in process {self.process}"
             connection.send(Kind.ERROR, frame.request, encode(Failure(0, 0, 0, "ReplicaLostError", message)))
         else:
-            connection.send(Kind.RESULT, frame.request, encode(Reply()), parts)
+            self.served += payloads.size_of(parts)
+            header = Reply(stored="" if self.store.tight else name)
+            connection.send(Kind.RESULT, frame.request, encode(header), parts)
 
     def _on_lost(self, connection: Visitor) -> None:
         self.mailbox.drain()
@@ -285,9 +297,21 @@ class Door:
 
     # ------------------------------------------------------------------ replicas and results
 
+    def report(self) -> dict[str, Any]:
+        """Tell what the process holds, for the status; from any thread."""
+        store = self.store
+        return {
+            "process": self.process,
+            "results": len(store),
+            "result_bytes": store.nbytes,
+            "limit": store.limit,
+            "promoted": store.promoted,
+        }
+
     def add(self, core: ReplicaCore) -> None:
         """Open the door for a replica, if it has not ended meanwhile (on the door's loop)."""
         if not core.draining:
+            core.room = self.room
             self.replicas[core.id] = core
 
     def retire(self, core: ReplicaCore, patience: float, ended: Callable[[], None]) -> None:
@@ -320,8 +344,8 @@ class Door:
         ReplicaLostError
             The process is gone, or has the result no more.
         """
-        parts = taken_here(process, name)
-        if parts is not None:
-            return parts
-        assert self._fabric is not None
-        return await self._fabric.fetch(process, door, name)
+        fetched = taken_here(process, name)
+        if fetched is None:
+            assert self._fabric is not None
+            fetched = await self._fabric.fetch(process, door, name)
+        return fetched.parts

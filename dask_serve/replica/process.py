@@ -15,6 +15,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from ..exceptions import ServeError
 from ..logs import join_dask
 from .door import Door
+from .room import limit_for
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -59,7 +60,7 @@ class ServeProcess:
                 dial = worker.security.get_connection_args("worker").get("ssl_context")
                 host = "127.0.0.1" if worker.address.startswith("inproc") else get_address_host(worker.address)
                 join_dask()
-                door = Door(secret, host, listen, dial)
+                door = Door(secret, host, listen, dial, limit_for(worker))
                 door.start()
                 cls._doors[secret] = door
             known = worker.address in cls._workers
@@ -70,6 +71,8 @@ class ServeProcess:
             worker.metrics["serve"] = _metrics
             loop = worker.loop.asyncio_loop
             asyncio.run_coroutine_threadsafe(worker.plugin_add(DrainAtClose(), name=DrainAtClose.name), loop).result(10)
+            # Travels with the worker's heartbeats.
+            worker.metrics["serve"] = lambda _: door.report()
             if worker.status in _LEAVING:
                 # It may have looked for plugins to tear down before ours was there.
                 cls.leave(worker)

@@ -50,7 +50,7 @@ def dump_item(value: Any) -> list[Buffer]:
         returning.active = False
     if _MODULE in parts[0]:
         # Something in there may be a future; looking is slower.
-        return payloads.dumps(value, {Future: refuse_futures})
+        return payloads.dumps(value, lambda kind: refuse_futures if kind is Future else None)
     return parts
 
 

@@ -21,6 +21,7 @@ from ..context import ReplicaContext
 from ..exceptions import ServeError
 from .clients import Clients
 from .core import ReplicaCore
+from .dask_keys import gather_keys
 from .door import Door
 from .user import UserCode
 
@@ -59,7 +60,7 @@ class ReplicaUnit:
         self._ended = threading.Event()
         self._drained_in_vain = False
         context = _user_context(worker)
-        self.user = UserCode(self.id, self.options.threads, context, self._value_of)
+        self.user = UserCode(self.id, self.options.threads, context, self._value_of, self.options.inline_result_bytes)
         self.user.clients = Clients(worker, self.user.loop)
         self.user.clients.enter(context)
 
@@ -120,7 +121,7 @@ class ReplicaUnit:
         from ..shipping import code
 
         keys = self.spec.get("keys") or []
-        values = await self._on_worker(self._gather(keys)) if keys else {}
+        values = await self._bound_values(keys) if keys else {}
         target, args, kwargs = code.unpack(blob, values)
         await self.user.construct(target, args, kwargs)
         if self.options.user_config is not None:
@@ -139,29 +140,19 @@ class ReplicaUnit:
         if asyncio.iscoroutine(result):
             await result
 
-    async def _value_of(self, key: str) -> Any:
-        return (await self._on_worker(self._gather([key])))[key]
+    async def _value_of(self, key: Any) -> Any:
+        try:
+            return (await self._on_worker(gather_keys(self._worker, [key])))[key]
+        except KeyError:
+            raise ServeError(
+                f"the value of the Dask key {key!r}, an argument, is no longer on the cluster; submit its task again"
+            ) from None
 
-    async def _gather(self, keys: list[str]) -> dict[str, Any]:
-        """Fetch Dask keys to this worker, from the workers that hold them (on the worker's loop)."""
-        from distributed.utils_comm import gather_from_workers
-
-        worker = self._worker
-        values: dict[str, Any] = {key: worker.data[key] for key in keys if key in worker.data}
-        for _ in range(3):
-            missing = [key for key in keys if key not in values]
-            if not missing:
-                return values
-            who_has = await worker.scheduler.who_has(keys=missing)
-            if not all(who_has.get(key) for key in missing):
-                await asyncio.sleep(0.1)
-            data, *_ = await gather_from_workers(
-                {key: who_has[key] for key in missing if who_has.get(key)}, rpc=worker.rpc, who=worker.address
-            )
-            values.update(data)
-        missing = [key for key in keys if key not in values]
-        if missing:
-            raise ServeError(f"bound Dask values are no longer on the cluster: {', '.join(missing)}; deploy again")
+    async def _bound_values(self, keys: list[Any]) -> dict[Any, Any]:
+        try:
+            values: dict[Any, Any] = await self._on_worker(gather_keys(self._worker, keys))
+        except KeyError as error:
+            raise ServeError(f"bound Dask values are no longer on the cluster: {error.args[0]}; deploy again") from None
         return values
 
     # ------------------------------------------------------------------ control
@@ -200,6 +191,7 @@ class ReplicaUnit:
         door, core = self.door, self.core
         changed = options.user_config != self.options.user_config
         self.options = options
+        self.user.inline_below = options.inline_result_bytes
         if door is not None and core is not None:
             door.call(lambda: core.set_limit(options.max_ongoing_requests))
         if not changed or self.user.instance is None:

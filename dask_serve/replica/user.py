@@ -27,7 +27,6 @@ from ..exceptions import (
     RequestError,
     RequestTimeoutError,
 )
-from ..routing.store import INLINE_BELOW
 from ..wire import payloads
 from ..wire.frames import Buffer
 from ..wire.loops import new_event_loop
@@ -70,6 +69,8 @@ class UserCode:
         What every request starts from: the worker, the replica.
     gather : coroutine function
         Fetches the value of one Dask key to this worker.
+    inline_below : int
+        Results of at least this many bytes stay in the process's store, smaller ones travel in the answer.
     """
 
     def __init__(
@@ -77,11 +78,14 @@ class UserCode:
         id: str,
         threads: int,
         context: contextvars.Context,
-        gather: Callable[[str], Coroutine[Any, Any, Any]],
+        gather: Callable[[Any], Coroutine[Any, Any, Any]],
+        inline_below: int,
     ) -> None:
         self.id = id
         self.loop = new_event_loop()
         self.instance: Any = None
+        #: Results of at least this many bytes stay in the process's store.
+        self.inline_below = inline_below
         self.gather = gather
         #: The Dask clients of user code.
         self.clients: Clients | None = None
@@ -354,7 +358,7 @@ class UserCode:
         except PayloadError as error:
             raise PayloadError(f"the result of replica {self.id}, a {type(value).__name__}, {error}") from error
         nbytes = payloads.size_of(parts)
-        if nbytes < INLINE_BELOW:
+        if nbytes < self.inline_below:
             return Answer(Kind.RESULT, parts)
         assert self._door is not None
         return Answer(Kind.RESULT, stored=self._door.store.put(parts), nbytes=nbytes)
@@ -365,8 +369,8 @@ class UserCode:
         inline = list(execution.parts[len(execution.parts) - sum(other.parts for other in attachments) :])
         values: list[Any] = []
         for attachment in attachments:
-            if attachment.key:
-                values.append(self.gather(attachment.key))
+            if attachment.key is not None:
+                values.append(self.gather(_as_key(attachment.key)))
             elif attachment.parts:
                 taken, inline = inline[: attachment.parts], inline[attachment.parts :]
                 values.append(_loaded(taken))
@@ -449,6 +453,11 @@ def _let_go(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def _as_key(key: Any) -> Any:
+    """Return a Dask key as it was before it travelled: its tuples became lists."""
+    return tuple(map(_as_key, key)) if isinstance(key, list) else key
 
 
 async def _loaded(parts: Sequence[Buffer]) -> Any:

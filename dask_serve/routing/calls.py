@@ -31,6 +31,8 @@ class Outgoing:
         It lets others go first while it waits at the router.
     stream : bool
         The answer is a stream of Python objects.
+    prefers : frozenset of str or None
+        Processes (incarnations) or workers (addresses) that have its largest argument.
     """
 
     stream: ClassVar[bool] = False
@@ -45,11 +47,13 @@ class Outgoing:
         "model_id",
         "number",
         "parts",
+        "prefers",
         "request_id",
         "retries",
         "since",
         "target",
         "timer",
+        "urgent",
     )
 
     def __init__(
@@ -68,6 +72,9 @@ class Outgoing:
         self.retries = 0
         self.model_id = ""
         self.background = False
+        self.prefers: frozenset[str] | None = None
+        #: Admitted even where results have no room. What comes over HTTP leaves none.
+        self.urgent = http is not None
         self.since = 0.0
         #: Monotonic time; None: no deadline.
         self.deadline: float | None = None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from time import monotonic
 from typing import Any
 
-from ..wire.frames import Buffer
 from .dial import Ways
 from .link import Link
 from .router import Router
+from .store import Fetched
 from .table import Table
 
 __all__ = ["Fabric"]
@@ -163,7 +163,7 @@ class Fabric:
         """There is a link to the process."""
         return process in self._links
 
-    async def fetch(self, process: str, door: str, name: str) -> Sequence[Buffer]:
+    async def fetch(self, process: str, door: str, name: str) -> Fetched:
         """Return a result from a process's store.
 
         Raises

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ReplicaLostError
 from ..wire.connection import CallerConnection
-from ..wire.frames import Buffer, Frame
+from ..wire.frames import Frame
 from ..wire.messages import (
     Call,
     Kind,
@@ -25,6 +25,7 @@ from ..wire.messages import (
     encode,
 )
 from .dial import Ways, reach
+from .store import Fetched
 
 if TYPE_CHECKING:
     from ..policy.dispatch import Target
@@ -202,6 +203,7 @@ class Link:
             call.model_id,
             call.background,
             call.stream,
+            call.urgent,
         )
         self._connection.send(Kind.CALL, number, encode(header), call.parts)
         under_way = len(self._calls)
@@ -221,8 +223,8 @@ class Link:
         """Tell that a part of a streamed answer was consumed."""
         self._connection.send(Kind.WINDOW, number, encode(Window(nbytes)))
 
-    def want(self, replica: str, count: int, oldest: float) -> None:
-        self._connection.send(Kind.WANT, 0, encode(Want(replica, count, oldest)))
+    def want(self, replica: str, count: int, oldest: float, urgent: bool) -> None:
+        self._connection.send(Kind.WANT, 0, encode(Want(replica, count, oldest, urgent)))
 
     def give_back(self, replica: str) -> None:
         self._connection.send(Kind.RETURN, 0, encode(ReplicaName(replica)))
@@ -231,7 +233,7 @@ class Link:
         """Free a result in the process's store."""
         self._connection.send(Kind.RELEASE, 0, encode(Names([name])))
 
-    def fetch(self, name: str) -> asyncio.Future[Sequence[Buffer]]:
+    def fetch(self, name: str) -> asyncio.Future[Fetched]:
         """Ask for a result in the process's store."""
         fetch = _Fetch(name, self._loop.create_future())
         if self.lost:
@@ -252,7 +254,7 @@ class Link:
                 return
             reply = decode_reply(frame.header)
             if isinstance(call, _Fetch):
-                call.done(frame.parts)
+                call.done(Fetched(frame.parts, tight=not reply.stored))
             else:
                 router, target = call.target
                 router.on_result(target, call, reply, frame.parts)
@@ -295,13 +297,13 @@ class _Fetch:
 
     __slots__ = ("future", "name")
 
-    def __init__(self, name: str, future: asyncio.Future[Sequence[Buffer]]) -> None:
+    def __init__(self, name: str, future: asyncio.Future[Fetched]) -> None:
         self.name = name
         self.future = future
 
-    def done(self, parts: Sequence[Buffer]) -> None:
+    def done(self, fetched: Fetched) -> None:
         if not self.future.done():
-            self.future.set_result(parts)
+            self.future.set_result(fetched)
 
     def fail(self, process: str) -> None:
         if not self.future.done():

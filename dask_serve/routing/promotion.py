@@ -20,10 +20,9 @@ from distributed.utils import offload
 
 from ..exceptions import ReplicaLostError
 from ..wire import payloads
-from ..wire.frames import Buffer
 from .session import Session
 from .state import Outcome, Stored
-from .store import stores
+from .store import Fetched, stores
 
 __all__ = ["flush_later", "pack_outcome", "raise_outcome", "take_pending", "take_stored", "take_value", "value_of"]
 
@@ -58,14 +57,16 @@ def raise_outcome(packed: Sequence[Any]) -> None:
 async def take_stored(process: str, door: str, name: str, nbytes: int, shared: bool = False) -> Any:
     """Be the task of a value in a worker's store; Dask's now: the store lets go of it unless calls share it."""
     session = Session.of(get_worker())
-    parts: Sequence[Buffer] = await asyncio.wrap_future(session.on_engine(_fetch(session, process, door, name)))
-    value = await offload(payloads.loads, parts)
+    fetched: Fetched = await asyncio.wrap_future(session.on_engine(_fetch(session, process, door, name)))
+    value = await offload(payloads.loads, fetched.parts)
     if not shared:
         session.release(process, name)
+    for store in list(stores.values()):
+        store.promoted += 1
     return value
 
 
-async def _fetch(session: Session, process: str, door: str, name: str) -> Sequence[Buffer]:
+async def _fetch(session: Session, process: str, door: str, name: str) -> Fetched:
     # A worker that has not heard from the controller yet has no secret to show to the door.
     fabric = session.engine()[1]
     deadline = time.monotonic() + POLL

@@ -147,8 +147,8 @@ class Router:
         self.sent += 1
         target.link.call(self, target, call, credit, remaining)
 
-    def want(self, target: Target, count: int, oldest: float) -> None:
-        target.link.want(target.id, count, oldest)
+    def want(self, target: Target, count: int, oldest: float, urgent: bool) -> None:
+        target.link.want(target.id, count, oldest, urgent)
 
     def give_back(self, target: Target) -> None:
         target.link.give_back(target.id)
@@ -270,7 +270,8 @@ class Router:
             if replica.id in self._draining or replica.id in self._unreachable:
                 continue
             assert entry is not None
-            target = Target(replica.id, entry.max_ongoing_requests, link)
+            places = frozenset((replica.process, replica.worker))
+            target = Target(replica.id, entry.max_ongoing_requests, link, places)
             target.usable = not link.silent
             link.targets[replica.id] = (self, target)
             dispatcher.add(target, now)

@@ -12,19 +12,18 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import Future as ConcurrentFuture
 from time import monotonic
 from typing import Any
 
 from ..exceptions import NotRunningError
-from ..wire.frames import Buffer
 from ..wire.loops import running_loop
 from .dial import Ways
 from .engine import Engine
 from .fabric import Fabric
 from .leftovers import Leftovers
-from .store import stores, taken_here
+from .store import Fetched, stores, taken_here
 from .table import Table, decode_table
 from .tunnel import SchedulerTunnel
 
@@ -240,7 +239,7 @@ class Session:
 
     # ------------------------------------------------------------------ results that stay in a process's store
 
-    async def fetch(self, process: str, door: str, name: str) -> Sequence[Buffer]:
+    async def fetch(self, process: str, door: str, name: str) -> Fetched:
         """Return a stored result; from this process, or through the door of the one that has it.
 
         Raises
@@ -248,17 +247,24 @@ class Session:
         ReplicaLostError
             The process is gone, or has the result no more.
         """
-        parts = taken_here(process, name)
-        if parts is not None:
-            return parts
+        fetched = taken_here(process, name)
+        if fetched is not None:
+            return fetched
         fabric = self._fabrics.get(asyncio.get_running_loop())
         if fabric is not None:
             return await fabric.fetch(process, door, name)
-        return await asyncio.wrap_future(self.on_engine(self.engine()[1].fetch(process, door, name)))
+        fetching: ConcurrentFuture[Fetched] = self.on_engine(self.engine()[1].fetch(process, door, name))
+        return await asyncio.wrap_future(fetching)
 
     def on_engine(self, coroutine: Coroutine[Any, Any, Any]) -> ConcurrentFuture[Any]:
         """Run a coroutine on the engine's loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.engine()[0].loop)
+
+    async def on_owner(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Await a coroutine on the loop of the client or worker, from any loop."""
+        if asyncio.get_running_loop() is self._loop:
+            return await coroutine
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
 
     def release(self, process: str, name: str) -> None:
         """Free a stored result; from any thread and from finalisers."""

@@ -77,7 +77,7 @@ class RefState(Outgoing):
     ----------
     status : "pending", "finished", "error" or "cancelled"
     outcome : Outcome or None
-        Set with the status, and never changed after.
+        Set with the status. Changed after that in one case only: a stored value is taken over by its ref.
     home : asyncio.AbstractEventLoop or None
         The loop that settles it, with the thread it runs in: waiters there are woken without a detour.
     """
@@ -106,8 +106,8 @@ class RefState(Outgoing):
         self.thread = 0
         #: The request in which the call was made: it cancels the call with itself.
         self.request: Any = None
-        #: Dask futures among the arguments, which must live as long as the request.
-        self.keep: Any = None
+        #: Keeps Dask futures among the arguments alive for as long as the request; called at its end.
+        self.keep: Callable[[], None] | None = None
         #: The ref is gone: nobody will read the outcome.
         self.unwanted: Callable[[Outcome], None] | None = None
         # What Dask reads of a future's state.
@@ -133,10 +133,12 @@ class RefState(Outgoing):
         if waiter is not None and self.home is not None:
             _wake(waiter, self.home, self.thread)
         self.parts = ()
-        self.keep = None
         if self.request is not None:
             self.request.forget(self)
             self.request = None
+        keep, self.keep = self.keep, None
+        if keep is not None:
+            keep()
         # The target stays: the answer to a cancelled request still comes, and is counted there.
         for callback in callbacks:
             try:

@@ -48,8 +48,8 @@ class StreamState(Outgoing):
         self.thread = 0
         #: The request in which the call was made: it cancels the call with itself.
         self.request: Any = None
-        #: Dask futures among the arguments, which must live as long as the request.
-        self.keep: Any = None
+        #: Keeps Dask futures among the arguments alive for as long as the request; called at its end.
+        self.keep: Callable[[], None] | None = None
         self._wake: Callable[[], None] | None = None
 
     # ------------------------------------------------------------------ on the router's loop
@@ -90,10 +90,12 @@ class StreamState(Outgoing):
         self.status = status
         self.outcome = outcome
         self.parts = ()
-        self.keep = None
         if self.request is not None:
             self.request.forget(self)
             self.request = None
+        keep, self.keep = self.keep, None
+        if keep is not None:
+            keep()
         if self._wake is not None:
             self._wake()
         return True

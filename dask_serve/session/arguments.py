@@ -1,11 +1,15 @@
-"""Refs and Dask futures among the arguments of a call: waited for here, fetched by the replica from where they are."""
+"""Refs and Dask futures among the arguments of a call: waited for here, fetched by the replica from where they are.
+
+They are found at any depth, because the pickle of the arguments finds them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from distributed import Future
@@ -19,8 +23,11 @@ from ..wire import payloads
 from ..wire.frames import Buffer
 from ..wire.messages import Attachment
 from . import web
+from .collections import future_behind, is_collection_type, recipe
 
 __all__ = ["Arguments", "culprit"]
+
+logger = logging.getLogger("dask_serve.refs")
 
 
 class _Failed(Exception):
@@ -30,46 +37,80 @@ class _Failed(Exception):
         self.outcome = outcome
 
 
+#: From this many bytes on an argument draws its call to a replica that has it.
+ATTRACTS_FROM = 64 * 1024
+
+
 class Arguments:
     """The refs and futures of one call.
 
-    They are left out of the pickle of the arguments. `wait_and_submit` waits on the loop whose router carries the call.
+    They are left out of the pickle of the arguments, and waited for on the loop whose router carries the call.
+
+    Parameters
+    ----------
+    session : Session
+    deployment : str
+        ``app/deployment`` that is called.
+    state : RefState
+        The call.
+    timeout : float or None
+        Seconds until its deadline.
     """
 
-    __slots__ = ("_session", "_state", "_task", "_timeout", "_values")
+    __slots__ = ("_deployment", "_kept", "_session", "_state", "_task", "_timeout", "_values")
 
-    def __init__(self, session: Session, state: RefState | StreamState, timeout: float | None) -> None:
+    def __init__(self, session: Session, deployment: str, state: RefState | StreamState, timeout: float | None) -> None:
         self._session = session
+        self._deployment = deployment
         self._state = state
         self._timeout = timeout
         self._values: list[Any] = []
+        #: Collections whose futures the replica only refers to: they must live as long as the call.
+        self._kept: list[Any] = []
         self._task: asyncio.Task[None] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._values)
+        return bool(self._values or self._kept)
 
-    @property
-    def reducers(self) -> payloads.Reducers:
+    def reducers(self, kind: type) -> payloads.Reducer | None:
         """How the pickle leaves them out."""
+        if issubclass(kind, (Future, Assigned)):
+            return self._stand_in
+        return self._reduce_collection if is_collection_type(kind) else web.reducer_for(kind)
 
-        def stand_in(value: Any) -> tuple[Any, ...]:
-            if isinstance(value, Assigned):
-                value = value.ref
-            # Where pickle stumbled, cloudpickle comes by once more.
-            place = next((i for i, known in enumerate(self._values) if known is value), len(self._values))
-            if place == len(self._values):
-                self._values.append(value)
-            return payloads.attached, (place,)
+    def _stand_in(self, value: Any) -> tuple[Any, ...]:
+        if isinstance(value, Assigned):
+            value = value.ref
+        # Where pickle stumbled, cloudpickle comes by once more.
+        place = next((i for i, known in enumerate(self._values) if known is value), len(self._values))
+        if place == len(self._values):
+            self._values.append(value)
+        return payloads.attached, (place,)
 
-        return {DeploymentResponse: stand_in, Assigned: stand_in, Future: stand_in, **web.reducers()}
+    def _reduce_collection(self, collection: Any) -> Any:
+        future = future_behind(collection)
+        if future is not None:
+            return self._stand_in(future)
+        reduced = recipe(collection)
+        if reduced is None:
+            return collection.__reduce_ex__(5)
+        self._kept.append(collection)
+        return reduced
 
     # ------------------------------------------------------------------ on the loop that carries the call
 
     def start(self, submit: Callable[[float | None], None]) -> None:
         """Begin to wait; ``submit`` is called with the seconds that are left once all are there."""
-        self._state.keep = self._values
-        if not self._state.done():
+        self._state.keep = self._let_go
+        if self._state.done():
+            self._let_go()
+        else:
             self._task = asyncio.get_running_loop().create_task(self._wait_and_submit(submit))
+
+    def _let_go(self) -> None:
+        # The call's ref has `self` for as long as it lives, so that it can cancel the call.
+        self._values = []
+        self._kept = []
 
     def cancel(self) -> bool:
         """Stop waiting; False when the call has left."""
@@ -113,32 +154,68 @@ class Arguments:
             for task in waiting:
                 task.cancel()
         parts = list(self._state.parts)
-        for _, inline in ready:
+        for _, inline, _ in ready:
             parts.extend(inline)
-        self._state.attachments = [attachment for attachment, _ in ready]
+        self._state.attachments = [attachment for attachment, _, _ in ready]
         self._state.parts = parts
+        self._state.prefers = await self._places([(attachment, nbytes) for attachment, _, nbytes in ready])
 
-    async def _ready(self, value: Any) -> tuple[Attachment, list[Buffer]]:
-        """Wait for one value; return where the replica finds it, or the value."""
+    async def _places(self, arguments: Sequence[tuple[Attachment, int]]) -> frozenset[str] | None:
+        """Return the processes or workers that hold the largest argument, where it is large and there is a choice."""
+        table = self._session.table
+        entry = None if table is None else table.deployments.get(self._deployment)
+        if entry is None or len(entry.replicas) < 2:
+            return None
+        sizes = {frozenset([value.process]): nbytes for value, nbytes in arguments if value.process}
+        keys = [value.key for value, _ in arguments if value.key is not None]
+        if keys:
+            sizes.update(await self._keys_on_workers(keys))
+        best = max(sizes, key=sizes.__getitem__, default=None)
+        return best if best is not None and sizes[best] >= ATTRACTS_FROM else None
+
+    async def _keys_on_workers(self, keys: list[Any]) -> dict[frozenset[str], int]:
+        """Ask the scheduler; where it does not answer the call goes anywhere."""
+        scheduler = self._session.owner.scheduler
+
+        async def ask() -> Any:
+            return await asyncio.gather(scheduler.who_has(keys=keys), scheduler.nbytes(keys=keys, summary=False))
+
+        try:
+            who_has, nbytes = await self._session.on_owner(ask())
+        except Exception as error:  # noqa: BLE001
+            logger.info("The scheduler does not tell where the arguments of %r are: %s", self._state.method, error)
+            return {}
+        return {frozenset(who_has[key]): nbytes.get(key, 0) for key in keys if who_has.get(key)}
+
+    async def _ready(self, value: Any) -> tuple[Attachment, list[Buffer], int]:
+        """Wait for one value; return where the replica finds it, or the value, and its bytes in a store."""
         if not isinstance(value, DeploymentResponse):
-            return await self._dask_key(value), []
+            return await self._dask_key(value), [], 0
         value._read = True
         await value._local.wait()
         outcome = value._local.outcome
         assert outcome is not None
         if outcome.parts is not None:
-            return Attachment(parts=len(outcome.parts)), list(outcome.parts)
+            return Attachment(parts=len(outcome.parts)), list(outcome.parts), 0
         if outcome.stored is None:
             raise _Failed(outcome)
+        first = not value._shared
         promoted = value.share()
         if promoted is not None:
-            return await self._dask_key(promoted), []
+            return await self._dask_key(promoted), [], 0
+        parts = value._taken_over()
+        if parts is not None:
+            # Somebody has fetched it just now, and its store had little room left.
+            return Attachment(parts=len(parts)), list(parts), 0
+        # What takes a result for the first time makes room for others.
+        self._state.urgent = self._state.urgent or first
         stored = outcome.stored
+        assert stored is not None
         if value._session.address == self._session.address:
-            return Attachment(stored.process, stored.door, stored.name), []
+            return Attachment(stored.process, stored.door, stored.name), [], stored.nbytes
         # Another cluster's process lets only its own in: the value goes through here.
-        parts = await value._session.fetch(stored.process, stored.door, stored.name)
-        return Attachment(parts=len(parts)), list(parts)
+        parts = (await value._session.fetch(stored.process, stored.door, stored.name)).parts
+        return Attachment(parts=len(parts)), list(parts), 0
 
     async def _dask_key(self, future: Future) -> Attachment:
         client = future.client
@@ -157,11 +234,12 @@ class Arguments:
             await future._state.wait()
         else:
             await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(future._state.wait(), loop))
+        if future.status == "error":
+            raise _Failed(Outcome(raised=payloads.dump_exception(future._state.exception)))
         if future.status != "finished":
-            error = future._state.exception
-            if not isinstance(error, Exception):
-                error = ServeError(f"the Dask future {future.key} is {future.status}")
-            raise _Failed(Outcome(raised=payloads.dump_exception(error)))
+            raise _Failed(
+                _refusal(f"the Dask future {future.key} among the arguments is {future.status}; submit its task again")
+            )
         return Attachment(key=future.key)
 
 

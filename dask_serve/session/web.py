@@ -12,7 +12,7 @@ from ..exceptions import PayloadError
 if TYPE_CHECKING:
     from starlette.requests import Request
 
-__all__ = ["reducers"]
+__all__ = ["reducer_for"]
 
 #: What of a request's scope means something elsewhere. The rest (the application, its router, connections in
 #: ``state``) belongs to the process that accepted it.
@@ -35,10 +35,10 @@ KEPT = frozenset(
 )
 
 
-def reducers() -> dict[type, Callable[[Any], tuple[Any, ...]]]:
-    """Return how requests are pickled; nothing where nobody can have one, since Starlette was never imported."""
+def reducer_for(kind: type) -> Callable[[Any], Any] | None:
+    """Return how requests are pickled; None for other types. Nobody has one where Starlette was never imported."""
     module = sys.modules.get("starlette.requests")
-    return {} if module is None else {module.Request: _reduce}
+    return _reduce if module is not None and kind is module.Request else None
 
 
 def _reduce(request: Request) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ CHUNKs and an END (or ERROR).
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct
@@ -104,8 +104,8 @@ class Attachment(Struct, array_like=True, gc=False, frozen=True):
     name: str = ""
     #: In this call's payload: that many parts, the first attachment's first, at its end.
     parts: int = 0
-    #: On the cluster under this Dask key.
-    key: str = ""
+    #: On the cluster under this Dask key, whose tuples arrive as lists.
+    key: Any = None
 
 
 class Call(Struct, array_like=True, gc=False):
@@ -128,6 +128,8 @@ class Call(Struct, array_like=True, gc=False):
     background: bool = False
     #: The answer is a stream: the method returns a generator.
     stream: bool = False
+    #: Admitted even where results have no room.
+    urgent: bool = False
 
 
 class Reply(Struct, array_like=True, gc=False):
@@ -139,7 +141,8 @@ class Reply(Struct, array_like=True, gc=False):
     wanted: int = 0
     #: Credits granted to the receiver with this answer.
     credits: int = 0
-    #: The value stays in the process's store under this name; empty: it is in the payload.
+    #: The value stays in the process's store under this name; empty: it is in the payload. Of a FETCH, whose answer
+    #: has it in the payload in any case, empty: there is little room left, and the owner should take it over.
     stored: str = ""
     #: Bytes of the stored value.
     nbytes: int = 0
@@ -183,6 +186,8 @@ class Want(Struct, array_like=True, gc=False):
     replica: str
     count: int
     oldest: float
+    #: The next one is urgent.
+    urgent: bool = False
 
 
 class ReplicaName(Struct, array_like=True, gc=False):

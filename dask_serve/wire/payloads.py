@@ -10,11 +10,13 @@ for each, and `loads` is given their values.
 from __future__ import annotations
 
 import copyreg
+import functools
 import io
 import pickle
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from types import TracebackType
 from typing import Any
 
@@ -33,7 +35,12 @@ _MAX_PARTS = 65_000
 #: their own.
 _PLAIN = frozenset({bool, bytes, float, int, str, type(None)})
 
-Reducers = dict[type, Callable[[Any], tuple[Any, ...]]]
+Reducer = Callable[[Any], Any]
+#: Tells how objects of exactly this type are reduced (as in `copyreg`); None: as always.
+Reducers = Callable[[type], Reducer | None]
+
+#: What pickle does by itself.
+_reduce = methodcaller("__reduce_ex__", 5)
 
 _values = threading.local()
 
@@ -50,8 +57,8 @@ def dumps(obj: object, reducers: Reducers | None = None) -> list[Buffer]:
     ----------
     obj : object
         Anything that pickle or cloudpickle can serialise.
-    reducers : dict of type to callable, optional
-        How objects of exactly these types are reduced (as in `copyreg`).
+    reducers : callable, optional
+        Called once with each type that occurs: how its objects are reduced, or None for as always.
 
     Returns
     -------
@@ -91,7 +98,20 @@ def dumps_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Buffer] |
 
 class _Pickler(pickle.Pickler):
     def reduce_with(self, reducers: Reducers) -> None:
-        self.dispatch_table = {**copyreg.dispatch_table, **reducers}
+        self.dispatch_table = _Table(reducers)
+
+
+class _Table(dict[type, Reducer]):
+    """A dispatch table that is filled as types occur. Pickle looks a class up by its metaclass."""
+
+    def __init__(self, reducers: Reducers) -> None:
+        self._reducers = reducers
+
+    def __missing__(self, kind: type) -> Reducer:
+        if issubclass(kind, type):
+            raise KeyError(kind)
+        reduce = self[kind] = self._reducers(kind) or copyreg.dispatch_table.get(kind, _reduce)
+        return reduce
 
 
 class _CloudPickler(cloudpickle.Pickler):
@@ -100,10 +120,10 @@ class _CloudPickler(cloudpickle.Pickler):
     reducers: Reducers | None = None
 
     def reduce_with(self, reducers: Reducers) -> None:
-        self.reducers = reducers
+        self.reducers = functools.cache(reducers)
 
     def reducer_override(self, obj: Any) -> Any:
-        reduce = self.reducers.get(type(obj)) if self.reducers else None
+        reduce = None if self.reducers is None or isinstance(obj, type) else self.reducers(type(obj))
         return super().reducer_override(obj) if reduce is None else reduce(obj)
 
 
