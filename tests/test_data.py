@@ -668,7 +668,7 @@ async def test_one_value_fetched_by_many_at_once(c, s, a, b):
 
 def test_one_value_fetched_by_many_processes_at_once(two):
     client, handle = two
-    for number in range(20):
+    for number in range(8):
         ref = handle.large.remote()
         wait(ref)
         client.run(set_limit, 1)
