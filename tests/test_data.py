@@ -78,7 +78,7 @@ class Model:
     def type_of(self, value):
         return type(value).__module__.split(".")[0], type(value).__name__
 
-    def computed(self, collection):
+    def computed(self, collection, *others):
         return float(collection.sum().compute())
 
     def pid(self, *values):
@@ -213,9 +213,16 @@ async def test_other_collections_are_recipes(c, s, a, b):
     assert await handle.type_of.remote(persisted) == ("dask", "Array")
     assert await handle.computed.remote(persisted) == 8
     # The caller lets go of it while the call waits.
-    reference = handle.computed.remote([persisted, handle.nap.remote(0.2)][0])
+    occupied = [handle.gate.remote(1) for _ in range(99)]
+    reference = handle.computed.remote(persisted, occupied[0])
+    keys = {future.key for future in futures_of(persisted)}
     del persisted
+    gc.collect()
+    await asyncio.sleep(0.1)
+    assert keys <= set(s.tasks)
+    await handle.unlock.remote()
     assert await reference == 8
+    await until(lambda: not keys & set(s.tasks))
 
 
 @gen_cluster(client=True)
