@@ -258,7 +258,12 @@ class Session:
 
     def on_engine(self, coroutine: Coroutine[Any, Any, Any]) -> ConcurrentFuture[Any]:
         """Run a coroutine on the engine's loop."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.engine()[0].loop)
+        try:
+            loop = self.engine()[0].loop
+        except NotRunningError:
+            coroutine.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(coroutine, loop)
 
     async def on_owner(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Await a coroutine on the loop of the client or worker, from any loop."""
