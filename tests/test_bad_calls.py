@@ -59,6 +59,13 @@ class Model:
     def large(self, n=LARGE):
         return b"x" * n
 
+    async def items(self, n):
+        for i in range(n):
+            yield i
+
+    def returns_items(self, n):
+        return iter(x for x in range(n))
+
 
 @serve.deployment
 class Strange:
@@ -118,6 +125,9 @@ async def test_arguments_that_a_method_does_not_take(c, s, a, b):
             # No frame of ours poses as user code.
             assert "user.py" not in str(caught.value)
             assert caught.value.__cause__ is None
+        for name in ("items", "returns_items"):
+            with pytest.raises(ArgumentsError, match=rf"'{name}'.*'many'.*takes \(n\)"):
+                await soon(anext(model.options(method_name=name, stream=True).remote(many=3)))
     assert not log.getvalue()
     # What user code does wrong inside is its own error.
     for name in ("confused", "fails_at_once"):

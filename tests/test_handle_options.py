@@ -25,7 +25,6 @@ from dask_serve.routing.session import Session
 OTHER = {
     "method_name": "predict",
     "sync": False,
-    "stream": True,
     "request_timeout_s": 2.5,
     "retries_on_loss": 3,
     "multiplexed_model_id": "m1",

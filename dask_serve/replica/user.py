@@ -473,11 +473,17 @@ def _is_of_the_call(error: TypeError) -> bool:
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code in _CALLING
+    frame = None if trace is None else trace.tb_frame
+    return frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) in _CALLING
 
 
-#: The code that calls the functions of users.
-_CALLING = (UserCode._run_async.__code__, UserCode._blocking_answer.__code__)
+#: Modules and functions that call the functions of users.
+_CALLING = {
+    (f"{__package__}.user", "_run_async"),
+    (f"{__package__}.user", "_blocking_answer"),
+    (f"{__package__}.streams", "_stream"),
+    (f"{__package__}.streams", "run"),
+}
 
 
 def _from_user_code(error: RequestError) -> bool:
