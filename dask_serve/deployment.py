@@ -154,6 +154,16 @@ class Deployment:
         handle: DeploymentHandle = find_handle(self.name, app_name, sync=sync)
         return handle
 
+    def __getattr__(self, name: str) -> Any:
+        # An attribute of its own is missing while it is unpickled.
+        if name.startswith("__") or name in self.__slots__:
+            raise AttributeError(name)
+        raise AttributeError(
+            f"a Deployment has no attribute {name!r}: it answers requests once "
+            f"`handle = serve.run({self.name}.bind(...))` "
+            f"has deployed it, by that handle or by {self.name}.get_handle()"
+        )
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(
             f"deployment {self.name!r} cannot be called or instantiated here: bind its arguments with "

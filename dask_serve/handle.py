@@ -286,7 +286,7 @@ class DeploymentHandle:
         if parts is None:
             arguments = Arguments(session, self._id, state, timeout)
             try:
-                parts = payloads.dumps((args, kwargs), arguments.reducers)
+                parts = arguments.dumps(args, kwargs)
             except PayloadError as error:
                 which = culprit(args, kwargs, arguments.reducers)
                 what = f"{which} of a call of {self._id!r}, method {self._method!r}, {error}"

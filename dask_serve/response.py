@@ -10,6 +10,7 @@ import os
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
@@ -427,7 +428,9 @@ class DeploymentResponse(Future):
             session.tell("serve_promise", promise=promise, client=client.id)
             local = self._local
             local.on_done(lambda: session.tell("serve_settle", promise=promise, outcome=pack_outcome(_settled(local))))
-            return client.submit(take_pending, key, promise, key=key, pure=False)
+            inner = client.submit(take_pending, key, promise, key=key, pure=False)
+            client.loop.add_callback(_cancel_with, inner._state, weakref.ref(self))
+            return inner
         if outcome.parts is not None:
             return client.submit(take_value, [bytes(part) for part in outcome.parts], key=key, pure=False)
         if outcome.stored is not None:
@@ -542,6 +545,18 @@ class _Discard:
 def _log_unread(outcome: Outcome) -> None:
     text = outcome.raised[0] if outcome.raised is not None else ": ".join(outcome.error or ())
     logger.warning("A call failed, and its ref was dropped before anybody read the error:\n%s", text)
+
+
+async def _cancel_with(task: Any, reference: weakref.ref[DeploymentResponse]) -> None:
+    """Cancel a call with the task that its ref became, which is all that ``client.cancel([ref])`` knows of it.
+
+    Runs on the client's loop.
+    """
+    await task.wait()
+    ref = reference()
+    # The end of the ref looks the same to Dask.
+    if ref is not None and not ref._cleared and task.status == "cancelled":
+        ref.cancel()
 
 
 def _settled(state: RefState) -> Outcome:

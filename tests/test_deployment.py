@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import pickle
 import sys
 import types
 import warnings
 from typing import NamedTuple
 
+import cloudpickle
 import msgspec
 import pytest
 
@@ -323,3 +325,12 @@ def test_wrong_application_name():
 def test_unpicklable_names_the_deployment():
     with pytest.raises(ConfigError, match=r"^deployment 'Plain' cannot be sent.*bound argument 'gen', a builtins.gen"):
         build(Plain.bind(gen=(x for x in ())))
+
+
+def test_a_deployment_is_no_handle():
+    @deployment
+    class Model: ...
+
+    with pytest.raises(AttributeError, match=r"serve.run\(Model.bind\(...\)\)"):
+        Model.remote(1)
+    assert pickle.loads(cloudpickle.dumps(Model)).name == "Model"

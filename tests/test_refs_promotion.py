@@ -223,6 +223,11 @@ async def test_cancelled_and_failed_after_promotion(c, s, a, b):
     ref = handle.after.options(request_timeout_s=0.1).remote(30, 1)
     with pytest.raises(TimeoutError):
         await c.submit(inc, ref)
+    # Dask's way of cancelling a future.
+    ref = handle.gate.remote(1)
+    await c.cancel([ref])
+    with pytest.raises(RequestCancelledError):
+        await ref
 
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])

@@ -130,6 +130,9 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
         Bytes from which on calls from Python wait (``serve.results-limit``); None: no limit.
     promoted : int
         Results that Dask has taken over in this process, since it began.
+    replicas : dict
+        Counts of its replicas, by their id: ``running``, ``answered``, ``failed``, ``dropped`` (cancelled while they
+        ran), and ``seconds_wasted`` on those.
     """
 
     address: str
@@ -138,6 +141,7 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     result_bytes: int
     limit: int | None
     promoted: int = 0
+    replicas: dict[str, dict[str, float]] = {}
 
     def __str__(self) -> str:
         limit = "" if self.limit is None else f" of {format_bytes(self.limit)}"

@@ -68,11 +68,10 @@ class ServeProcess:
             units[:] = [other for other in units if not other.ended]
             units.append(unit)
         if not known:
-            worker.metrics["serve"] = _metrics
             loop = worker.loop.asyncio_loop
             asyncio.run_coroutine_threadsafe(worker.plugin_add(DrainAtClose(), name=DrainAtClose.name), loop).result(10)
             # Travels with the worker's heartbeats.
-            worker.metrics["serve"] = lambda _: door.report()
+            worker.metrics["serve"] = lambda worker: {**door.report(), "replicas": _counts(worker)}
             if worker.status in _LEAVING:
                 # It may have looked for plugins to tear down before ours was there.
                 cls.leave(worker)
@@ -112,8 +111,8 @@ class ServeProcess:
             door.close()
 
 
-def _metrics(worker: Worker) -> dict[str, dict[str, Any]]:
-    """Return the counts of a worker's replicas, which its heartbeats carry to the scheduler."""
+def _counts(worker: Worker) -> dict[str, dict[str, Any]]:
+    """Return the counts of a worker's replicas."""
     return {unit.id: unit.core.stats() for unit in ServeProcess.units_of(worker) if unit.core is not None}
 
 

@@ -28,7 +28,6 @@ from ..exceptions import (
     RequestTimeoutError,
 )
 from ..wire import payloads
-from ..wire.frames import Buffer
 from ..wire.loops import new_event_loop
 from ..wire.mailbox import Mailbox, Outbox
 from ..wire.messages import Attachment, Kind
@@ -368,17 +367,23 @@ class UserCode:
         attachments = execution.call.attachments
         inline = list(execution.parts[len(execution.parts) - sum(other.parts for other in attachments) :])
         values: list[Any] = []
-        for attachment in attachments:
-            if attachment.key is not None:
-                values.append(self.gather(_as_key(attachment.key)))
-            elif attachment.parts:
-                taken, inline = inline[: attachment.parts], inline[attachment.parts :]
-                values.append(_loaded(taken))
+        elsewhere: dict[int, Attachment] = {}
+        for number, attachment in enumerate(attachments):
+            if attachment.parts:
+                values.append(payloads.loads(inline[: attachment.parts]))
+                del inline[: attachment.parts]
             else:
-                values.append(self._fetch(attachment))
-        return await asyncio.gather(*values)
+                values.append(None)
+                elsewhere[number] = attachment
+        if elsewhere:
+            fetched = await asyncio.gather(*map(self._fetch, elsewhere.values()))
+            for number, value in zip(elsewhere, fetched, strict=True):
+                values[number] = value
+        return values
 
     async def _fetch(self, attachment: Attachment) -> Any:
+        if attachment.key is not None:
+            return await self.gather(_as_key(attachment.key))
         assert self._door is not None
         fetched = self._door.run(self._door.fetch(attachment.process, attachment.door, attachment.name))
         return payloads.loads(await asyncio.wrap_future(fetched))
@@ -458,10 +463,6 @@ def _let_go(error: BaseException | None) -> None:
 def _as_key(key: Any) -> Any:
     """Return a Dask key as it was before it travelled: its tuples became lists."""
     return tuple(map(_as_key, key)) if isinstance(key, list) else key
-
-
-async def _loaded(parts: Sequence[Buffer]) -> Any:
-    return payloads.loads(parts)
 
 
 def _kind(value: object) -> str:

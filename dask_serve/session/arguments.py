@@ -6,10 +6,14 @@ They are found at any depth, because the pickle of the arguments finds them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import inspect
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from threading import get_ident
 from typing import Any
 
 from distributed import Future
@@ -57,7 +61,21 @@ class Arguments:
         Seconds until its deadline.
     """
 
-    __slots__ = ("_deployment", "_kept", "_session", "_state", "_task", "_timeout", "_values")
+    __slots__ = (
+        "_deployment",
+        "_due",
+        "_kept",
+        "_loop",
+        "_missing",
+        "_session",
+        "_state",
+        "_submit",
+        "_task",
+        "_timeout",
+        "_timer",
+        "_values",
+        "_waiting",
+    )
 
     def __init__(self, session: Session, deployment: str, state: RefState | StreamState, timeout: float | None) -> None:
         self._session = session
@@ -67,6 +85,12 @@ class Arguments:
         self._values: list[Any] = []
         #: Collections whose futures the replica only refers to: they must live as long as the call.
         self._kept: list[Any] = []
+        #: They are waited for: the call has neither left nor ended.
+        self._waiting = False
+        #: How many refs have not ended.
+        self._missing = 0
+        self._due = 0.0
+        self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
 
     def __bool__(self) -> bool:
@@ -79,13 +103,14 @@ class Arguments:
         return self._reduce_collection if is_collection_type(kind) else web.reducer_for(kind)
 
     def _stand_in(self, value: Any) -> tuple[Any, ...]:
-        if isinstance(value, Assigned):
-            value = value.ref
-        # Where pickle stumbled, cloudpickle comes by once more.
-        place = next((i for i, known in enumerate(self._values) if known is value), len(self._values))
-        if place == len(self._values):
+        return payloads.attached, (self._number(value.ref if isinstance(value, Assigned) else value),)
+
+    def _number(self, value: Any) -> int:
+        # One may occur twice; and where pickle stumbled, cloudpickle comes by once more.
+        number = next((i for i, known in enumerate(self._values) if known is value), len(self._values))
+        if number == len(self._values):
             self._values.append(value)
-        return payloads.attached, (place,)
+        return number
 
     def _reduce_collection(self, collection: Any) -> Any:
         future = future_behind(collection)
@@ -97,15 +122,110 @@ class Arguments:
         self._kept.append(collection)
         return reduced
 
+    def dumps(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Buffer]:
+        """Serialise the arguments of the call.
+
+        Raises
+        ------
+        PayloadError
+            One of them cannot be pickled.
+        """
+        plain = payloads.dumps_plain(args, kwargs, {DeploymentResponse: self._number})
+        if plain is not None:
+            return plain
+        self._values.clear()
+        return payloads.dumps((args, kwargs), self.reducers)
+
     # ------------------------------------------------------------------ on the loop that carries the call
 
     def start(self, submit: Callable[[float | None], None]) -> None:
         """Begin to wait; ``submit`` is called with the seconds that are left once all are there."""
-        self._state.keep = self._let_go
-        if self._state.done():
+        state = self._state
+        state.keep = self._let_go
+        if state.done():
             self._let_go()
+            return
+        self._submit = submit
+        self._loop = asyncio.get_running_loop()
+        self._waiting = True
+        if self._timeout is not None:
+            self._due = time.monotonic() + self._timeout
+            self._timer = self._loop.call_later(self._timeout, self._time_out)
+        if all(type(value) is DeploymentResponse for value in self._values):
+            self._wait_for_refs()
         else:
-            self._task = asyncio.get_running_loop().create_task(self._wait_and_submit(submit))
+            self._task = self._loop.create_task(self._attach_all())
+
+    def _wait_for_refs(self) -> None:
+        """Wait without a task: a chain of calls is mostly that."""
+        pending = [value._local for value in self._values if value._local.status == "pending"]
+        self._missing = len(pending)
+        for value in self._values:
+            value._read = True
+            if value._local.status in {"error", "cancelled"}:
+                self._fail(value._local.outcome)
+                return
+        for local in pending:
+            local.on_done(functools.partial(self._on_ref, local, get_ident()))
+        if not pending:
+            self._attach_refs()
+
+    def _on_ref(self, local: RefState, thread: int) -> None:
+        """One of the refs has ended, on whatever thread."""
+        if get_ident() == thread:
+            self._note_ref(local)
+        else:
+            # A loop that is closed has ended its calls.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._note_ref, local)
+
+    def _note_ref(self, local: RefState) -> None:
+        self._missing -= 1
+        if not self._waiting:
+            return
+        if local.status != "finished":
+            assert local.outcome is not None
+            self._fail(local.outcome)
+        elif not self._missing:
+            self._attach_refs()
+
+    def _attach_refs(self) -> None:
+        """All have ended well; small values travel with the call."""
+        outcomes = [value._local.outcome.parts for value in self._values]
+        if None in outcomes:
+            self._task = self._loop.create_task(self._attach_all())
+            return
+        state = self._state
+        state.attachments = [Attachment(parts=len(parts)) for parts in outcomes]
+        state.parts = list(itertools.chain(state.parts, *outcomes))
+        self._leave()
+
+    def _leave(self) -> None:
+        self._end_wait()
+        self._submit(None if self._timeout is None else max(1e-3, self._due - time.monotonic()))
+
+    def _fail(self, outcome: Outcome) -> None:
+        self._end_wait()
+        self._state.settle("error", outcome)
+
+    def _time_out(self) -> None:
+        state, task = self._state, self._task
+        self._end_wait()
+        if task is not None:
+            task.cancel()
+        state.fail(
+            RequestTimeoutError(
+                f"request {state.request_id} reached its deadline after {self._timeout:.3g} s, "
+                "waiting for a ref or a Dask future among its arguments"
+            )
+        )
+
+    def _end_wait(self) -> None:
+        self._waiting = False
+        self._task = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _let_go(self) -> None:
         # The call's ref has `self` for as long as it lives, so that it can cancel the call.
@@ -114,37 +234,32 @@ class Arguments:
 
     def cancel(self) -> bool:
         """Stop waiting; False when the call has left."""
-        task, self._task = self._task, None
-        if task is None:
+        if not self._waiting:
             return False
-        task.cancel()
-        # Not by the task: cancelled before its first step, it takes none.
+        task = self._task
+        self._end_wait()
+        if task is not None:
+            task.cancel()
         self._state.fail(RequestCancelledError(f"request {self._state.request_id} was cancelled"))
         return True
 
-    async def _wait_and_submit(self, submit: Callable[[float | None], None]) -> None:
-        state = self._state
-        begun = time.monotonic()
+    async def _attach_all(self) -> None:
+        """Wait for Dask futures, and see where large values are."""
         try:
-            await asyncio.wait_for(self._attach(), self._timeout)
+            await self._attach()
         except _Failed as failed:
-            state.settle("error", failed.outcome)
-        except asyncio.TimeoutError:
-            state.fail(
-                RequestTimeoutError(
-                    f"request {state.request_id} reached its deadline after {self._timeout:.3g} s, "
-                    "waiting for a ref or a Dask future among its arguments"
-                )
-            )
+            if self._waiting:
+                self._fail(failed.outcome)
         except asyncio.CancelledError:
-            state.fail(RequestCancelledError(f"request {state.request_id} was cancelled"))
+            # The loop ends, unless it was ended from here.
+            self.cancel()
         except Exception as error:  # noqa: BLE001
-            message = f"an argument of {state.method!r} could not be had: {error!r}"
-            state.settle("error", Outcome(error=(ServeError.__name__, message)))
+            if self._waiting:
+                message = f"an argument of {self._state.method!r} could not be had: {error!r}"
+                self._fail(Outcome(error=(ServeError.__name__, message)))
         else:
-            submit(None if self._timeout is None else max(1e-3, self._timeout - (time.monotonic() - begun)))
-        finally:
-            self._task = None
+            if self._waiting:
+                self._leave()
 
     async def _attach(self) -> None:
         waiting = [asyncio.ensure_future(self._ready(value)) for value in self._values]
