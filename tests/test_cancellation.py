@@ -490,7 +490,8 @@ async def test_work_for_nobody_is_counted(c, s, a, b):
     await until(lambda: unit.core.dropped == 1)
     worker = unit._worker
     await worker.heartbeat()
-    counts = s.workers[worker.address].metrics["serve"]["replicas"][unit.id]
+    (status,) = [one for one in (await serve.status(client=c)).workers if one.address == worker.address]
+    counts = status.replicas[unit.id]
     assert counts["dropped"] == 1
     assert counts["seconds_wasted"] == unit.core.seconds_wasted > 0
 

@@ -303,7 +303,7 @@ class ReplicaCore:
             self._arm_lapse()
 
     def stats(self) -> dict[str, Any]:
-        """Counts for the metrics of the worker."""
+        """Counts for the status of the worker."""
         return {
             "running": self.admission.running,
             "answered": self.answered,
