@@ -686,6 +686,22 @@ async def test_deleted_and_deployed_again(c, s, a, b):
 
 
 @gen_cluster(client=True)
+async def test_an_ended_replica_leaves_its_object(c, s, a, b):
+    """What it began for its calls lives on in the process: the session, connections, timers."""
+    handle = await serve.run(Caller.bind(Model.bind()), route_prefix=None, client=c)
+    assert await handle.asynchronous.remote(1) == await handle.synchronous.remote(1) == 2
+    assert await handle.large.remote() == (LARGE, [LARGE])
+
+    def objects() -> list[Any]:
+        gc.collect()
+        return [found for found in gc.get_objects() if type(found).__name__ in {"Caller", "Model"}]
+
+    assert len(objects()) == 2
+    await serve.delete("default", client=c)
+    await until(lambda: not objects())
+
+
+@gen_cluster(client=True)
 async def test_no_service_on_the_cluster(c, s, a, b):
     handle = DeploymentHandle("default", "Model", s.address, client=c)
     begun = time.monotonic()

@@ -152,7 +152,7 @@ class Door:
         local = listen_locally(self.process) if self._ssl is None else None
         if local is not None:
             self._local = await self.loop.create_unix_server(visit, sock=local, backlog=1024)
-        port = server.sockets[0].getsockname()[1]  # type: ignore[attr-defined]
+        port = server.sockets[0].getsockname()[1]
         host = f"[{self._host}]" if ":" in self._host else self._host
         self.address = f"{'tls' if self._ssl else 'tcp'}://{host}:{port}"
 

@@ -122,6 +122,7 @@ class UserCode:
             self.loop.run_until_complete(self._clean_up())
             # The user's object is let go on its own thread: its __del__ may expect it.
             self.instance = None
+            self._context.run(_forget_instance)
             self._methods.clear()
             self._http = None
             self.loop.close()
@@ -451,6 +452,13 @@ class UserCode:
 def _wake(waiter: asyncio.Future[None]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+def _forget_instance() -> None:
+    """Leave the user's object to its end: what was begun in this context may live on."""
+    context = replica_context.get(None)
+    if context is not None:
+        replica_context.set(context._replace(servable_object=None))
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from collections.abc import AsyncGenerator
 from time import monotonic
@@ -117,17 +118,20 @@ class Fabric:
     def link(self, process: str, door: str) -> Link:
         """Return the link to a process, dialled if there is none."""
         link = self._links.get(process)
-        if link is None:
-            link = self._links[process] = Link(
-                self._secret,
-                process,
-                door,
-                self._ssl if door.startswith("tls") else None,
-                self._on_link_lost,
-                ways=self._ways,
-            )
-            if self._check is None:
-                self._check = self._loop.call_later(CHECK_EVERY, self._on_check)
+        # Not in the context of the request that needs it first: it would live as long as the link.
+        return contextvars.Context().run(self._open, process, door) if link is None else link
+
+    def _open(self, process: str, door: str) -> Link:
+        link = self._links[process] = Link(
+            self._secret,
+            process,
+            door,
+            self._ssl if door.startswith("tls") else None,
+            self._on_link_lost,
+            ways=self._ways,
+        )
+        if self._check is None:
+            self._check = self._loop.call_later(CHECK_EVERY, self._on_check)
         return link
 
     def _on_link_lost(self, link: Link) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import threading
@@ -74,7 +75,8 @@ class Session:
         self._engine: Engine | None = None
         self._engine_fabric: Fabric | None = None
         self._fabrics: dict[asyncio.AbstractEventLoop, Fabric] = {}
-        self._watch = asyncio.run_coroutine_threadsafe(self._follow(), self._loop)
+        # Not in the context of whoever calls first: it would live as long as this, and with it a replica's model.
+        self._watch = contextvars.Context().run(asyncio.run_coroutine_threadsafe, self._follow(), self._loop)
         _sessions.add(self)
 
     @classmethod
@@ -217,7 +219,7 @@ class Session:
                 fabric.apply(table)
             elif absent:
                 fabric.absent()
-            loop.create_task(self._close_with(loop, fabric))
+            contextvars.Context().run(loop.create_task, self._close_with(loop, fabric))
         return fabric
 
     async def _close_with(self, loop: asyncio.AbstractEventLoop, fabric: Fabric) -> None:
@@ -302,7 +304,7 @@ class Session:
     def later(self, function: Callable[..., Any], *args: Any) -> None:
         """Call a function soon on some loop of ours, from any thread and from finalisers."""
         try:
-            self._loop.call_soon_threadsafe(function, *args)
+            self._loop.call_soon_threadsafe(function, *args, context=contextvars.Context())
         except RuntimeError:
             logger.debug("%s came after the client was closed", function)
 

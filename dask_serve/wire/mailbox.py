@@ -26,7 +26,8 @@ class Mailbox:
     handle : callable
         Called with each thing on the loop, in the order they were put.
     context : contextvars.Context, optional
-        The context that ``handle`` runs in.
+        The context that ``handle`` runs in. By default an empty one: that of whoever wakes the loop would live as long
+        as what is begun here, and with it the model of a replica.
     """
 
     __slots__ = ("_awake", "_context", "_handle", "_items", "_loop")
@@ -39,7 +40,7 @@ class Mailbox:
     ) -> None:
         self._loop = loop
         self._handle = handle
-        self._context = context
+        self._context = contextvars.Context() if context is None else context
         self._items: deque[Any] = deque()
         self._awake = False
 
