@@ -23,12 +23,14 @@ from distributed.utils_test import gen_cluster
 
 import dask_serve as serve
 from dask_serve.exceptions import ConfigError, PayloadError, ReplicaLostError, ServeError
+from dask_serve.replica.execution import Answer, Execution
 from dask_serve.replica.process import ServeProcess
 from dask_serve.replica.room import FRACTION, limit_for
 from dask_serve.routing.state import RefState
 from dask_serve.routing.store import ResultStore, stores
 from dask_serve.session.collections import future_behind
 from dask_serve.wire.connection import CallerConnection, Connection
+from dask_serve.wire.messages import Call, Kind
 
 LARGE = 100_000
 
@@ -799,6 +801,37 @@ async def test_the_end_of_a_replica_loses_no_result(c, s, a, b):
     await all_there(refs)
 
 
+@pytest.mark.parametrize(
+    ("left", "closed", "answered", "stays"),
+    [(False, False, False, True), (True, False, True, False), (False, True, True, True), (False, True, False, False)],
+)
+def test_results_that_come_late_stay_only_for_those_who_know_of_them(client, left, closed, answered, stays):
+    """What a user thread hands over after its request was answered as cancelled, or its replica was stopped."""
+    handle = serve.run(Model.bind(), route_prefix=None, client=client)
+    assert handle.remote(1).result(10) == 1
+
+    def late() -> int | None:
+        async def on_mail(door: Any, core: Any) -> int:
+            (connection,) = door.connections
+            call = Call(core.id, "large", "id", None, False)
+            execution = Execution(core, connection, 99_999, call, (), time.monotonic())
+            core.admission.admit(connection, False)
+            core._active += 1
+            execution.left, execution.answered, core.closed = left, answered, closed
+            name = door.store.put([b"x" * LARGE])
+            door._on_mail((execution, Answer(Kind.RESULT, stored=name, nbytes=LARGE)))
+            assert (name in connection.stored) == bool(len(door.store))
+            return len(door.store)
+
+        for door in ServeProcess.doors():
+            for core in door.replicas.values():
+                return door.run(on_mail(door, core)).result(5)
+        return None
+
+    assert [count for count in client.run(late).values() if count is not None] == [stays]
+    serve.shutdown(client=client)
+
+
 def test_the_end_of_all_replicas_of_a_process_loses_no_result(two):
     client, handle = two
     refs = [handle.large.remote() for _ in range(10)]
@@ -821,8 +854,6 @@ def resident() -> int:
 
 def left_over() -> dict[str, int]:
     """What this process has of requests and results."""
-    from dask_serve.replica.execution import Execution
-
     gc.collect()
     kinds = (serve.DeploymentResponse, RefState, Execution, Future)
     objects = [type(thing).__name__ for thing in gc.get_objects() if isinstance(thing, kinds)]

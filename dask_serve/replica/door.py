@@ -284,16 +284,17 @@ class Door:
         if execution is None:
             content()
             return
-        if execution.core.closed:
-            if content.stored:
-                self.store.drop(content.stored)
-            return
+        closed = execution.core.closed
         if content.stored:
-            if execution.connection.closed:  # nobody will ever ask for it
+            connection = execution.connection
+            # Nobody will ask for it whose connection is lost, or who was answered otherwise: it was cancelled, or its
+            # replica was stopped. What a user thread has written is the answer.
+            if connection.closed or execution.left or (closed and not execution.answered):
                 self.store.drop(content.stored)
             else:
-                self.store.own(content.stored, execution.connection.stored)
-        execution.core.on_answer(execution, content)
+                self.store.own(content.stored, connection.stored)
+        if not closed:
+            execution.core.on_answer(execution, content)
 
     # ------------------------------------------------------------------ replicas and results
 
