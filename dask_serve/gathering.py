@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import copy
 import functools
@@ -15,16 +16,15 @@ from typing import Any, Literal
 
 from distributed import Future
 
-from .exceptions import ConfigError
+from .exceptions import ConfigError, NotRunningError
 from .response import Assigned, DeploymentResponse
-from .routing.state import RefState
 from .session.peers import current_client, current_worker
 from .session.waiting import patiently, seconds_of, until_cancelled
 from .wire.loops import running_loop
 
 __all__ = ["gather"]
 
-#: Results that stay in the stores of workers are fetched that many at a time.
+#: That many results that stay in the stores of workers are fetched at a time.
 FETCHES = 16
 
 #: Stands for the value of a ref that failed, with ``errors="skip"``.
@@ -154,25 +154,75 @@ def _or_none(value: Any) -> Any:
 # -- waiting -----------------------------------------------------------------------------------------------------------
 
 
-class _Countdown:
-    """Calls ``wake`` once all states are settled, or, if that is enough, when one failed; maybe more than once."""
+class _Arrival:
+    """Refs that are waited for: calls ``wake`` once all values are here, or, if that is enough, when one failed.
 
-    def __init__(self, states: list[RefState], any_failure: bool, wake: Callable[[], object]) -> None:
+    It may do so more than once. Values in the stores of workers are fetched as they come, `FETCHES` at a time: a
+    store that is full takes no more calls until some are.
+
+    Parameters
+    ----------
+    loop : asyncio.AbstractEventLoop, optional
+        Where to fetch; by default on the engine's.
+    """
+
+    def __init__(
+        self,
+        refs: list[DeploymentResponse],
+        any_failure: bool,
+        wake: Callable[[], object],
+        loop: asyncio.AbstractEventLoop | None,
+    ) -> None:
+        self.fetched: list[_Fetched] = []
         self._any_failure = any_failure
         self._wake = wake
-        self._count = len(states)
-        # States may be settled in several threads; to take the next number is one step.
-        self._settled = itertools.count(1)
-        self._callbacks = [(state, functools.partial(self._on_settled, state)) for state in states]
+        self._loop = loop
+        self._left: collections.deque[DeploymentResponse] = collections.deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._count = len(refs)
+        # They may be settled in several threads; to take the next number is one step.
+        self._arrived = itertools.count(1)
+        self._callbacks = [(ref._local, functools.partial(self._on_settled, ref)) for ref in refs]
         for state, callback in self._callbacks:
             state.on_done(callback)
 
-    def _on_settled(self, state: RefState) -> None:
-        if next(self._settled) == self._count or (self._any_failure and state.status != "finished"):
+    def _on_settled(self, ref: DeploymentResponse) -> None:
+        if not ref.is_elsewhere():
+            self._on_arrived(ref._local.status != "finished")
+            return
+        try:
+            loop = self._loop or ref._session.engine()[0].loop
+            loop.call_soon_threadsafe(self._fetch, ref)
+        except (NotRunningError, RuntimeError) as error:  # the client or the loop is closed
+            self._on_fetched(ref, _Failed(error))
+
+    def _on_arrived(self, failed: bool) -> None:
+        if next(self._arrived) == self._count or (failed and self._any_failure):
             self._wake()
+
+    def _on_fetched(self, ref: DeploymentResponse, value: Any) -> None:
+        self.fetched.append((ref, value))
+        self._on_arrived(isinstance(value, _Failed))
+
+    def _fetch(self, ref: DeploymentResponse) -> None:
+        self._left.append(ref)
+        if len(self._tasks) < FETCHES:
+            task = asyncio.get_running_loop().create_task(self._fetch_some())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _fetch_some(self) -> None:
+        while self._left:
+            ref = self._left.popleft()
+            try:
+                found: Any = await ref.find_stored()
+            except Exception as error:  # noqa: BLE001
+                found = _Failed(error)
+            self._on_fetched(ref, found)
 
     def forget(self) -> None:
         """Nobody waits any more."""
+        self._left.clear()
         for state, callback in self._callbacks:
             if state.status == "pending":
                 state._forget(callback)
@@ -206,17 +256,19 @@ class _Gathering:
     def wait_in_thread(self, seconds: float | None) -> list[Any]:
         """Block until the values are here."""
         deadline = None if seconds is None else time.monotonic() + seconds
-        pending = self._pending()
-        if pending:
+        fetched: list[_Fetched] = []
+        missing = self._missing()
+        if missing:
             event = threading.Event()
-            countdown = _Countdown(pending, not self._skip, event.set)
+            arrival = _Arrival(missing, not self._skip, event.set, None)
             try:
                 with until_cancelled(event.set):
                     if not patiently(event.wait, seconds):
                         raise self._too_late(seconds)
             finally:
-                countdown.forget()
-        coming = [asyncio.run_coroutine_threadsafe(coroutine, loop) for loop, coroutine in self._on_loops(None)]
+                arrival.forget()
+            fetched = arrival.fetched
+        coming = [asyncio.run_coroutine_threadsafe(coroutine, loop) for loop, coroutine in self._of_clients()]
         if coming:
 
             def wait(timeout: float | None) -> bool:
@@ -227,7 +279,7 @@ class _Gathering:
                     for future in coming:
                         future.cancel()
                     raise self._too_late(seconds)
-        return self._values([pair for future in coming for pair in future.result()])
+        return self._values([*fetched, *(pair for future in coming for pair in future.result())])
 
     async def wait(self, seconds: float | None) -> list[Any]:
         """Wait in the running loop until the values are here."""
@@ -245,8 +297,9 @@ class _Gathering:
 
     async def _arrive(self) -> list[_Fetched]:
         loop = asyncio.get_running_loop()
-        pending = self._pending()
-        if pending:
+        fetched: list[_Fetched] = []
+        missing = self._missing()
+        if missing:
             waiter = loop.create_future()
 
             def wake() -> None:
@@ -254,33 +307,31 @@ class _Gathering:
                 with contextlib.suppress(RuntimeError):
                     loop.call_soon_threadsafe(lambda: None if waiter.done() else waiter.set_result(None))
 
-            countdown = _Countdown(pending, not self._skip, wake)
+            arrival = _Arrival(missing, not self._skip, wake, loop)
             try:
                 await waiter
             finally:
-                countdown.forget()
-        return [pair for its, coroutine in self._on_loops(loop) for pair in await _on(its, coroutine)]
+                arrival.forget()
+            fetched = arrival.fetched
+        return [*fetched, *[pair for its, coroutine in self._of_clients() for pair in await _on(its, coroutine)]]
 
-    def _pending(self) -> list[RefState]:
+    def _missing(self) -> list[DeploymentResponse]:
         """Return what has to be waited for: nothing, where a failure is known that will be raised."""
-        return [] if self._failed() else [ref._local for ref in self._refs if ref._local.status == "pending"]
+        if self._failed():
+            return []
+        # One ref may be there several times.
+        refs = {id(ref): ref for ref in self._refs}.values()
+        return [ref for ref in refs if ref._local.status == "pending" or ref.is_elsewhere()]
 
     def _failed(self) -> bool:
         return not self._skip and any(ref._local.status in _FAILED for ref in self._refs)
 
-    def _on_loops(
-        self, here: asyncio.AbstractEventLoop | None
-    ) -> Iterator[tuple[asyncio.AbstractEventLoop, _Fetching]]:
-        """Return what brings the values that are elsewhere, and the loop where it has to run."""
-        if self._failed():
-            return
-        # One ref may be there several times.
-        stored = list({ref: None for ref in self._refs if ref.is_elsewhere()})
-        if stored:
-            yield here or stored[0]._session.engine()[0].loop, _fetch_stored(stored)
-        for client in {future.client: None for future in self._futures}:
-            its = [future for future in self._futures if future.client is client]
-            yield client.loop.asyncio_loop, _gather_futures(client, its, self._skip)
+    def _of_clients(self) -> Iterator[tuple[asyncio.AbstractEventLoop, _Fetching]]:
+        """Return what gathers the Dask futures, and the loop where it has to run."""
+        if self._futures and not self._failed():
+            for client in {future.client: None for future in self._futures}:
+                its = [future for future in self._futures if future.client is client]
+                yield client.loop.asyncio_loop, _gather_futures(client, its, self._skip)
 
     def _values(self, fetched: list[_Fetched]) -> list[Any]:
         """Return the value of each ref and future, or raise the first failure."""
@@ -330,22 +381,6 @@ class _Failed:
 #: A ref with what `DeploymentResponse.decode` takes, or a Dask future with its value; or either with a failure.
 _Fetched = tuple[Future, Any]
 _Fetching = Coroutine[Any, Any, list[_Fetched]]
-
-
-async def _fetch_stored(refs: list[DeploymentResponse]) -> list[_Fetched]:
-    """Fetch stored values, some at a time."""
-    fetched: list[_Fetched] = []
-    left = iter(refs)
-
-    async def fetch_some() -> None:
-        for ref in left:
-            try:
-                fetched.append((ref, await ref.find_stored()))
-            except Exception as error:  # noqa: BLE001
-                fetched.append((ref, _Failed(error)))
-
-    await asyncio.gather(*[fetch_some() for _ in range(min(FETCHES, len(refs)))])
-    return fetched
 
 
 async def _gather_futures(client: Any, futures: list[Future], skip: bool) -> list[_Fetched]:

@@ -185,6 +185,17 @@ async def test_large_results_are_fetched_some_at_a_time(c, s, a, b):
     assert [len(value) for value in values] == [LARGE + i for i in range(n)]
 
 
+@gen_cluster(client=True, config={"serve.results-limit": 1_000_000}, timeout=60)
+async def test_more_results_than_a_store_takes(c, s, a, b):
+    """Values are fetched as they come: whoever waited for all of them first would wait for room for ever."""
+    handle = await serve.run(Model.options(max_ongoing_requests=2).bind(), route_prefix=None, client=c)
+    begun = time.monotonic()
+    values = await asyncio.wait_for(serve.gather([handle.large.remote() for _ in range(60)]), 30)
+    assert [len(value) for value in values] == [LARGE] * 60
+    # Without room, one call a second is let in.
+    assert time.monotonic() - begun < 20
+
+
 # -- who blocks --------------------------------------------------------------------------------------------------------
 
 
