@@ -17,7 +17,8 @@ from typing import Any, Literal
 from distributed import Future
 
 from .exceptions import ConfigError, NotRunningError
-from .response import Assigned, DeploymentResponse
+from .response import DeploymentResponse
+from .session.assigned import Assigned
 from .session.peers import current_client, current_worker
 from .session.waiting import patiently, seconds_of, until_cancelled
 from .wire.loops import running_loop

@@ -20,12 +20,13 @@ from .config import CallOptions, build_options, change_options
 from .context import RequestContext, request_context
 from .exceptions import ConfigError, NotRunningError, PayloadError, RequestCancelledError, ServeError
 from .policy.desired import deployment_id
-from .response import Assigned, DeploymentResponse
+from .response import DeploymentResponse
 from .routing.router import Router
 from .routing.session import Session
 from .routing.state import Outcome, RefState
 from .routing.stream import StreamState
 from .session.arguments import Arguments, culprit
+from .session.assigned import Assigned
 from .session.peers import current_client, current_worker, is_left_behind, was_forked
 from .streaming import AssignedStream, DeploymentResponseGenerator
 from .wire import payloads

@@ -19,19 +19,12 @@ from distributed import Future, Worker
 
 from .context import request_context
 from .exceptions import NotRunningError, PayloadError, ReplicaLostError, RequestCancelledError, ServeError
-from .routing.promotion import (
-    flush_later,
-    pack_outcome,
-    raise_outcome,
-    take_pending,
-    take_stored,
-    take_value,
-    value_of,
-)
+from .routing.promotion import submit_task, value_of
 from .routing.session import Session
 from .routing.state import Outcome, RefState, Stored
 from .routing.store import Fetched
 from .session.bridge import Mirror
+from .session.unread import Discard
 from .session.waiting import NOTHING, call_back, patiently, seconds_of, until_cancelled
 from .wire import payloads
 from .wire.frames import Buffer
@@ -315,12 +308,12 @@ class DeploymentResponse(Future):
         if not self._wait_in_thread(seconds):
             raise TimeoutError(f"request {self.request_id} did not end within {seconds:g} s; the call goes on")
         self._read = True
-        return _settled(self._local).exception()
+        return self._local.settled().exception()
 
     async def _exception(self, seconds: float | None = None) -> BaseException | None:
         await self._local.wait(seconds)
         self._read = True
-        return _settled(self._local).exception()
+        return self._local.settled().exception()
 
     def traceback(self, timeout: float | str | None = None, **kwargs: Any) -> Any:
         """Wait for the end of the call; return the traceback of its exception, or None.
@@ -415,35 +408,11 @@ class DeploymentResponse(Future):
                 inner = self._inner
                 if inner is None:
                     key = f"serve-{self._local.method.strip('_')}-{uuid.uuid4().hex}"
-                    inner = self._inner = self._submit(client, key)
+                    inner = self._inner = submit_task(client, self._session, self._local, key, self._shared)
                     self._read = True
-                    client.loop.add_callback(flush_later, client)
+                    if self._local.outcome is None:
+                        client.loop.add_callback(_cancel_with, inner._state, weakref.ref(self))
         return inner
-
-    def _submit(self, client: Any, key: str) -> Future:
-        outcome = self._local.outcome
-        if outcome is None:
-            promise = uuid.uuid4().hex
-            session = self._session
-            session.tell("serve_promise", promise=promise, client=client.id)
-            local = self._local
-            local.on_done(lambda: session.tell("serve_settle", promise=promise, outcome=pack_outcome(_settled(local))))
-            inner = client.submit(take_pending, key, promise, key=key, pure=False)
-            client.loop.add_callback(_cancel_with, inner._state, weakref.ref(self))
-            return inner
-        if outcome.parts is not None:
-            return client.submit(take_value, [bytes(part) for part in outcome.parts], key=key, pure=False)
-        if outcome.stored is not None:
-            return client.submit(
-                take_stored,
-                *outcome.stored,
-                self._shared,
-                key=key,
-                pure=False,
-                workers=self._session.worker_of(outcome.stored.process),
-                allow_other_workers=True,
-            )
-        return client.submit(raise_outcome, pack_outcome(outcome), key=key, pure=False)
 
     def share(self) -> Future | None:
         """Keep the stored value even when the ref is promoted: a call is about to fetch it.
@@ -488,7 +457,7 @@ class DeploymentResponse(Future):
         state = self._local
         if state.outcome is not None and state.outcome.parts is not None:
             return
-        discard = _Discard(self._session, self._read, self._decoded is not _UNREAD)
+        discard = Discard(self._session, self._read, self._decoded is not _UNREAD)
         if state.outcome is None:
             state.unwanted = discard
         if state.outcome is not None:
@@ -517,36 +486,6 @@ class DeploymentResponse(Future):
         return self is other
 
 
-class _Discard:
-    """What happens to an outcome that nobody will read."""
-
-    __slots__ = ("_decoded", "_done", "_read", "_session")
-
-    def __init__(self, session: Session, read: bool, decoded: bool) -> None:
-        self._session = session
-        self._read = read
-        self._decoded = decoded
-        self._done = False
-
-    def __call__(self, outcome: Outcome) -> None:
-        if self._done:
-            return
-        self._done = True
-        if outcome.stored is not None:
-            self._session.release(outcome.stored.process, outcome.stored.name)
-        elif not self._read and (outcome.raised is not None or outcome.error is not None):
-            if outcome.error is not None and outcome.error[0] == RequestCancelledError.__name__:
-                return
-            # When the session itself ends, it is the reason of the error.
-            if not self._session.closed:
-                self._session.later(_log_unread, outcome)
-
-
-def _log_unread(outcome: Outcome) -> None:
-    text = outcome.raised[0] if outcome.raised is not None else ": ".join(outcome.error or ())
-    logger.warning("A call failed, and its ref was dropped before anybody read the error:\n%s", text)
-
-
 async def _cancel_with(task: Any, reference: weakref.ref[DeploymentResponse]) -> None:
     """Cancel a call with the task that its ref became, which is all that ``client.cancel([ref])`` knows of it.
 
@@ -557,30 +496,3 @@ async def _cancel_with(task: Any, reference: weakref.ref[DeploymentResponse]) ->
     # The end of the ref looks the same to Dask.
     if ref is not None and not ref._cleared and task.status == "cancelled":
         ref.cancel()
-
-
-def _settled(state: RefState) -> Outcome:
-    assert state.outcome is not None
-    return state.outcome
-
-
-class Assigned:
-    """What a handle with ``sync=False`` returns: awaited, it is the ref."""
-
-    __slots__ = ("ref",)
-
-    def __init__(self, ref: Any) -> None:
-        self.ref = ref
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        yield from ()
-        return self.ref
-
-    def __repr__(self) -> str:
-        return f"<to be awaited for {self.ref!r}>"
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(
-            f"a handle with sync=False returns what has to be awaited before {name!r} can be used: "
-            "`ref = await handle.remote(...)`, then `value = await ref`"
-        )

@@ -9,9 +9,9 @@ from collections.abc import Callable, Generator
 from typing import Any, NoReturn
 
 from .exceptions import NotRunningError, PayloadError, RequestCancelledError, ServeError
-from .response import Assigned
 from .routing.session import Session
 from .routing.stream import StreamState
+from .session.assigned import Assigned
 from .session.waiting import patiently
 from .wire.chunks import thaw
 from .wire.messages import WINDOW_STEP

@@ -7,7 +7,8 @@ from typing import Any
 from distributed import Future
 
 from ..exceptions import PayloadError
-from ..response import Assigned, DeploymentResponse, returning
+from ..response import DeploymentResponse, returning
+from ..session.assigned import Assigned
 from ..wire import payloads
 from ..wire.frames import Buffer
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,10 +22,10 @@ from distributed.utils import offload
 from ..exceptions import ReplicaLostError
 from ..wire import payloads
 from .session import Session
-from .state import Outcome, Stored
+from .state import Outcome, RefState, Stored
 from .store import Fetched, stores
 
-__all__ = ["flush_later", "pack_outcome", "raise_outcome", "take_pending", "take_stored", "take_value", "value_of"]
+__all__ = ["raise_outcome", "submit_task", "take_pending", "take_stored", "take_value", "value_of"]
 
 #: Seconds of one question for the outcome of a request that is under way.
 POLL = 30.0
@@ -109,7 +110,49 @@ def _give_thread_back(worker: Any, key: str) -> None:
 # -- on the side of the ref --------------------------------------------------------------------------------------------
 
 
-def flush_later(client: Any) -> None:
+def submit_task(client: Any, session: Session, state: RefState, key: str, shared: bool) -> Any:
+    """Make a Dask task of a request.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    session : Session
+        That of the ref.
+    state : RefState
+    key : str
+        Of the task.
+    shared : bool
+        Calls take a stored value too: it stays in the store.
+
+    Returns
+    -------
+    distributed.Future
+    """
+    outcome = state.outcome
+    if outcome is None:
+        promise = uuid.uuid4().hex
+        session.tell("serve_promise", promise=promise, client=client.id)
+        state.on_done(lambda: session.tell("serve_settle", promise=promise, outcome=pack_outcome(state.settled())))
+        future = client.submit(take_pending, key, promise, key=key, pure=False)
+    elif outcome.parts is not None:
+        future = client.submit(take_value, [bytes(part) for part in outcome.parts], key=key, pure=False)
+    elif outcome.stored is not None:
+        future = client.submit(
+            take_stored,
+            *outcome.stored,
+            shared,
+            key=key,
+            pure=False,
+            workers=session.worker_of(outcome.stored.process),
+            allow_other_workers=True,
+        )
+    else:
+        future = client.submit(raise_outcome, pack_outcome(outcome), key=key, pure=False)
+    client.loop.add_callback(_flush_later, client)
+    return future
+
+
+def _flush_later(client: Any) -> None:
     """Let what was promoted go first: `publish_dataset` flushes before it reads the keys of futures.
 
     Runs on the client's loop.

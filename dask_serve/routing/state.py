@@ -185,6 +185,11 @@ class RefState(Outgoing):
         """It is settled."""
         return self.status != "pending"
 
+    def settled(self) -> Outcome:
+        """Return the outcome, which is there."""
+        assert self.outcome is not None
+        return self.outcome
+
     @property
     def exception(self) -> BaseException | None:
         """The exception, as Dask reads it: a new object each time; of a cancelled request Dask's own."""

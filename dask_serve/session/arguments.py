@@ -19,7 +19,7 @@ from typing import Any
 from distributed import Future
 
 from ..exceptions import PayloadError, RequestCancelledError, RequestTimeoutError, ServeError
-from ..response import Assigned, DeploymentResponse
+from ..response import DeploymentResponse
 from ..routing.session import Session
 from ..routing.state import Outcome, RefState
 from ..routing.stream import StreamState
@@ -27,6 +27,7 @@ from ..wire import payloads
 from ..wire.frames import Buffer
 from ..wire.messages import Attachment
 from . import web
+from .assigned import Assigned
 from .collections import future_behind, is_collection_type, recipe
 
 __all__ = ["Arguments", "culprit"]
