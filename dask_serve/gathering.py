@@ -180,6 +180,8 @@ class _Arrival:
         self._loop = loop
         self._left: collections.deque[DeploymentResponse] = collections.deque()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._fetching = 0
+        self._forgotten = False
         self._count = len(refs)
         # They may be settled in several threads; to take the next number is one step.
         self._arrived = itertools.count(1)
@@ -207,23 +209,26 @@ class _Arrival:
 
     def _fetch(self, ref: DeploymentResponse) -> None:
         self._left.append(ref)
-        if len(self._tasks) < FETCHES:
+        if self._fetching < FETCHES:
+            self._fetching += 1
             task = asyncio.get_running_loop().create_task(self._fetch_some())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _fetch_some(self) -> None:
-        while self._left:
+        while self._left and not self._forgotten:
             ref = self._left.popleft()
             try:
                 found: Any = await ref.find_stored()
             except Exception as error:  # noqa: BLE001
                 found = _Failed(error)
             self._on_fetched(ref, found)
+        # In the step that found nothing left: what comes next needs a task of its own.
+        self._fetching -= 1
 
     def forget(self) -> None:
         """Nobody waits any more."""
-        self._left.clear()
+        self._forgotten = True
         for state, callback in self._callbacks:
             if state.status == "pending":
                 state._forget(callback)

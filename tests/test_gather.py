@@ -181,8 +181,10 @@ async def test_failures(c, s, a, b):
 async def test_large_results_are_fetched_some_at_a_time(c, s, a, b):
     handle = await serve.run(Model.bind(), route_prefix=None, client=c)
     n = 3 * gathering.FETCHES + 1
-    values = await serve.gather([handle.large.remote(LARGE + i) for i in range(n)])
-    assert [len(value) for value in values] == [LARGE + i for i in range(n)]
+    for _ in range(20):
+        refs = [handle.large.remote(LARGE + i) for i in range(n)]
+        values = await asyncio.wait_for(serve.gather(refs), 10)
+        assert [len(value) for value in values] == [LARGE + i for i in range(n)]
 
 
 @gen_cluster(client=True, config={"serve.results-limit": 1_000_000}, timeout=60)
