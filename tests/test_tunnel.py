@@ -37,8 +37,14 @@ from dask_serve.wire.frames import Frame
 from dask_serve.wire.messages import Kind
 from dask_serve.wire.pump import HIGH_WATER, Pump
 
-# The far side does not have this module.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+@pytest.fixture(autouse=True, scope="module")
+def sent_by_value() -> Iterator[None]:
+    """The far side does not have this module."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    yield
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
 
 WINDOW = 1 << 20
 LARGE = 20_000_000
