@@ -145,11 +145,8 @@ class Link:
         """Close it for good; what is under way fails."""
         if self._task is not None:
             self._task.cancel()
-        transport = self._connection.transport
-        self._connection._flush()
+        self._connection.close()
         self._break()
-        if transport is not None:
-            transport.close()
 
     def give_up(self) -> None:
         """Nothing will come any more; what is under way there is lost."""
@@ -163,7 +160,7 @@ class Link:
             return
         unsent = connection.unsent
         # A large payload that goes on leaving is as good as an answer, which has to wait behind it.
-        heard = now if unsent < self._unsent else connection.heard
+        heard = now if unsent < self._unsent else max(connection.heard, connection.drained)
         self._unsent = unsent
         if self._asked and heard >= self._asked:
             self._asked = 0.0

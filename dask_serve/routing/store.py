@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ..wire import payloads
 from ..wire.frames import Buffer
+from ..wire.memory import copied
 
 __all__ = ["Fetched", "ResultStore", "stores", "taken_here"]
 
@@ -115,4 +116,4 @@ def taken_here(process: str, name: str) -> Fetched | None:
     parts = None if store is None else store.get(name)
     if store is None or parts is None:
         return None
-    return Fetched([parts[0], *map(bytearray, parts[1:])], store.tight)
+    return Fetched([parts[0], *map(copied, parts[1:])], store.tight)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from typing import Any, cast
 import msgspec
 
 from . import auth
-from .frames import MAX_BODY, Buffer, Frame, FrameError, FrameReader, encode_frame
+from .frames import MAX_BODY, Buffer, Frame, FrameError, FrameReader, LargeBody, encode_frame
+from .in_place import InPlace
 from .messages import VERSIONS, Hello, Kind, Proof, decode_hello, decode_proof, encode
 
 __all__ = ["HANDSHAKE_TIMEOUT", "CallerConnection", "Connection", "DoorConnection"]
@@ -27,6 +29,12 @@ HANDSHAKE_TIMEOUT = 5.0
 _STRANGER_LIMIT = 4096
 #: Buffers at least this long are written by themselves, all smaller ones are joined.
 _JOIN_BELOW = 32 * 1024
+#: What is missing of a body is received in place if it is more than one read brings anyhow.
+_IN_PLACE_FROM = 256 * 1024
+#: Pieces of large buffers for transports that copy what they cannot send at once; about what a Unix socket takes.
+_PIECE = 208 * 1024
+#: Later ones keep references to what waits.
+_ASYNCIO_COPIES = sys.version_info < (3, 12)
 
 #: What malformed frames and headers raise; msgspec lets the last two through as they are.
 _MALFORMED = (FrameError, msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -45,6 +53,8 @@ class Connection(asyncio.Protocol):
         Nothing more will come or go.
     heard : float
         Monotonic time of the last byte from the peer.
+    drained : float
+        Monotonic time when enough of what was written had left for more to be written.
     """
 
     def __init__(self, secret: bytes, on_frame: FrameHandler, on_lost: Callable[[Any], None]) -> None:
@@ -53,7 +63,7 @@ class Connection(asyncio.Protocol):
         self.ready = False
         self.closed = False
         self.paused = False
-        self.heard = time.monotonic()
+        self.heard = self.drained = time.monotonic()
         self.peer: object = None
         self._secret = secret
         self._nonce = auth.new_nonce()
@@ -63,6 +73,8 @@ class Connection(asyncio.Protocol):
         self._out: list[Buffer] = []
         self._flush_is_due = False
         self._timer: asyncio.TimerHandle | None = None
+        #: How this transport takes large buffers, and whether it can receive in place.
+        self._piecewise = self._in_place = False
 
     # ------------------------------------------------------------------ sending
 
@@ -86,7 +98,7 @@ class Connection(asyncio.Protocol):
         if self.transport is None or self.closed or not out:
             return
         self._out = []
-        if len(out) == 1:
+        if len(out) == 1 and not (self._piecewise and len(out[0]) >= _JOIN_BELOW):
             self.transport.write(out[0])
             return
         start = 0
@@ -94,10 +106,26 @@ class Connection(asyncio.Protocol):
             if len(buffer) >= _JOIN_BELOW:
                 if i > start:
                     self.transport.write(b"".join(out[start:i]))
-                self.transport.write(buffer)
                 start = i + 1
+                if not self._piecewise:
+                    self.transport.write(buffer)
+                elif rest := self._write_pieces(memoryview(buffer)):
+                    self._out[:0] = [rest, *out[start:]]
+                    return
         if start < len(out):
             self.transport.write(b"".join(out[start:]) if start else b"".join(out))
+
+    def _write_pieces(self, view: memoryview) -> memoryview:
+        """Write as much of a large buffer as may be written now, and return the rest; `resume_writing` goes on."""
+        transport = self.transport
+        assert transport is not None
+        while view and not self.paused:
+            if transport.is_closing():
+                # It is lost, and would complain about each piece.
+                return view[:0]
+            transport.write(view[:_PIECE])
+            view = view[_PIECE:]
+        return view
 
     @property
     def unsent(self) -> int:
@@ -109,6 +137,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.paused = False
+        self.drained = time.monotonic()
         self._flush()
 
     # ------------------------------------------------------------------ receiving
@@ -129,6 +158,18 @@ class Connection(asyncio.Protocol):
             # A defect of ours: what it leaves behind is not known, so the connection ends, and with it nothing hangs.
             logger.exception("A frame from %s could not be handled", self.peer)
             self.abort()
+        if self._reader.large is not None and self._in_place and not self.closed:
+            self._receive_in_place(self._reader.large)
+
+    def _receive_in_place(self, large: LargeBody) -> None:
+        if large.missing > _IN_PLACE_FROM:
+            assert self.transport is not None
+            self.transport.set_protocol(InPlace(self))
+
+    @property
+    def large(self) -> LargeBody | None:
+        """The large body that comes now."""
+        return self._reader.large
 
     def _handshake(self, frame: Frame) -> None:
         raise NotImplementedError
@@ -153,6 +194,11 @@ class Connection(asyncio.Protocol):
         # uvloop's transports are no subclass of asyncio's.
         self.transport = cast("asyncio.Transport", transport)
         self.peer = transport.get_extra_info("peername")
+        # A tunnel has no socket. It copies nothing, and keeps its protocol.
+        self._in_place = transport.get_extra_info("socket") is not None
+        self._piecewise = transport.get_extra_info("ssl_object") is not None or (
+            self._in_place and _ASYNCIO_COPIES and isinstance(self.loop, asyncio.SelectorEventLoop)
+        )
         self._timer = self.loop.call_later(HANDSHAKE_TIMEOUT, self._refuse, "it did not prove itself in time")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -160,6 +206,7 @@ class Connection(asyncio.Protocol):
             self._timer.cancel()
         was_closed, self.closed = self.closed, True
         self._out.clear()
+        self._reader.large = None
         if not was_closed:
             self._on_lost(self)
 
@@ -178,7 +225,10 @@ class Connection(asyncio.Protocol):
     def close(self) -> None:
         """Close after what was queued is written; ``on_lost`` follows."""
         if not self.closed and self.transport is not None:
-            self._flush()
+            # Nobody tells a closed transport's protocol to go on.
+            self._piecewise = False
+            if self.ready:
+                self._flush()
             self.transport.close()
 
 

@@ -19,7 +19,9 @@ from itertools import pairwise
 
 from msgspec import Struct
 
-__all__ = ["Buffer", "Frame", "FrameError", "FrameReader", "encode_frame"]
+from .memory import allocate, copied
+
+__all__ = ["Buffer", "Frame", "FrameError", "FrameReader", "LargeBody", "encode_frame"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -31,8 +33,6 @@ _PART = struct.Struct("<Q")
 _LARGE = 64 * 1024
 #: In the buffer of a large body the second part begins at a multiple of this.
 _ALIGNED = 16
-#: A buffer of its own has at most this size before bytes for it are there: a claim alone allocates no more.
-_UPFRONT = 1 << 26
 #: No body may claim more than this (64 GiB): a guard against garbage, not a tuning knob.
 MAX_BODY = 1 << 36
 
@@ -72,6 +72,58 @@ def encode_frame(kind: int, request: int, header: bytes, parts: Sequence[Buffer]
     return size + _HEAD_SIZE
 
 
+class LargeBody:
+    """A body that is received into memory of its own, with a gap before it that aligns the second part.
+
+    A claim alone takes no memory: pages that nothing was written to are not there.
+
+    Parameters
+    ----------
+    head : tuple
+        What stands before the body.
+
+    Raises
+    ------
+    FrameError
+        It claims more memory than there is.
+
+    Attributes
+    ----------
+    missing : int
+        Bytes that have not come yet.
+    """
+
+    __slots__ = ("_head", "_memory", "missing")
+
+    def __init__(self, head: tuple[int, int, int, int, int]) -> None:
+        size, _, header_size, count, kind = head
+        gap = -(header_size + 8 * (count - 1)) % _ALIGNED if count > 1 else 0
+        self._head = head
+        try:
+            self._memory = allocate(gap + size)
+        except MemoryError:
+            raise FrameError(
+                f"a frame of kind {kind} claims a body of {size} bytes, for which there is no memory"
+            ) from None
+        self.missing = size
+
+    def room(self) -> memoryview:
+        """Return where the next bytes belong; whoever puts them there lowers `missing`."""
+        return self._memory[-self.missing :]
+
+    def fill(self, data: bytes | memoryview) -> int:
+        """Take the next bytes, and return how many of them belong here."""
+        take = min(self.missing, len(data))
+        if take:
+            self.room()[:take] = data if take == len(data) else memoryview(data)[:take]
+            self.missing -= take
+        return take
+
+    def frame(self) -> Frame:
+        """Return the frame, once nothing is missing."""
+        return _cut_large(self._head, self._memory)
+
+
 class FrameReader:
     """Cut a byte stream into frames, wherever the network cut it.
 
@@ -79,17 +131,16 @@ class FrameReader:
     ----------
     limit : int
         The largest body accepted, in bytes; small until the peer has proved who it is.
+    large : LargeBody or None
+        A large body under way. Its bytes may also be put there directly; the next `feed` sees that, be it of nothing.
     """
 
-    __slots__ = ("_body", "_end", "_filled", "_head", "_rest", "limit")
+    __slots__ = ("_rest", "large", "limit")
 
     def __init__(self, limit: int = MAX_BODY) -> None:
         self.limit = limit
+        self.large: LargeBody | None = None
         self._rest = b""
-        # A large body under way: its head, its buffer, how much of that is filled and will be.
-        self._head: tuple[int, int, int, int, int] | None = None
-        self._body = bytearray()
-        self._filled = self._end = 0
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Take the next bytes and yield the frames that are complete now.
@@ -103,13 +154,14 @@ class FrameReader:
             The bytes break the format; frames before the break are lost with the connection.
         """
         start = 0
-        if self._head is not None:
-            start = self._fill(data)
-            if self._filled < self._end:
+        large = self.large
+        if large is not None:
+            start = large.fill(data)
+            if large.missing:
                 return
-            head, body = self._head, self._body
-            self._head, self._body = None, bytearray()
-            yield _cut_large(head, body)
+            self.large = None
+            yield large.frame()
+            large = None
         elif self._rest:
             data = self._rest + data
         end = len(data)
@@ -122,8 +174,8 @@ class FrameReader:
             stop = begin + size
             if stop > end:
                 if size > _LARGE:
-                    self._begin(head)
-                    self._fill(memoryview(data)[begin:end])
+                    self.large = LargeBody(head)
+                    self.large.fill(memoryview(data)[begin:end])
                     start = end
                 break
             start = stop
@@ -133,21 +185,6 @@ class FrameReader:
                 at = begin + head[2]
                 yield Frame(head[4], head[1], data[begin:at], [data[at:stop]] if head[3] else [])
         self._rest = bytes(data[start:]) if start < end else b""
-
-    def _begin(self, head: tuple[int, int, int, int, int]) -> None:
-        """Make the buffer for a large body, with a gap before it that aligns the second part."""
-        size, _, header_size, count, _ = head
-        gap = -(header_size + 8 * (count - 1)) % _ALIGNED if count > 1 else 0
-        self._head, self._body = head, bytearray(min(gap + size, _UPFRONT))
-        self._filled, self._end = gap, gap + size
-
-    def _fill(self, data: bytes | memoryview) -> int:
-        """Fill the large body; return how many bytes of ``data`` it took."""
-        take = min(self._end - self._filled, len(data))
-        # Behind its end the buffer grows, which moves no bytes: blocks of that size are remapped.
-        self._body[self._filled : self._filled + take] = data if take == len(data) else memoryview(data)[:take]
-        self._filled += take
-        return take
 
 
 def _cut_small(head: tuple[int, int, int, int, int], data: bytes, begin: int, stop: int) -> Frame:
@@ -160,24 +197,23 @@ def _cut_small(head: tuple[int, int, int, int, int], data: bytes, begin: int, st
     return Frame(kind, request, header, parts)
 
 
-def _cut_large(head: tuple[int, int, int, int, int], body: bytearray) -> Frame:
+def _cut_large(head: tuple[int, int, int, int, int], view: memoryview) -> Frame:
     size, request, header_size, count, kind = head
-    view = memoryview(body)
-    stop = len(body)
+    stop = len(view)
     at = stop - size + header_size
     header = bytes(view[at - header_size : at])
     if count <= 1:
         return Frame(kind, request, header, [view[at:]] if count else [])
-    edges = _edges(body, at, count, stop)
+    edges = _edges(view, at, count, stop)
     parts: list[Buffer] = [view[edges[-2] :]]
     for begin, end in pairwise(edges[:-1]):
         part = view[begin:end]
         # Behind a part of an odd length.
-        parts.append(part if begin % 8 == 0 else bytearray(part))
+        parts.append(part if begin % 8 == 0 else copied(part))
     return Frame(kind, request, header, parts)
 
 
-def _edges(data: bytes | bytearray, at: int, count: int, stop: int) -> list[int]:
+def _edges(data: bytes | memoryview, at: int, count: int, stop: int) -> list[int]:
     """Return where each part begins, as they are on the wire (the first one last), and where the last of them ends."""
     begin = at + 8 * (count - 1)
     edges = [begin]

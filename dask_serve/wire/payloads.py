@@ -25,6 +25,7 @@ import tblib
 
 from ..exceptions import PayloadError, UserCodeError
 from .frames import Buffer
+from .memory import copied
 
 __all__ = ["dump_exception", "dumps", "dumps_plain", "load_exception", "load_traceback", "loads", "size_of"]
 
@@ -182,9 +183,9 @@ def _dump_in_band(kind: Any, obj: object, reducers: Reducers | None) -> list[Buf
     return [file.getvalue()]
 
 
-def _copy(buffer: pickle.PickleBuffer) -> bytearray:
+def _copy(buffer: pickle.PickleBuffer) -> Buffer:
     with buffer.raw() as view:
-        return bytearray(view)
+        return copied(view)
 
 
 def loads(parts: Sequence[Buffer], values: Sequence[Any] = ()) -> Any:
