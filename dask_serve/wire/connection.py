@@ -17,6 +17,7 @@ import msgspec
 from . import auth
 from .frames import MAX_BODY, Buffer, Frame, FrameError, FrameReader, LargeBody, encode_frame
 from .in_place import InPlace
+from .local import widen
 from .messages import VERSIONS, Hello, Kind, Proof, decode_hello, decode_proof, encode
 
 __all__ = ["HANDSHAKE_TIMEOUT", "CallerConnection", "Connection", "DoorConnection"]
@@ -32,7 +33,7 @@ _JOIN_BELOW = 32 * 1024
 #: What is missing of a body is received in place if it is more than one read brings anyhow.
 _IN_PLACE_FROM = 256 * 1024
 #: Pieces of large buffers for transports that copy what they cannot send at once; about what a Unix socket takes.
-_PIECE = 208 * 1024
+_PIECE = 416 * 1024
 #: Later ones keep references to what waits.
 _ASYNCIO_COPIES = sys.version_info < (3, 12)
 
@@ -194,8 +195,11 @@ class Connection(asyncio.Protocol):
         # uvloop's transports are no subclass of asyncio's.
         self.transport = cast("asyncio.Transport", transport)
         self.peer = transport.get_extra_info("peername")
-        # A tunnel has no socket. It copies nothing, and keeps its protocol.
-        self._in_place = transport.get_extra_info("socket") is not None
+        sock = transport.get_extra_info("socket")
+        # A tunnel has none. It copies nothing, and keeps its protocol.
+        self._in_place = sock is not None
+        if sock is not None:
+            widen(sock)
         self._piecewise = transport.get_extra_info("ssl_object") is not None or (
             self._in_place and _ASYNCIO_COPIES and isinstance(self.loop, asyncio.SelectorEventLoop)
         )

@@ -7,12 +7,18 @@ not there. Who connects has to prove itself as on the port.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import sys
+from typing import Any
 
-__all__ = ["connect_locally", "listen_locally"]
+__all__ = ["connect_locally", "listen_locally", "widen"]
 
 _EXISTS = sys.platform == "linux"
+
+#: Bytes that may be under way in a Unix socket. Linux allows its administrator's limit instead (``wmem_max``, 208 KiB
+#: as it comes), and doubles what was asked for, but not what a socket has by default.
+_UNDER_WAY = 512 * 1024
 
 
 def _name(process: str) -> str:
@@ -46,3 +52,13 @@ def connect_locally(process: str) -> socket.socket | None:
         sock.close()
         return None
     return sock
+
+
+def widen(sock: Any) -> None:
+    """Let more be under way in a Unix socket; others find out by themselves what their way can take.
+
+    With what it has by default writer and reader wait for each other at every piece of a large payload.
+    """
+    if _EXISTS and sock.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNDER_WAY)
