@@ -5,7 +5,7 @@ import contextlib
 import logging
 import socket
 import struct
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -21,20 +21,23 @@ SECRET = b"the cluster's secret"
 LOGGER = "dask_serve.wire"
 
 
-@pytest.fixture(params=[asyncio.new_event_loop, new_event_loop], ids=["asyncio", "uvloop"])
-def run(request: pytest.FixtureRequest):
-    """Run a coroutine on a loop of each kind; an error that only the loop heard of fails the test."""
-    loop = request.param()
+@contextlib.contextmanager
+def runner(make_loop: Callable[[], asyncio.AbstractEventLoop]) -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    """Run coroutines on a loop; an error that only the loop heard of fails the test."""
+    loop = make_loop()
     unheard: list[dict] = []
     loop.set_exception_handler(lambda loop, context: unheard.append(context))
-
-    def runner(coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return loop.run_until_complete(asyncio.wait_for(coroutine, 30))
-
-    yield runner
+    yield lambda coroutine: loop.run_until_complete(asyncio.wait_for(coroutine, 30))
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
     assert not unheard
+
+
+@pytest.fixture(params=[asyncio.new_event_loop, new_event_loop], ids=["asyncio", "uvloop"])
+def run(request: pytest.FixtureRequest):
+    """Run a coroutine on a loop of each kind."""
+    with runner(request.param) as runs:
+        yield runs
 
 
 async def until(condition: Callable[[], Any]) -> None:

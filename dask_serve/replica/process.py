@@ -14,6 +14,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from ..exceptions import ServeError
 from ..logs import join_dask
+from ..wire.memory import limit_idle
 from .door import Door
 from .room import limit_for
 
@@ -29,6 +30,8 @@ logger = logging.getLogger("dask_serve.process")
 #: Share of the time that Dask gives a closing worker's plugins (8 s for `dask worker`, 4 s in a LocalCluster) that
 #: replicas may take to drain; the rest is for closing.
 DRAIN_AT_CLOSE = 3.0
+#: Share of the worker's memory limit that may lie idle between large payloads: Dask counts it as used.
+IDLE_SHARE = 1 / 16
 #: Seconds to wait for the replicas' threads then.
 JOIN = 0.5
 
@@ -63,6 +66,8 @@ class ServeProcess:
                 door = Door(secret, host, listen, dial, limit_for(worker))
                 door.start()
                 cls._doors[secret] = door
+            if worker.memory_manager.memory_limit:
+                limit_idle(int(worker.memory_manager.memory_limit * IDLE_SHARE))
             known = worker.address in cls._workers
             units = cls._workers.setdefault(worker.address, (secret, []))[1]
             units[:] = [other for other in units if not other.ended]
