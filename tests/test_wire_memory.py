@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import psutil
@@ -25,11 +25,10 @@ MB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
-def _pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has a pool of its own, which no other thread uses."""
     gc.collect()
     monkeypatch.setattr(memory, "_pool", memory._Pool(memory.IDLE_LIMIT))
-    yield
 
 
 def array(nbytes: int, value: int = 0) -> np.ndarray:

@@ -31,7 +31,7 @@ class InPlace(asyncio.BufferedProtocol):
         self._connection = connection
         self._behind: memoryview | None = None
 
-    def get_buffer(self, sizehint: int) -> memoryview:  # type: ignore[override]  # any buffer will do
+    def get_buffer(self, sizehint: int) -> memoryview:
         large = self._connection.large
         if large is not None:
             self._behind = None

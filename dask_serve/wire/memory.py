@@ -71,7 +71,7 @@ def copied(data: bytes | bytearray | memoryview) -> bytearray | memoryview:
 
 def idle_bytes() -> int:
     """Return how many bytes lie idle in this process."""
-    return _pool.nbytes
+    return _pool.nbytes()
 
 
 def limit_idle(nbytes: int) -> None:
@@ -126,7 +126,6 @@ class _Pool:
             size = _rounded(size + 1)
         self._tended = False
 
-    @property
     def nbytes(self) -> int:
         return sum([size * len(blocks) for size, blocks in self._idle.items()])
 
@@ -141,7 +140,7 @@ class _Pool:
     def put(self, size: int, block: mmap.mmap) -> None:
         """Keep a block for the next one; without room it goes back to the system."""
         blocks = self._idle.get(size)
-        if blocks is None or self.nbytes + size > self.limit:
+        if blocks is None or self.nbytes() + size > self.limit:
             return
         blocks.append((time.monotonic(), block))
         if not self._tended:
@@ -154,9 +153,9 @@ class _Pool:
 
     def trim(self, before: float) -> None:
         """Give back to the system what has been idle since before that time, and what is above the limit."""
-        for size, blocks in self._idle.items():
+        for blocks in self._idle.values():
             try:
-                while blocks and (blocks[0][0] < before or self.nbytes > self.limit):
+                while blocks and (blocks[0][0] < before or self.nbytes() > self.limit):
                     blocks.popleft()
             except IndexError:  # another thread took the last one of that size
                 continue
@@ -166,10 +165,10 @@ class _Pool:
         while True:
             time.sleep(IDLE_SECONDS / 4)
             self.trim(time.monotonic() - IDLE_SECONDS)
-            if not self.nbytes:
+            if not self.nbytes():
                 # The flag first: what is put after the second look starts another thread.
                 self._tended = False
-                if not self.nbytes:
+                if not self.nbytes():
                     return
                 self._tended = True
 
@@ -183,5 +182,4 @@ def _after_fork() -> None:
     _pool = _Pool(_pool.limit)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
