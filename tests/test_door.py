@@ -275,6 +275,11 @@ def test_a_door_that_hangs_for_good_is_given_up_once_the_table_has_lost_it(monke
 class SlowReader(wire_connection.DoorConnection):
     """Takes what comes in small pieces, as over a slow line."""
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        # All bytes come by here.
+        self._in_place = False
+
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.ready and not self.closed:

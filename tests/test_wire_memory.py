@@ -54,7 +54,7 @@ def test_memory_is_writable_and_aligned(nbytes: int):
     assert (view.nbytes, view.format, view.readonly, view.contiguous) == (nbytes, "B", False, True)
     made = np.frombuffer(view, np.uint8)
     assert made.flags.writeable
-    assert address(made) % 16 == 0
+    assert not nbytes or address(made) % 16 == 0
     made[-1:] = 7
 
 
