@@ -26,7 +26,8 @@ from dask_serve.exceptions import (
 LARGE = 100_000
 
 
-@serve.deployment
+# What is still under way at the end of a test is not waited for.
+@serve.deployment(graceful_shutdown_timeout_s=0.5)
 class Model:
     version = "1.0"
 

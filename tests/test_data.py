@@ -807,7 +807,9 @@ async def test_the_end_of_a_replica_loses_no_result(c, s, a, b):
 )
 def test_results_that_come_late_stay_only_for_those_who_know_of_them(client, left, closed, answered, stays):
     """What a user thread hands over after its request was answered as cancelled, or its replica was stopped."""
-    handle = serve.run(Model.bind(), route_prefix=None, client=client)
+    # The request that is put there never ends by itself.
+    impatient = Model.options(graceful_shutdown_timeout_s=0.5)
+    handle = serve.run(impatient.bind(), route_prefix=None, client=client)
     assert handle.remote(1).result(10) == 1
 
     def late() -> int | None:
