@@ -554,6 +554,7 @@ async def test_promotion_makes_room(c, s, a, b):
     assert held() == 0
 
 
+@pytest.mark.slow
 @gen_cluster(client=True)
 async def test_chains_get_through(c, s, a, b):
     """What takes a result for the first time makes room, and goes before what would need more of it."""
@@ -622,6 +623,7 @@ def test_http_is_not_refused(client):
     serve.shutdown(client=client)
 
 
+@pytest.mark.slow
 @gen_cluster(client=True)
 async def test_nothing_stands_still_for_ever(c, s, a, b):
     """The caller waits for all, and fetches none: one after the other is let in, and the log says why."""
