@@ -31,10 +31,10 @@ from ..wire import payloads
 from ..wire.loops import new_event_loop
 from ..wire.mailbox import Mailbox, Outbox
 from ..wire.messages import Attachment, Kind
-from .asgi import HttpAdapter
 from .clients import Clients
 from .door import Door
 from .execution import Answer, Execution
+from .http import HttpAdapter
 from .pool import Pool
 from .results import dump_result
 from .streams import serve_stream

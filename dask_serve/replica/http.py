@@ -1,0 +1,90 @@
+"""The replica's side of HTTP: user code is given a Starlette request, and its answer leaves from here.
+
+A plain answer is one frame; a streaming one is an ASGI conversation.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from starlette.exceptions import HTTPException
+
+from ..exceptions import MethodNotFoundError
+from .conversation import Conversation
+from .execution import Answer, Execution
+from .rendering import of_exception, plain, response_of
+from .results import is_stream
+
+if TYPE_CHECKING:
+    from .user import UserCode
+
+__all__ = ["HttpAdapter"]
+
+
+class HttpAdapter:
+    """Serves HTTP requests with the user's ``__call__``."""
+
+    def __init__(self, user: UserCode) -> None:
+        self._user = user
+        self._function: Callable[..., Any] | None = None
+        self._is_async = False
+        self._takes_request = True
+        try:
+            self._function, self._is_async = user.method("__call__")
+            self._takes_request = _takes_request(self._function)
+        except MethodNotFoundError:
+            self._error = MethodNotFoundError(
+                f"deployment {user.id.rsplit('/', 1)[0]!r} has no __call__ and answers no HTTP requests; "
+                "define `async def __call__(self, request: starlette.requests.Request)`"
+            )
+
+    async def serve(self, execution: Execution) -> None:
+        """Answer one request; never raises."""
+        user = self._user
+        call = execution.call
+        assert call.http is not None
+        conversation = Conversation(user, execution, call.http)
+        try:
+            user.enter(execution)
+            if self._function is None:
+                raise self._error
+            function = self._function
+            if self._is_async:
+                result = await (function(conversation.request()) if self._takes_request else function())
+            else:
+                request = conversation.request()
+
+                def run() -> Any:
+                    user.enter(execution, blocking=True)
+                    return function(request) if self._takes_request else function()
+
+                result = await user.in_pool(run)
+                if inspect.iscoroutine(result):
+                    # An async method behind a plain decorator.
+                    result = await result
+            if is_stream(result):
+                answer = await conversation.stream(result)
+            else:
+                answer = await conversation.finish(response_of(result))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the client gets an answer
+            answer = self._answer_for(execution, error, conversation.started)
+        user.send(execution, answer)
+
+    def _answer_for(self, execution: Execution, error: BaseException, started: bool) -> Answer:
+        if isinstance(error, HTTPException) and not started:
+            try:
+                return plain(of_exception(error))
+            except ValueError as other:
+                error = other
+        return self._user.answer_for(execution, error)
+
+
+def _takes_request(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+    return any(parameter.kind not in named for parameter in parameters)
