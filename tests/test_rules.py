@@ -43,7 +43,7 @@ from distributed.utils_test import gen_cluster
 import dask_serve as serve
 from dask_serve import config
 from dask_serve.handle import DeploymentHandle
-from dask_serve.proxy import forward
+from dask_serve.proxy import forward, stream
 from dask_serve.replica.process import ServeProcess
 from dask_serve.routing.session import Session
 
@@ -376,7 +376,7 @@ def test_the_defaults():
     http = config.HTTPOptions()
     assert (http.host, http.port, http.num_proxies) == ("127.0.0.1", None, 1)
     assert (http.request_timeout_s, http.body_limit) == (60, 100 * 2**20)
-    assert (forward.MAX_QUEUED, forward.STREAM_IDLE) == (10_000, 60)
+    assert (forward.MAX_QUEUED, stream.STREAM_IDLE) == (10_000, 60)
     assert DeploymentHandle("a", "b") == DeploymentHandle("a", "b", request_timeout_s=None, retries_on_loss=0)
 
 

@@ -14,126 +14,35 @@ import math
 import os
 import re
 from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Sequence
-from functools import partial
+from collections import Counter
 from time import monotonic
-from typing import Any
 
-import msgspec
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from .. import exceptions
 from ..config import HTTPOptions
-from ..exceptions import ReplicaLostError, RequestCancelledError, RequestError
+from ..exceptions import RequestCancelledError
 from ..policy.routes import Routes
-from ..routing.calls import Outgoing
 from ..routing.fabric import Fabric
 from ..routing.router import Router
 from ..routing.table import RouteEntry, Table
-from ..wire.frames import Buffer
-from ..wire.messages import LEAST, WINDOW_STEP, Chunk, Failure, HttpHead, Reply
+from ..wire.messages import HttpHead
+from .answers import ID_HEADER, Refusal, refused, respond
+from .calls import HttpCall
 from .protocol import CONNECTION, ProxyProtocol
+from .stream import cut_off, pass_on
 
-__all__ = ["Forwarder", "HttpCall"]
+__all__ = ["Forwarder"]
 
 logger = logging.getLogger("dask_serve.proxy")
 
 #: Requests that may wait for a deployment at one proxy before more are refused, unless the deployment says otherwise.
 MAX_QUEUED = 10_000
-#: Seconds that a streamed answer may be silent.
-STREAM_IDLE = 60.0
-#: Seconds that a client may take to read what was sent before its connection is cut off.
-LINGER = 5.0
 #: A replica lost before the first byte: methods that may be run twice are sent once more.
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 #: Upper bounds of the latency histogram, in seconds.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
-#: Headers that say how the body is framed, or what becomes of the connection.
-_SPECIAL = frozenset({b"connection", b"transfer-encoding"})
-#: Bodies below this are copied behind their head.
-_JOIN_BELOW = 64 * 1024
-_ID_HEADER = b"x-request-id"
 _valid_id = re.compile(rb"[!-~]{1,128}").fullmatch
-
-
-#: Status, name and text of an error of ours.
-Refusal = tuple[int, str, str]
-
-
-class HttpCall(Outgoing):
-    """A request on its way, and what has come of its answer."""
-
-    __slots__ = ("_loop", "chunks", "ended", "error", "head", "status", "waiter", "whole")
-
-    def __init__(self, parts: Sequence[Buffer], request_id: str, head: HttpHead, loop: Any) -> None:
-        super().__init__("__call__", parts, request_id, head)
-        self._loop = loop
-        self.status = 0
-        self.head: list[tuple[bytes, bytes]] = []
-        self.chunks: deque[Buffer] = deque()
-        #: The answer's body has come; after `ended` nothing follows, else background tasks still run in the replica.
-        self.whole = False
-        self.ended = False
-        #: What went wrong.
-        self.error: Refusal | None = None
-        self.waiter: asyncio.Future[None] = loop.create_future()
-
-    async def more(self, timeout: float) -> None:
-        """Wait until another part of the answer has come."""
-        if not self.chunks and not self.whole and not self.ended:
-            self.waiter = self._loop.create_future()
-            await asyncio.wait_for(self.waiter, timeout)
-
-    def _wake(self) -> None:
-        if not self.waiter.done():
-            self.waiter.set_result(None)
-
-    def on_result(self, reply: Reply, parts: Sequence[Buffer]) -> None:
-        if not self.status:
-            self.status = reply.status
-            self.head = reply.headers
-        self.chunks.extend(parts)
-        self.ended = True
-        self._wake()
-
-    def on_chunk(self, chunk: Chunk, parts: Sequence[Buffer]) -> None:
-        if chunk.status:
-            self.status = chunk.status
-            self.head = chunk.headers
-            # A part of the answer may be with the client already.
-            self.retries = 0
-            # The deadline is for the first byte.
-            if self.timer is not None:
-                self.timer.cancel()
-                self.timer = None
-        elif not parts:
-            self.whole = True
-        self.chunks.extend(parts)
-        self._wake()
-
-    def on_error(self, failure: Failure, parts: Sequence[Buffer]) -> None:
-        if failure.error:
-            kind = getattr(exceptions, failure.error, RequestError)
-            if kind is RequestCancelledError:
-                # Not by the client, whose cancellation is answered on this side.
-                text = "the replica gave the request up: it was stopped, or its code raised CancelledError"
-                self._end(ReplicaLostError.status, ReplicaLostError.__name__, text)
-            else:
-                self._end(kind.status, failure.error, failure.message)
-        else:
-            # The traceback is in the replica's log, under the request's id; no client sees it.
-            self._end(500, "InternalServerError", "the deployment raised an exception")
-
-    def fail(self, error: RequestError) -> None:
-        self._end(error.status, type(error).__name__, str(error))
-
-    def _end(self, status: int, name: str, text: str) -> None:
-        self.error = (status, name, text)
-        self.ended = True
-        self._wake()
 
 
 class Forwarder:
@@ -208,12 +117,12 @@ class Forwarder:
             await self._refuse(send, began, request_id, call.error)
             return
         headers = call.head
-        if _ID_HEADER not in [name for name, _ in headers]:
-            headers.append((_ID_HEADER, request_id.encode()))
+        if ID_HEADER not in [name for name, _ in headers]:
+            headers.append((ID_HEADER, request_id.encode()))
         if call.ended:
             chunks = call.chunks
             # A short stream may have come as a whole.
-            await _respond(send, call.status, headers, chunks[0] if len(chunks) == 1 else b"".join(chunks))
+            await respond(send, call.status, headers, chunks[0] if len(chunks) == 1 else b"".join(chunks))
             self._count(call.status, began)
         else:
             await send({"type": "http.response.start", "status": call.status, "headers": headers})
@@ -225,7 +134,7 @@ class Forwarder:
         timeout: float | None = None
         refusal = None
         for name, value in scope["headers"]:
-            if name == _ID_HEADER:
+            if name == ID_HEADER:
                 request_id = value.decode() if _valid_id(value) else None
             elif name == b"x-request-timeout-seconds":
                 timeout = _timeout(value)
@@ -252,13 +161,13 @@ class Forwarder:
         status = call.status
         try:
             if scope["method"] != "HEAD":
-                await self._pass_on(call, send)
+                await pass_on(call, send)
             if call.error is not None:
                 status = call.error[0]
                 if status != RequestCancelledError.status:
                     logger.warning("Request %s: its stream ended early: %s", call.request_id, call.error[2])
                 # The head is out: to end without the last chunk is the only way left to say that it failed.
-                await self._cut_off(scope[CONNECTION])
+                await cut_off(scope[CONNECTION])
             else:
                 await send({"type": "http.response.body", "body": b""})
         finally:
@@ -266,39 +175,6 @@ class Forwarder:
             # When the body is whole its background tasks go on.
             if not call.whole:
                 router.cancel(call)
-
-    async def _pass_on(self, call: HttpCall, send: Send) -> None:
-        """Send the chunks as they come, until the body is whole or has failed."""
-        consumed = 0
-        while True:
-            while call.chunks:
-                chunk = bytes(call.chunks.popleft())
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                consumed += max(LEAST, len(chunk))
-                if consumed >= WINDOW_STEP and not call.ended:
-                    call.target[1].link.widen(call.number, consumed)
-                    consumed = 0
-            if call.whole or call.ended:
-                return
-            try:
-                await call.more(STREAM_IDLE)
-            except asyncio.TimeoutError:
-                call.error = (504, "RequestTimeoutError", f"nothing came for {STREAM_IDLE:g} s")
-                return
-
-    async def _cut_off(self, connection: ProxyProtocol) -> None:
-        """Close a connection without the end of the answer, once what was sent is read."""
-        if connection.transport.is_closing():
-            return
-        closed = self._loop.create_future()
-        connection.on_disconnect = partial(closed.set_result, None)
-        connection.transport.close()
-        try:
-            await asyncio.wait_for(closed, LINGER)
-        except asyncio.TimeoutError:
-            connection.on_disconnect = None
-            connection.transport.abort()
-            await asyncio.sleep(0)
 
     async def _body(self, receive: Receive) -> bytes | None:
         """Read the whole body, or a little more than may be; None when the client went away before its end."""
@@ -320,17 +196,10 @@ class Forwarder:
 
     async def _refuse(self, send: Send, began: float, request_id: str, refusal: Refusal) -> None:
         """Answer with an error of ours."""
-        status, name, text = refusal
+        status = refusal[0]
         self._count(status, began)
-        body = msgspec.json.encode({"error": name, "message": text, "request_id": request_id})
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (_ID_HEADER, request_id.encode()),
-        ]
-        if status == 503:
-            headers.append((b"retry-after", b"1"))
-        await _respond(send, status, headers, body)
+        headers, body = refused(refusal, request_id)
+        await respond(send, status, headers, body)
 
     def _unknown(self, path: str) -> str:
         known = ", ".join(sorted(entry.prefix for entry in self.routes.entries)) or "none yet"
@@ -355,39 +224,6 @@ def _http_head(scope: Scope, prefix: str) -> HttpHead:
         scope["client"],
         scope["server"],
     )
-
-
-async def _respond(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: Buffer) -> None:
-    """Send a whole answer: in one write where nothing is special about it; uvicorn's ``send`` makes two."""
-    cycle = send.__self__  # type: ignore[attr-defined]
-    length = b""
-    usual = cycle.scope["method"] != "HEAD" and not (
-        cycle.disconnected or cycle.response_started or cycle.flow.write_paused
-    )
-    out: list[Buffer] = [STATUS_LINE[status]]
-    for name, value in (*cycle.default_headers, *headers):
-        out += (name, b": ", value, b"\r\n")
-        if name == b"content-length":
-            length = value
-        elif name in _SPECIAL:
-            usual = False
-    if not usual or length != b"%d" % len(body):
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": bytes(body)})
-        return
-    out.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
-    cycle.response_started = cycle.response_complete = True
-    cycle.waiting_for_100_continue = False
-    if len(body) < _JOIN_BELOW:
-        out.append(body)
-        cycle.transport.write(b"".join(out))
-    else:
-        cycle.transport.write(b"".join(out))
-        cycle.transport.write(body)
-    cycle.message_event.set()
-    if not cycle.keep_alive:
-        cycle.transport.close()
-    cycle.on_response()
 
 
 def _timeout(value: bytes) -> float | None:

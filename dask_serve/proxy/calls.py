@@ -1,0 +1,90 @@
+"""A request on its way to a replica, and what has come of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from .. import exceptions
+from ..exceptions import ReplicaLostError, RequestCancelledError, RequestError
+from ..routing.calls import Outgoing
+from ..wire.frames import Buffer
+from ..wire.messages import Chunk, Failure, HttpHead, Reply
+from .answers import Refusal
+
+__all__ = ["HttpCall"]
+
+
+class HttpCall(Outgoing):
+    """A request on its way, and what has come of its answer."""
+
+    __slots__ = ("_loop", "chunks", "ended", "error", "head", "status", "waiter", "whole")
+
+    def __init__(self, parts: Sequence[Buffer], request_id: str, head: HttpHead, loop: Any) -> None:
+        super().__init__("__call__", parts, request_id, head)
+        self._loop = loop
+        self.status = 0
+        self.head: list[tuple[bytes, bytes]] = []
+        self.chunks: deque[Buffer] = deque()
+        #: The answer's body has come; after `ended` nothing follows, else background tasks still run in the replica.
+        self.whole = False
+        self.ended = False
+        #: What went wrong.
+        self.error: Refusal | None = None
+        self.waiter: asyncio.Future[None] = loop.create_future()
+
+    async def more(self, timeout: float) -> None:
+        """Wait until another part of the answer has come."""
+        if not self.chunks and not self.whole and not self.ended:
+            self.waiter = self._loop.create_future()
+            await asyncio.wait_for(self.waiter, timeout)
+
+    def _wake(self) -> None:
+        if not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def on_result(self, reply: Reply, parts: Sequence[Buffer]) -> None:
+        if not self.status:
+            self.status = reply.status
+            self.head = reply.headers
+        self.chunks.extend(parts)
+        self.ended = True
+        self._wake()
+
+    def on_chunk(self, chunk: Chunk, parts: Sequence[Buffer]) -> None:
+        if chunk.status:
+            self.status = chunk.status
+            self.head = chunk.headers
+            # A part of the answer may be with the client already.
+            self.retries = 0
+            # The deadline is for the first byte.
+            if self.timer is not None:
+                self.timer.cancel()
+                self.timer = None
+        elif not parts:
+            self.whole = True
+        self.chunks.extend(parts)
+        self._wake()
+
+    def on_error(self, failure: Failure, parts: Sequence[Buffer]) -> None:
+        if failure.error:
+            kind = getattr(exceptions, failure.error, RequestError)
+            if kind is RequestCancelledError:
+                # Not by the client, whose cancellation is answered on this side.
+                text = "the replica gave the request up: it was stopped, or its code raised CancelledError"
+                self._end(ReplicaLostError.status, ReplicaLostError.__name__, text)
+            else:
+                self._end(kind.status, failure.error, failure.message)
+        else:
+            # The traceback is in the replica's log, under the request's id; no client sees it.
+            self._end(500, "InternalServerError", "the deployment raised an exception")
+
+    def fail(self, error: RequestError) -> None:
+        self._end(error.status, type(error).__name__, str(error))
+
+    def _end(self, status: int, name: str, text: str) -> None:
+        self.error = (status, name, text)
+        self.ended = True
+        self._wake()
