@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     )
     from .gathering import gather
     from .handle import DeploymentHandle
+    from .ingress import ingress
     from .response import DeploymentResponse
     from .streaming import DeploymentResponseGenerator
 
@@ -80,6 +81,7 @@ __all__ = [
     "get_multiplexed_model_id",
     "get_replica_context",
     "get_request_context",
+    "ingress",
     "run",
     "shutdown",
     "start",
@@ -93,6 +95,7 @@ _MODULES = {
     "deployment": ("Application", "Deployment", "deployment"),
     "gathering": ("gather",),
     "handle": ("DeploymentHandle",),
+    "ingress": ("ingress",),
     "response": ("DeploymentResponse",),
     "streaming": ("DeploymentResponseGenerator",),
 }
@@ -115,7 +118,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(types.ModuleType):
-    """Keeps ``serve.deployment`` the decorator, although a submodule has the same name."""
+    """Keeps ``serve.deployment`` and ``serve.ingress`` the decorators, although submodules have the same names."""
 
     @property
     def deployment(self) -> Any:
@@ -124,6 +127,14 @@ class _Package(types.ModuleType):
     @deployment.setter
     def deployment(self, submodule: types.ModuleType) -> None:
         """Importing a submodule binds it here; that must not hide the decorator."""
+
+    @property
+    def ingress(self) -> Any:
+        return importlib.import_module(".ingress", __name__).ingress
+
+    @ingress.setter
+    def ingress(self, submodule: types.ModuleType) -> None:
+        """As above."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # By name, as cloudpickle does with plain modules: user code mentions `serve`.

@@ -48,6 +48,9 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         they are fetched, passed to another call, or needed by Dask; smaller ones travel in the answer.
     version : str or None, default None
         Replaces the code's part of the revision: replicas restart only when it changes.
+    debug : bool, default False
+        True: the answer to an HTTP request whose code raised has the traceback (``__call__`` only; applications under
+        ``@serve.ingress`` have a setting of their own). It shows source code: not for the public.
     """
 
     num_replicas: Count = 1
@@ -62,6 +65,7 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     request_timeout_s: Seconds | None = None
     inline_result_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024
     version: str | None = None
+    debug: bool = False
 
 
 #: The options whose change restarts replicas; all others change in place.

@@ -10,6 +10,7 @@ from msgspec import UNSET, UnsetType
 
 from .config import DeploymentOptions, build_options, change_options
 from .exceptions import ConfigError, ServeError
+from .ingress import ingress_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,6 +96,7 @@ class Deployment:
         request_timeout_s: float | UnsetType | None = UNSET,
         inline_result_bytes: int | UnsetType = UNSET,
         version: str | UnsetType | None = UNSET,
+        debug: bool | UnsetType = UNSET,
         **unknown: Any,
     ) -> Deployment:
         """Return a copy with some options changed; see `DeploymentOptions` for their meaning."""
@@ -221,6 +223,7 @@ def deployment(
     request_timeout_s: float | UnsetType | None = UNSET,
     inline_result_bytes: int | UnsetType = UNSET,
     version: str | UnsetType | None = UNSET,
+    debug: bool | UnsetType = UNSET,
     **unknown: Any,
 ) -> Callable[[Callable[..., Any]], Deployment]: ...
 
@@ -242,6 +245,7 @@ def deployment(
     request_timeout_s: float | UnsetType | None = UNSET,
     inline_result_bytes: int | UnsetType = UNSET,
     version: str | UnsetType | None = UNSET,
+    debug: bool | UnsetType = UNSET,
     **unknown: Any,
 ) -> Deployment | Callable[[Callable[..., Any]], Deployment]:
     """Declare a class or a function as a deployment.
@@ -325,6 +329,7 @@ def _check_target(target: Any) -> None:
             "built in the __init__ of a class"
         )
     if isinstance(target, type):
+        ingress_of(target)
         for name in reserved_names():
             if callable(getattr(target, name, None)):
                 raise ConfigError(

@@ -213,9 +213,10 @@ class Forwarder:
 
 
 def _http_head(scope: Scope, prefix: str) -> HttpHead:
+    path, raw_path = scope["path"], scope["raw_path"]
     return HttpHead(
         scope["method"],
-        scope["path"],
+        path,
         "" if prefix == "/" else prefix,
         scope["query_string"],
         scope["headers"],
@@ -223,6 +224,7 @@ def _http_head(scope: Scope, prefix: str) -> HttpHead:
         scope["http_version"],
         scope["client"],
         scope["server"],
+        b"" if raw_path == path.encode() else raw_path,
     )
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from ..wire.messages import HttpHead, Kind
 from .execution import Answer, Execution
@@ -41,9 +42,12 @@ class Conversation:
         self.started = False
         self._user = user
         self._execution = execution
-        self._scope = _scope(head)
+        self._scope = _scope(head, user.state)
         self._body_taken = False
-        self._runs_on = False
+        #: The body is whole, and what ran behind it (background tasks) may still run.
+        self.whole = False
+        #: The head, and the body if it came at once, until the end of the tick that they came in.
+        self._held: tuple[int, list[tuple[bytes, bytes]], bytes | None] | None = None
         self._flow: BodyFlow | None = None
         self._paused = monotonic()
 
@@ -52,18 +56,38 @@ class Conversation:
 
     async def finish(self, response: Response) -> Answer:
         """Return the last frame of the answer; the others are on their way by then."""
-        if response.background is None:
-            if type(response).__call__ is Response.__call__:
-                return plain(response)
-        else:
-            self._runs_on = True
+        if response.background is None and type(response).__call__ is Response.__call__:
+            return plain(response)
         try:
-            await response(self._scope, self._receive, self._send)
+            return await self.run(response)
         finally:
             source = getattr(response, "body_iterator", None)
             close = getattr(source, "aclose", None)
             if close is not None:
                 await close()
+
+    async def run(self, app: ASGIApp) -> Answer:
+        """Let an ASGI application answer; return the last frame.
+
+        What it raises after its answer is only logged: it is Starlette's way to answer 500 first and then to raise, and
+        background tasks come after the answer too.
+        """
+        try:
+            await app(self._scope, self._receive, self._send)
+        except BaseException as error:
+            # A head of which nothing has left yet was of an answer that never came.
+            if not self.whole:
+                self._held = None
+                raise
+            self._user.answer_for(self._execution, error)
+        if not self.whole:
+            missing = "the rest of its answer" if self.started or self._held is not None else "an answer"
+            self._held = None
+            raise RuntimeError(f"the ASGI application ended without {missing}")
+        if self._held is not None:
+            status, headers, body = self._held
+            self._held = None
+            return Answer(Kind.RESULT, (body or b"",), status=status, headers=headers)
         return Answer(Kind.END)
 
     async def stream(self, generator: Any) -> Answer:
@@ -98,29 +122,57 @@ class Conversation:
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Any) -> None:
-        execution = self._execution
-        flow = self._flow
-        if flow is None:
-            flow = self._flow = BodyFlow(self._user, execution, self._user.tell)
-        if message["type"] == "http.response.start":
+        kind = message["type"]
+        if kind == "http.response.start":
+            if self.started or self._held is not None:
+                raise RuntimeError("ASGI allows one 'http.response.start' for a request; this is the second")
             headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
             check(headers)
-            self.started = True
-            flow.head(message["status"], headers)
-        elif message["type"] == "http.response.body":
-            body = message.get("body", b"")
-            if body:
-                if flow.full or monotonic() - self._paused > TURN:
-                    await flow.pause()
-                    self._paused = monotonic()
-                flow.put(bytes(body))
-                forget_deadline()
-            if self._runs_on and not message.get("more_body"):
-                # The body is whole, and the client has its answer while background tasks run.
-                flow.end()
+            self._held = message["status"], headers, None
+            # An answer that is whole within this tick leaves as one frame.
+            self._user.loop.call_soon(self._release)
+        elif kind == "http.response.body":
+            await self._send_body(bytes(message.get("body", b"")), bool(message.get("more_body")))
+        else:
+            raise RuntimeError(f"an answer over HTTP has no ASGI message {kind!r}")
+
+    async def _send_body(self, body: bytes, more: bool) -> None:
+        held = self._held
+        if self.whole or (held is None and not self.started):
+            raise RuntimeError(f"an ASGI 'http.response.body' came {'after the last' if self.whole else 'first'}")
+        self.whole = not more
+        forget_deadline()
+        if held is not None and not more:
+            self._held = held[0], held[1], body
+            return
+        flow = self._release() or self._flow
+        assert flow is not None
+        if body:
+            if flow.full or monotonic() - self._paused > TURN:
+                await flow.pause()
+                self._paused = monotonic()
+            flow.put(body)
+        if not more:
+            # The client has its answer while background tasks run.
+            flow.end()
+
+    def _release(self) -> BodyFlow | None:
+        """Send what was held."""
+        held = self._held
+        if held is None:
+            return None
+        self._held = None
+        self.started = True
+        flow = self._flow = BodyFlow(self._user, self._execution, self._user.tell)
+        flow.head(held[0], held[1])
+        if held[2] is not None:
+            if held[2]:
+                flow.put(held[2])
+            flow.end()
+        return flow
 
 
-def _scope(head: HttpHead) -> dict[str, Any]:
+def _scope(head: HttpHead, state: dict[str, Any]) -> dict[str, Any]:
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
@@ -128,11 +180,11 @@ def _scope(head: HttpHead) -> dict[str, Any]:
         "method": head.method,
         "scheme": head.scheme,
         "path": head.path,
-        "raw_path": head.path.encode(),
+        "raw_path": head.raw_path or head.path.encode(),
         "root_path": head.root_path,
         "query_string": head.query,
         "headers": head.headers,
         "client": head.client,
         "server": head.server,
-        "state": {},
+        "state": state.copy(),
     }

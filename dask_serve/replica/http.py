@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from ..exceptions import MethodNotFoundError
 from .conversation import Conversation
 from .execution import Answer, Execution
-from .rendering import of_exception, plain, response_of
+from .rendering import of_error, of_exception, plain, response_of
 from .results import is_stream
 
 if TYPE_CHECKING:
@@ -24,20 +25,27 @@ __all__ = ["HttpAdapter"]
 
 
 class HttpAdapter:
-    """Serves HTTP requests with the user's ``__call__``."""
+    """Serves HTTP requests with the user's application, or with ``__call__``."""
 
     def __init__(self, user: UserCode) -> None:
         self._user = user
         self._function: Callable[..., Any] | None = None
         self._is_async = False
         self._takes_request = True
+        #: The deployment is an ASGI application.
+        self._app: ASGIApp | None = user.app
+        if self._app is not None:
+            return
         try:
             self._function, self._is_async = user.method("__call__")
             self._takes_request = _takes_request(self._function)
+            if _is_asgi(self._function):
+                self._app = self._function
         except MethodNotFoundError:
             self._error = MethodNotFoundError(
-                f"deployment {user.id.rsplit('/', 1)[0]!r} has no __call__ and answers no HTTP requests; "
-                "define `async def __call__(self, request: starlette.requests.Request)`"
+                f"deployment {user.id.rsplit('/', 1)[0]!r} has no __call__ and answers no HTTP requests; define "
+                "`async def __call__(self, request: starlette.requests.Request)`, or give the class an ASGI "
+                "application with @serve.ingress(app)"
             )
 
     async def serve(self, execution: Execution) -> None:
@@ -48,6 +56,9 @@ class HttpAdapter:
         conversation = Conversation(user, execution, call.http)
         try:
             user.enter(execution)
+            if self._app is not None:
+                user.send(execution, await conversation.run(self._app))
+                return
             if self._function is None:
                 raise self._error
             function = self._function
@@ -58,7 +69,9 @@ class HttpAdapter:
 
                 def run() -> Any:
                     user.enter(execution, blocking=True)
-                    return function(request) if self._takes_request else function()
+                    result = function(request) if self._takes_request else function()
+                    # Rendered here: a large one would hold up the loop.
+                    return result if is_stream(result) or inspect.iscoroutine(result) else response_of(result)
 
                 result = await user.in_pool(run)
                 if inspect.iscoroutine(result):
@@ -73,12 +86,23 @@ class HttpAdapter:
         user.send(execution, answer)
 
     def _answer_for(self, execution: Execution, error: BaseException, started: bool) -> Answer:
+        user = self._user
         if isinstance(error, HTTPException) and not started:
             try:
                 return plain(of_exception(error))
-            except ValueError as other:
+            except (TypeError, ValueError) as other:
                 error = other
-        return self._user.answer_for(execution, error)
+        answer = user.answer_for(execution, error)
+        if user.debug and not started and not answer.error:
+            return plain(of_error(error, execution.call.request_id, answer.message))
+        return answer
+
+
+def _is_asgi(function: Callable[..., Any]) -> bool:
+    try:
+        return list(inspect.signature(function).parameters) == ["scope", "receive", "send"]
+    except (TypeError, ValueError):
+        return False
 
 
 def _takes_request(function: Callable[..., Any]) -> bool:

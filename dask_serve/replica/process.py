@@ -100,8 +100,8 @@ class ServeProcess:
         return [] if entry is None else [unit for unit in entry[1] if not unit.ended]
 
     @classmethod
-    def leave(cls, worker: Worker) -> None:
-        """A worker closes: end its replicas, and the door with the last worker. Blocks."""
+    def leave(cls, worker: Worker, patience: float = JOIN) -> None:
+        """A worker closes: end its replicas, within ``patience`` seconds, and the door with the last one. Blocks."""
         units = cls.units_of(worker)
         with cls._lock:
             secret, _ = cls._workers.pop(worker.address, (b"", []))
@@ -109,7 +109,7 @@ class ServeProcess:
             door = cls._doors.pop(secret, None) if last else None
         for unit in units:
             unit.end()
-        deadline = time.monotonic() + JOIN
+        deadline = time.monotonic() + patience
         for unit in units:
             unit.user.join(max(0.0, deadline - time.monotonic()))
         if door is not None:
@@ -131,8 +131,11 @@ class DrainAtClose(WorkerPlugin):
 
     async def teardown(self, worker: Any) -> None:
         units = ServeProcess.units_of(worker)
+        began = time.monotonic()
         if units:
             reports = [asyncio.wait_for(unit.report("draining"), 1.0) for unit in units]
             drains = [unit.drain(min(DRAIN_AT_CLOSE, unit.options.graceful_shutdown_timeout_s)) for unit in units]
             await asyncio.gather(*reports, *drains, return_exceptions=True)
-        await asyncio.get_running_loop().run_in_executor(None, ServeProcess.leave, worker)
+        # What draining has not taken is for applications that shut down.
+        patience = JOIN + max(0.0, DRAIN_AT_CLOSE - (time.monotonic() - began))
+        await asyncio.get_running_loop().run_in_executor(None, ServeProcess.leave, worker, patience)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
 from ..wire.messages import Kind
 from .execution import Answer
-from .results import refuse_futures
+from .jsonable import to_json
 
-__all__ = ["as_bytes", "check", "of_exception", "plain", "response_of"]
+__all__ = ["as_bytes", "check", "of_error", "of_exception", "plain", "response_of"]
 
 #: What no header may contain; a proxy would have to break the connection.
 _bad_name = re.compile(rb"[\x00-\x20\x7f()<>@,;:\[\]={}\\\"]").search
@@ -28,20 +27,7 @@ def response_of(result: Any) -> Response:
         return PlainTextResponse(result)
     if isinstance(result, (bytes, bytearray, memoryview)):
         return Response(bytes(result), media_type="application/octet-stream")
-    return Response(msgspec.json.encode(result, enc_hook=_as_json), media_type="application/json")
-
-
-def _as_json(value: Any) -> Any:
-    """Render what JSON does not know: numpy arrays and scalars, pandas objects, pydantic models."""
-    refuse_futures(value)
-    for method, kwargs in (("tolist", {}), ("model_dump", {"mode": "json"}), ("to_dict", {"orient": "records"})):
-        convert = getattr(value, method, None)
-        if convert is not None:
-            return convert(**kwargs)
-    raise TypeError(
-        f"a {type(value).__name__} cannot be rendered as JSON; "
-        "return a str, bytes, JSON-able value or starlette Response"
-    )
+    return Response(to_json(result), media_type="application/json")
 
 
 def plain(response: Response) -> Answer:
@@ -59,11 +45,19 @@ def check(headers: list[tuple[bytes, bytes]]) -> None:
 
 
 def of_exception(error: HTTPException) -> Response:
-    """Make a response of an exception that says what it wants to be."""
+    """Make a response of an exception that says what it wants to be: with a text, or with FastAPI's ``detail``."""
     headers = dict(error.headers or {})
     if error.status_code in (204, 304):
         return Response(status_code=error.status_code, headers=headers)
-    return PlainTextResponse(str(error.detail), error.status_code, headers)
+    if isinstance(error.detail, str) and not any(base.__module__.startswith("fastapi") for base in type(error).__mro__):
+        return PlainTextResponse(error.detail, error.status_code, headers)
+    return Response(to_json({"detail": error.detail}), error.status_code, headers, "application/json")
+
+
+def of_error(error: BaseException, request_id: str, traceback: str) -> Response:
+    """Make a response of an exception of user code that shows everything (``debug=True``)."""
+    body = {"type": type(error).__name__, "message": str(error), "request_id": request_id, "traceback": traceback}
+    return Response(to_json(body), 500, media_type="application/json")
 
 
 def as_bytes(chunk: Any) -> bytes:

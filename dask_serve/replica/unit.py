@@ -61,6 +61,7 @@ class ReplicaUnit:
         self._drained_in_vain = False
         context = _user_context(worker)
         self.user = UserCode(self.id, self.options.threads, context, self._value_of, self.options.inline_result_bytes)
+        self.user.debug = self.options.debug
         self.user.clients = Clients(worker, self.user.loop)
         self.user.clients.enter(context)
 
@@ -93,7 +94,8 @@ class ReplicaUnit:
             replica = ReplicaContext(
                 self.spec["app"], self.spec["deployment"], self.id, self._worker.address, self.user.instance
             )
-            self.user.open(door, replica)
+            await self.user.enter_replica(replica)
+            self.user.open(door)
             self.core = ReplicaCore(
                 self.id, self.options.max_ongoing_requests, self.user, door.loop, door.mailbox.drain
             )

@@ -15,7 +15,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
+
+from starlette.types import ASGIApp
 
 from .. import exceptions
 from ..context import ReplicaContext, replica_context, request_context
@@ -27,6 +30,7 @@ from ..exceptions import (
     RequestError,
     RequestTimeoutError,
 )
+from ..ingress import ingress_of
 from ..wire import payloads
 from ..wire.loops import new_event_loop
 from ..wire.mailbox import Mailbox, Outbox
@@ -35,6 +39,8 @@ from .clients import Clients
 from .door import Door
 from .execution import Answer, Execution
 from .http import HttpAdapter
+from .ingress import Lifespan
+from .ingress import build as build_app
 from .pool import Pool
 from .results import dump_result
 from .streams import serve_stream
@@ -85,6 +91,8 @@ class UserCode:
         self.instance: Any = None
         #: Results of at least this many bytes stay in the process's store.
         self.inline_below = inline_below
+        #: Clients are shown the tracebacks of user code.
+        self.debug = False
         self.gather = gather
         #: The Dask clients of user code.
         self.clients: Clients | None = None
@@ -95,6 +103,10 @@ class UserCode:
         #: Answers of this tick of the loop.
         self._answers: list[tuple[Execution, Answer]] = []
         self._door: Door | None = None
+        #: The ASGI application of the user's class, and what it has for its requests.
+        self.app: ASGIApp | None = None
+        self.state: dict[str, Any] = {}
+        self._lifespan: Lifespan | None = None
         self._http: HttpAdapter | None = None
         self._thread = threading.Thread(target=self._run, name=f"{id}-user", daemon=True)
         self._main: Callable[[], Any] | None = None
@@ -124,18 +136,21 @@ class UserCode:
             self.instance = None
             self._context.run(_forget_instance)
             self._methods.clear()
-            self._http = None
+            self._http = self.app = self._lifespan = None
             self.loop.close()
 
     async def _clean_up(self) -> None:
         """Cancel what still runs. User code that does not let itself be cancelled cannot keep the thread."""
-        pending = asyncio.all_tasks() - {asyncio.current_task()}
+        lifespan = self._lifespan
+        pending = asyncio.all_tasks() - {asyncio.current_task(), None if lifespan is None else lifespan.task}
         for task in pending:
             task.cancel()
         if pending:
             _, pending = await asyncio.wait(pending, timeout=CLEAN_UP)
         if pending:
             logger.warning("User code of replica %s goes on after it was cancelled; it is dropped", self.id)
+        if lifespan is not None:
+            await lifespan.stop()
         if self.clients is not None:
             await self.clients.close()
         try:
@@ -165,17 +180,35 @@ class UserCode:
             await init(instance, *args, **kwargs)
             self.instance = instance
         elif inspect.isclass(target):
-            with self.clients.on_the_loop() if self.clients is not None else contextlib.nullcontext():
-                self.instance = target(*args, **kwargs)
+            self.instance = await self.construction(partial(target, *args, **kwargs), wait=False)
         else:
             self.instance = target
 
-    def open(self, door: Door, replica: ReplicaContext) -> None:
+    async def construction(self, make: Callable[[], Any], wait: bool = True) -> Any:
+        """Call what makes something of user code's own, with the Dask client of threads; ``wait`` for a coroutine."""
+        with self.clients.on_the_loop() if self.clients is not None else contextlib.nullcontext():
+            made = make()
+        return await made if wait and inspect.isawaitable(made) else made
+
+    async def enter_replica(self, replica: ReplicaContext) -> None:
+        """The user's object is there: build its application, if it has one, and let that start (on the user loop)."""
+        self._context.run(replica_context.set, replica)
+        ingress = ingress_of(type(self.instance))
+        if ingress is not None:
+            # In the context that requests have.
+            self.app = await self._spawn(build_app(ingress, self))
+            self._lifespan = self._context.copy().run(Lifespan, self.app)
+            await self._lifespan.start()
+            self.state = self._lifespan.state
+
+    async def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return await self._context.copy().run(self.loop.create_task, coroutine)
+
+    def open(self, door: Door) -> None:
         """Everything is there: requests may come."""
         self._door = door
         self._starts = Outbox(door.loop, self._inbox)
         self._told = Outbox(self.loop, door.mailbox)
-        self._context.run(replica_context.set, replica)
         self._http = HttpAdapter(self)
 
     def method(self, name: str) -> tuple[Callable[..., Any], bool]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
+from .apps import parts_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -53,6 +55,9 @@ def blame(
 
 
 def _children(obj: Any) -> Iterable[tuple[str, Any]]:
+    parts = parts_of(obj)
+    if parts is not None:
+        return parts
     if isinstance(obj, (staticmethod, classmethod)):
         return [("", obj.__func__)]
     if isinstance(obj, property):

@@ -28,6 +28,7 @@ from distributed import Future
 from msgspec import Struct
 
 from ..exceptions import ConfigError
+from .apps import remaking
 from .blame import blame
 
 if TYPE_CHECKING:
@@ -37,6 +38,12 @@ __all__ = ["LARGE", "Packed", "bound_handle", "own_modules", "pack", "resolved_k
 
 #: Bound arguments that make more bytes than this are warned about.
 LARGE = 10_000_000
+
+#: What to do about something that cannot be pickled.
+REPAIR = (
+    "Create it in `__init__`, which runs on the worker, instead of in the class, the module or the arguments of "
+    "`.bind()`."
+)
 
 #: Packages that are never the application's own, wherever they lie (an editable install, a checkout).
 FOREIGN = frozenset({"dask_serve", "distributed", "dask"})
@@ -203,6 +210,7 @@ def pack(
     *,
     where: str = "the deployment",
     reducers: Reducers | None = None,
+    repair: str = REPAIR,
 ) -> Packed:
     """Pickle a deployment's class or function with its bound arguments, code of own modules included.
 
@@ -216,6 +224,8 @@ def pack(
         What is being packed, for messages.
     reducers : dict, optional
         What to put in place of objects of certain types.
+    repair : str
+        What to do about something that cannot be pickled, for the message.
 
     Raises
     ------
@@ -236,7 +246,7 @@ def pack(
             pickler.dump((target, args, kwargs))
         except Exception as error:  # __reduce__ of user code raises what it likes
             raise ConfigError(
-                f"{where} cannot be sent to the workers: {_explain(target, args, kwargs, reducers, error)}"
+                f"{where} cannot be sent to the workers: {_explain((target, args, kwargs), reducers, error, repair)}"
             ) from error
         packed = Packed(blob=buffer.getvalue(), keys=list(pickler.keys))
         if packed.nbytes >= LARGE:
@@ -268,7 +278,8 @@ def unpack(
     before = _unpacking.values, _unpacking.handle
     _unpacking.values, _unpacking.handle = values or {}, handle
     try:
-        target, args, kwargs = pickle.loads(blob)
+        with remaking():
+            target, args, kwargs = pickle.loads(blob)
     finally:
         _unpacking.values, _unpacking.handle = before
     return target, args, kwargs
@@ -328,8 +339,9 @@ def _warn_large(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], r
 
 
 def _explain(
-    target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], reducers: Reducers, error: Exception
+    packed: tuple[Any, tuple[Any, ...], dict[str, Any]], reducers: Reducers, error: Exception, repair: str
 ) -> str:
+    target, args, kwargs = packed
     if isinstance(error, _Refused):
         return str(error)
     parts: list[tuple[str, Any]] = [*_named_arguments(target, args, kwargs)]
@@ -341,8 +353,7 @@ def _explain(
             path, culprit, reason = blame(label, value, reason, lambda child: _failure(child, reducers))
             return (
                 f"{path}, a {type(culprit).__module__}.{type(culprit).__qualname__}, cannot be pickled "
-                f"({_first_line(reason)}). Create it in `__init__`, which runs on the worker, instead of in the "
-                "class, the module or the arguments of `.bind()`."
+                f"({_first_line(reason)}). {repair}"
             )
     return _first_line(error)
 

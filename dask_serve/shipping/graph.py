@@ -12,14 +12,22 @@ from msgspec import Struct
 
 from ..deployment import Application, check_name, methods
 from ..exceptions import ConfigError
+from ..ingress import ingress_of
 from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
-from .code import bound_handle, pack
+from .apps import app_reducers
+from .code import REPAIR, bound_handle, pack
 from .revision import revision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["Built", "Unbound", "build"]
+
+#: What to do about an application that cannot be pickled.
+_BUILDER = (
+    "Create it in `__init__` of the class, in the application's lifespan, or together with the application in a "
+    "function that runs on the worker: `def build(): ...; return app` and `@serve.ingress(build)`."
+)
 
 
 class Built(Struct, frozen=True):
@@ -102,12 +110,14 @@ class _Builder:
 
     def _pack(self, application: Application, name: str) -> None:
         deployment = application.deployment
+        ingress = ingress_of(deployment.func_or_class)
         packed = pack(
             deployment.func_or_class,
             application.args,
             application.kwargs,
             where=f"deployment {name!r}",
-            reducers={Application: self._reduce},
+            reducers={Application: self._reduce, **(app_reducers(ingress) if ingress is not None else {})},
+            repair=REPAIR if ingress is None else _BUILDER,
         )
         revised = revision(packed, deployment.all_options, deployment_id(self.app, name))
         self.code[revised] = packed.blob

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -140,7 +141,7 @@ class _Digest:
 
     def _mutable(self, obj: Any) -> None:
         if isinstance(obj, dict):
-            self._sequence(b"d", [item for item in obj.items() if not _is_volatile(item[0])])
+            self._sequence(b"d", [_without_id(*item) for item in obj.items() if not _is_volatile(item[0])])
         elif isinstance(obj, list):
             self._sequence(b"l", obj)
         elif isinstance(obj, set):
@@ -180,3 +181,14 @@ class _Digest:
 
 def _is_volatile(key: Any) -> bool:
     return isinstance(key, str) and key in _VOLATILE
+
+
+def _without_id(key: Any, value: Any) -> tuple[Any, Any]:
+    """Take the address of a class out of the names that pydantic's schemas have for it."""
+    if isinstance(key, str) and key in _REFERENCES and isinstance(value, str):
+        return key, _address.sub("", value)
+    return key, value
+
+
+_REFERENCES = frozenset({"ref", "schema_ref"})
+_address = re.compile(r":\d{9,}")

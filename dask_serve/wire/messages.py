@@ -93,6 +93,8 @@ class HttpHead(Struct, array_like=True, gc=False):
     http_version: str
     client: tuple[str, int] | None
     server: tuple[str, int | None] | None
+    #: The path as it was sent; empty where encoding ``path`` gives the same.
+    raw_path: bytes = b""
 
 
 class Attachment(Struct, array_like=True, gc=False, frozen=True):
