@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from .exceptions import ConfigError
 
-__all__ = ["Ingress", "ingress", "ingress_of", "is_asgi", "routes_of"]
+__all__ = ["Ingress", "ingress", "ingress_of", "is_asgi", "methods_by_id", "owner_of", "routes_of"]
 
 Class = TypeVar("Class", bound=type)
 
@@ -95,9 +95,19 @@ def ingress(app: Any, /) -> Callable[..., Any]:
                 'in app.mount("/other", other), or deploy it by itself under a route_prefix of its own'
             )
         setattr(target, _ATTRIBUTE, declared)
+        _forget_earlier(declared.app, target)
         return target
 
     return decorate
+
+
+def _forget_earlier(app: Any, target: type) -> None:
+    """Take routes out that are methods of an earlier class of this name: a notebook's cell was run again."""
+    names = methods_by_id(target)
+    for routes, route in routes_of(app):
+        owner = owner_of(getattr(route, "endpoint", None))
+        if owner == (target.__module__, target.__qualname__) and id(route.endpoint) not in names:
+            routes.remove(route)
 
 
 def ingress_of(target: Any) -> Ingress | None:
@@ -159,6 +169,27 @@ def _required(function: Any) -> int:
     if any(parameter.kind == inspect.Parameter.VAR_POSITIONAL for parameter in parameters):
         return 3
     return sum(parameter.kind in positional and parameter.default is parameter.empty for parameter in parameters)
+
+
+def methods_by_id(kind: type) -> dict[int, str]:
+    """Return the names of a class's methods, inherited and wrapped ones included, by their ids."""
+    names = {}
+    for base in reversed(kind.__mro__):
+        for name, value in vars(base).items():
+            if callable(value):
+                names[id(value)] = names[id(inspect.unwrap(value))] = name
+    return names
+
+
+def owner_of(endpoint: Any) -> tuple[str, str] | None:
+    """Return module and name of the class that an endpoint is a method of; None for other endpoints."""
+    function = inspect.unwrap(endpoint) if callable(endpoint) else None
+    if not inspect.isfunction(function):
+        return None
+    owner = function.__qualname__.rpartition(".")[0]
+    if not owner or owner.endswith("<locals>") or next(iter(inspect.signature(function).parameters), "") != "self":
+        return None
+    return function.__module__, owner
 
 
 def routes_of(app: Any) -> Iterator[tuple[list[Any], Any]]:

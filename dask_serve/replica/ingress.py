@@ -8,14 +8,16 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+import threading
+import types
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Message
 
 from ..context import replica_context
 from ..exceptions import ConfigError, ServeError
-from ..ingress import Ingress, is_asgi, routes_of
+from ..ingress import Ingress, is_asgi, methods_by_id, owner_of, routes_of
 from ..shipping.apps import declaration
 
 if TYPE_CHECKING:
@@ -34,7 +36,8 @@ async def build(ingress: Ingress, user: UserCode) -> ASGIApp:
     app = ingress.app
     if ingress.is_builder:
         arguments = (user.instance,) if ingress.takes_instance else ()
-        app = await user.construction(functools.partial(ingress.app, *arguments))
+        with _module_of(ingress.app):
+            app = await user.construction(functools.partial(ingress.app, *arguments))
         if not callable(app) or not is_asgi(app):
             raise ConfigError(
                 f"the function {getattr(ingress.app, '__name__', ingress.app)!r}, given to @serve.ingress, returned "
@@ -43,6 +46,32 @@ async def build(ingress: Ingress, user: UserCode) -> ASGIApp:
     app = _whole(app)
     _bind(app, type(user.instance))
     return app  # type: ignore[no-any-return]
+
+
+_lock = threading.Lock()
+#: Modules that stand in for those whose code came by value, and how many builders need each.
+_stand_ins: dict[str, int] = {}
+
+
+@contextlib.contextmanager
+def _module_of(builder: Any) -> Iterator[None]:
+    """Let frameworks that look up the module of a handler find one, although its code came by value."""
+    name = getattr(builder, "__module__", None)
+    if not inspect.isfunction(builder) or name is None or (name in sys.modules and name not in _stand_ins):
+        yield
+        return
+    with _lock:
+        _stand_ins[name] = _stand_ins.get(name, 0) + 1
+        module = sys.modules[name] = types.ModuleType(name)
+        vars(module).update(builder.__globals__)
+    try:
+        yield
+    finally:
+        with _lock:
+            _stand_ins[name] -= 1
+            if not _stand_ins[name]:
+                del _stand_ins[name]
+                sys.modules.pop(name, None)
 
 
 def _whole(app: Any) -> Any:
@@ -62,32 +91,21 @@ def _whole(app: Any) -> Any:
 
 def _bind(app: Any, kind: type) -> None:
     """Give the methods among the routes their ``self``, and drop those of other classes."""
-    names: dict[Any, str] = {}
-    for base in reversed(kind.__mro__):
-        for name, value in vars(base).items():
-            if callable(value):
-                names[id(value)] = names[id(inspect.unwrap(value))] = name
+    names = methods_by_id(kind)
     for routes, route in routes_of(app):
         endpoint = getattr(route, "endpoint", None)
         if not callable(endpoint):
             continue
         function = inspect.unwrap(endpoint)
-        view = names.get(id(endpoint)) or names.get(id(function))
-        if view is not None:
-            route.__init__(**{**declaration(route), "endpoint": _view(view, function)})
-        elif _is_method(function):
-            # The application was used by another class too, or by this one before a notebook's cell was run again.
+        name = names.get(id(endpoint)) or names.get(id(function))
+        if name is not None:
+            route.__init__(**{**declaration(route), "endpoint": _view(name, function)})
+        elif owner_of(endpoint) is not None:
+            # The application is that of another class too.
             routes.remove(route)
     changed = getattr(getattr(app, "router", None), "_mark_routes_changed", None)
     if changed is not None:
         changed()
-
-
-def _is_method(function: Any) -> bool:
-    owner = getattr(function, "__qualname__", "").rpartition(".")[0]
-    if not inspect.isfunction(function) or not owner or owner.endswith("<locals>"):
-        return False
-    return next(iter(inspect.signature(function).parameters), "") == "self"
 
 
 def _view(name: str, function: Any) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import inspect
 import sys
 import threading
 import types
+import typing
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ def app_reducers(ingress: Ingress) -> Reducers:
         _Lock: lambda _: (threading.Lock, ()),
         _RLock: lambda _: (threading.RLock, ()),
         contextvars.ContextVar: _reduce_variable,
+        types.FunctionType: _annotations,
     }
     if (module := sys.modules.get("starlette.datastructures")) is not None:
         reducers[module.State] = lambda state: (type(state), (state._state,))
@@ -109,7 +111,12 @@ def parts_of(app: Any) -> list[tuple[str, Any]] | None:
     if not hasattr(app, "user_middleware"):
         return None
     state = [(f", app.state.{name}", value) for name, value in app.state._state.items()]
-    routes = [(f", route {getattr(route, 'path', '')!r}", route) for _, route in routes_of(app)]
+    # Those of the framework's own pages refer to the application.
+    routes = [
+        (f", route {getattr(route, 'path', '')!r}", route)
+        for _, route in routes_of(app)
+        if not getattr(getattr(route, "endpoint", None), "__module__", "").startswith(("fastapi.", "starlette."))
+    ]
     handlers = [(f", exception handler {kind!r}", handler) for kind, handler in app.exception_handlers.items()]
     middleware = [(f", middleware {index}", part) for index, part in enumerate(app.user_middleware)]
     return [*state, *routes, *handlers, *middleware, (", lifespan", app.router.lifespan_context)]
@@ -138,6 +145,18 @@ def declaration(made: Any) -> dict[str, Any]:
         # It was found in the annotation of what the generator yields, and will be again.
         declared.pop("response_model", None)
     return declared
+
+
+def _annotations(function: types.FunctionType) -> dict[str, Any]:
+    """Evaluate annotations that are texts: of a module's variables only those travel that the code itself mentions."""
+    found = dict(function.__annotations__)
+    for name, value in found.items():
+        # One that only type checkers understand stays as it is.
+        with contextlib.suppress(Exception):
+            holder = types.SimpleNamespace(__annotations__={name: value})
+            hints = typing.get_type_hints(holder, function.__globals__, include_extras=True)
+            found[name] = None if value in {None, "None"} else hints[name]
+    return found
 
 
 def _reduce_variable(variable: contextvars.ContextVar[Any]) -> tuple[Any, ...]:

@@ -48,8 +48,9 @@ REPAIR = (
 #: Packages that are never the application's own, wherever they lie (an editable install, a checkout).
 FOREIGN = frozenset({"dask_serve", "distributed", "dask"})
 
-#: What replaces an object while it is pickled: a callable that workers can import, and its arguments.
-Reducers = dict[type, "Callable[[Any], tuple[Callable[..., Any], tuple[Any, ...]]]"]
+#: What replaces an object while it is pickled: a callable that workers can import, and its arguments. For functions:
+#: the annotations that they travel with.
+Reducers = dict[type, "Callable[[Any], Any]"]
 
 #: Registration of modules with cloudpickle is process-wide, so that only one pack may be at work.
 _lock = threading.RLock()
@@ -122,8 +123,14 @@ class _Pickler(cloudpickle.Pickler):
 
     def reducer_override(self, obj: Any) -> Any:
         reduce = self._reducers.get(type(obj))
-        if reduce is not None:
-            return reduce(obj)
+        if isinstance(obj, types.FunctionType):
+            reduced = super().reducer_override(obj)
+            if reduce is not None and isinstance(reduced, tuple):
+                # It travels by value.
+                reduced[2][1]["__annotations__"] = reduce(obj)
+            return reduced
+        if reduce is not None and (reduced := reduce(obj)) is not NotImplemented:
+            return reduced
         if isinstance(obj, Future):
             if not isinstance(obj.key, str):
                 raise _Refused(

@@ -26,7 +26,9 @@ __all__ = ["fingerprint", "revision"]
 _TRACKER_ID = {"_make_skeleton_class": 4, "_make_skeleton_enum": 5, "_make_typevar": 5}
 
 #: Depend on where the code stands and on what else this process has imported, not on what the code does.
-_VOLATILE = frozenset({"__file__", "__path__", "__firstlineno__", "__static_attributes__", "_cloudpickle_submodules"})
+_VOLATILE = frozenset(
+    {"__file__", "__path__", "__firstlineno__", "__static_attributes__", "_cloudpickle_submodules", "_routes_version"}
+)
 
 
 def revision(packed: Packed, options: DeploymentOptions, identity: str = "") -> str:
