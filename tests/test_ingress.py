@@ -738,3 +738,20 @@ def test_a_builder_that_builds_nothing_fails_the_replica(service):
 def test_the_decorator_keeps_its_name():
     assert serve.ingress is not sys.modules["dask_serve.ingress"]
     assert callable(serve.ingress)
+
+
+def test_the_example(service):
+    from examples.fastapi_app import app as example
+
+    serve.run(example, name="rents", route_prefix="/rents", client=service.client, timeout=30)
+    with httpx.Client(base_url=f"{service.url}/rents", timeout=20, trust_env=False) as http:
+        answer = http.post("/estimates", json={"rooms": 3, "area": 70})
+        assert 800 < answer.json()["rent"] < 1000
+        assert answer.json()["request_id"] == answer.headers["x-request-id"]
+        assert http.post("/estimates", json={"rooms": 0, "area": 70}).status_code == 422
+        refused = http.post("/estimates", json={"rooms": 3, "area": 70}, headers={"accept-currency": "XAU"})
+        assert (refused.status_code, refused.json()) == (406, {"detail": "there are no rents in XAU"})
+        assert len(http.get("/estimates/3").text.splitlines()) == 5
+        assert http.get("/info/unit").json() == "EUR a month"
+        assert "/estimates/{rooms}" in http.get("/openapi.json").json()["paths"]
+    serve.delete("rents", client=service.client)
