@@ -32,8 +32,8 @@ INSTALL = [
 
 EXTRAS = {
     "dashboard": ["bokeh>=3.1"],
-    "examples": ["scikit-learn>=1.4", "bokeh>=3.1", "fastapi>=0.115"],
-    "fastapi": ["fastapi>=0.115"],
+    "examples": ["scikit-learn>=1.4", "bokeh>=3.1", "fastapi>=0.115.8"],
+    "fastapi": ["fastapi>=0.115.8"],
     "docs": ["mkdocs>=1.6"],
     "test": [
         "pytest>=8",
@@ -41,7 +41,7 @@ EXTRAS = {
         "hypothesis>=6.100",
         "httpx>=0.27",
         "numpy>=1.26",
-        "fastapi>=0.115",
+        "fastapi>=0.115.8",
         "cryptography>=42",  # temporary certificates
         # A real Jupyter kernel: tests/test_notebook.py.
         "ipykernel>=6.29",

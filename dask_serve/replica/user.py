@@ -47,8 +47,8 @@ from .streams import serve_stream
 
 __all__ = ["UserCode"]
 
-#: Answers that took less than this many seconds wait for the end of the loop's tick, to leave with others. A longer
-#: one leaves at once: the code that runs next in the same tick may take as long.
+#: An answer waits for the end of the loop's tick, to leave with others, unless none has left for this many seconds: the
+#: code that runs next in the same tick may take as long.
 PROMPT = 0.002
 
 #: Between so many requests at a time half a tick's answers leave early: fewer are not worth two writes, and more keep
@@ -102,6 +102,8 @@ class UserCode:
         self._methods: dict[str, tuple[Callable[..., Any], bool] | None] = {}
         #: Answers of this tick of the loop.
         self._answers: list[tuple[Execution, Answer]] = []
+        #: When answers last left.
+        self._flushed = 0.0
         self._door: Door | None = None
         #: The ASGI application of the user's class, and what it has for its requests.
         self.app: ASGIApp | None = None
@@ -455,7 +457,7 @@ class UserCode:
         running = execution.core.admission.running
         # One half of many is on its way while the other half runs, or caller and replica would take turns.
         halved = MANY < running < HOSTS and 2 * len(answers) >= running
-        if running <= 1 or halved or time.monotonic() - execution.began > PROMPT:
+        if running <= 1 or halved or time.monotonic() - self._flushed > PROMPT:
             self._flush()
         elif len(answers) == 1:
             self.loop.call_soon(self._flush)
@@ -463,6 +465,7 @@ class UserCode:
     def _flush(self) -> None:
         if self._answers:
             answers, self._answers = self._answers, []
+            self._flushed = time.monotonic()
             assert self._door is not None
             self._door.answer(answers[0][0].core, answers, True)
 
