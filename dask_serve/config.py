@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
+import re
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import msgspec
@@ -14,6 +16,9 @@ __all__ = ["CallOptions", "DeploymentOptions", "HTTPOptions", "build_options", "
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
+Path = Annotated[str, Meta(min_length=1)]
+#: An import path, alone or with keyword arguments.
+Middleware = str | tuple[str, dict[str, Any]]
 
 
 class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -46,6 +51,8 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     inline_result_bytes : int, default 65536
         Results of calls from Python with at least this many bytes (serialised) stay in the process of the replica until
         they are fetched, passed to another call, or needed by Dask; smaller ones travel in the answer.
+    body_limit : int or None, default None
+        Bytes the body of an HTTP request may have; over it 413. None: what ``serve.start`` says.
     version : str or None, default None
         Replaces the code's part of the revision: replicas restart only when it changes.
     debug : bool, default False
@@ -64,6 +71,7 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     graceful_shutdown_timeout_s: Annotated[float, Meta(ge=0)] = 20.0
     request_timeout_s: Seconds | None = None
     inline_result_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024
+    body_limit: Annotated[int, Meta(ge=0)] | None = None
     version: str | None = None
     debug: bool = False
 
@@ -73,7 +81,10 @@ RESTARTING_OPTIONS = ("threads", "resources", "workers", "max_replicas_per_worke
 
 
 class HTTPOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What ``serve.start(...)`` accepts.
+    """What ``serve.start(...)`` accepts. All of it can change while the service runs; no request is lost by that.
+
+    Files are read where the proxies run: on the scheduler's node, and wherever ``dask serve proxy`` runs. A proxy
+    looks every second whether they have changed. Limits hold for each proxy process.
 
     Parameters
     ----------
@@ -82,22 +93,106 @@ class HTTPOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     port : int or None, default None
         Port the proxies listen on. None: 8000, or the next free one with a warning when it is busy. An
         explicit port that is busy is an error. 0: any free one.
+    unix_socket : str or None, default None
+        Path of a Unix socket to listen on instead of host and port, for the owner and the group of the scheduler's
+        process (mode 0660).
     num_proxies : int, default 1
         Number of proxy processes on the scheduler's node.
+    admin_port : int or None, default None
+        Where ``/-/metrics`` and ``/-/routes`` are answered, and only there. Each proxy has one of its own: this port
+        and those that follow it; 0: any free ones. None: on the public port, for clients on the loopback interface.
+    admin_host : str, default "127.0.0.1"
+        Interface of the admin ports.
+    root_path : str, default ""
+        The path that a reverse proxy in front strips from its requests, e.g. ``"/models"``; applications see it in
+        front of their own in ``root_path``.
+    trusted_proxies : list of str, default []
+        Addresses and networks (``"10.0.0.0/8"``) whose ``X-Forwarded-For``, ``-Proto`` and ``-Host`` are believed;
+        ``"unix"``: clients of the Unix socket.
     request_timeout_s : float, default 60.0
         Seconds until the first byte of an answer; over it 504.
     body_limit : int, default 104857600
-        Bytes a request's body may have; over it 413.
+        Bytes a request's body may have; over it 413. A deployment may say otherwise.
+    head_limit : int, default 65536
+        Bytes that a request line and its headers may have together, from 1024 to 1 MiB; over it 431.
+    max_headers : int, default 128
+        How many headers a request may have; over it 431.
+    head_timeout_s : float, default 30.0
+        Seconds within which a head must have come; over it 408.
+    body_timeout_s : float, default 30.0
+        Seconds within which another KiB of a request's body, or its end, must have come; over it 408.
+    keep_alive_timeout_s : float, default 75.0
+        Seconds a connection may stay open between two requests.
+    max_connections : int, default 10000
+        Connections at the same time; one more is answered with 503 and closed.
+    tls_certificate, tls_key : str or None, default None
+        PEM files of the certificate (with its chain) and its key. Both or none: HTTP without TLS.
+    tls_key_password_file : str or None, default None
+        File that holds the password of the key.
+    tls_client_ca : str or None, default None
+        PEM file of the authorities one of which must have signed a client's certificate. None: clients need none.
+    tokens_file : str or None, default None
+        File of bearer tokens, one a line, that only its owner may read. Requests need one of them, but for
+        ``/-/healthz`` and ``/-/readyz``. None: no token is needed.
+    application_tokens : dict of str to (str or None), default {}
+        Files of tokens for single applications, by name, instead of ``tokens_file``; None: it needs no token.
+    middleware : list, default []
+        Starlette or other ASGI middleware around all applications, the outermost first: import paths
+        (``"starlette.middleware.gzip:GZipMiddleware"``), each alone or with its arguments
+        (``["starlette.middleware.cors:CORSMiddleware", {"allow_origins": ["*"]}]``).
     drain_timeout_s : float, default 20.0
         Seconds a stopping proxy gives to requests in flight.
     """
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    unix_socket: Annotated[str, Meta(min_length=1, max_length=100)] | None = None
     num_proxies: Count = 1
+    admin_port: Annotated[int, Meta(ge=0, le=65535)] | None = None
+    admin_host: str = "127.0.0.1"
+    root_path: Annotated[
+        Annotated[str, Meta(pattern=r"^(/[^/?#\s]+)*\Z")],
+        Meta(description="it is a path like '/models', without a slash at its end, or ''"),
+    ] = ""
+    trusted_proxies: list[str] = []
     request_timeout_s: Seconds = 60.0
     body_limit: Annotated[int, Meta(ge=0)] = 100 * 2**20
+    head_limit: Annotated[int, Meta(ge=1024, le=2**20)] = 64 * 1024
+    max_headers: Annotated[int, Meta(ge=1, le=10_000)] = 128
+    head_timeout_s: Seconds = 30.0
+    body_timeout_s: Seconds = 30.0
+    keep_alive_timeout_s: Seconds = 75.0
+    max_connections: Count = 10_000
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    tls_key_password_file: Path | None = None
+    tls_client_ca: Path | None = None
+    tokens_file: Path | None = None
+    application_tokens: dict[str, Path | None] = {}
+    middleware: list[Middleware] = []
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 20.0
+
+    def __post_init__(self) -> None:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together: give both of them, or none")
+        for name in ("tls_key_password_file", "tls_client_ca"):
+            if self.tls_certificate is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} needs tls_certificate and tls_key")
+        for address in self.trusted_proxies:
+            if address != "unix":
+                try:
+                    ipaddress.ip_network(address)
+                except ValueError as error:
+                    raise ValueError(
+                        f"trusted_proxies holds {address!r}: {error}; give addresses like '10.0.0.1', networks like "
+                        "'10.0.0.0/8', or 'unix'"
+                    ) from None
+        for entry in self.middleware:
+            path = entry if isinstance(entry, str) else entry[0]
+            if not re.fullmatch(r"[\w.]+:[\w.]+", path):
+                raise ValueError(
+                    f"middleware holds {path!r}: write module:Class, e.g. 'starlette.middleware.gzip:GZipMiddleware'"
+                )
 
 
 class CallOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -173,6 +268,8 @@ def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Op
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
         text, _, path = str(error).partition(" - at `$.")
+        if not path:
+            raise ConfigError(f"{where}: {text.removesuffix(' - at `$`')}") from None
         name = path.rstrip("`").split("[")[0].split(".")[0]
         got = f" = {given[name]!r}" if name in given else ""
         repair = _described(kind, name) or text[:1].lower() + text[1:]

@@ -2,44 +2,122 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.applications import Starlette
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..config import HTTPOptions
 from ..routing.fabric import Fabric
+from .errors import error_answer, request_id_in
+from .files import Watched
 from .forward import Forwarder
+from .forwarded import TrustedProxies
+from .middleware import wrap
 from .own import make_own_app
+from .presence import Presence
+from .tokens import Tokens
 
-__all__ = ["ProxyApp", "create_app"]
+__all__ = ["ProxyApp"]
+
+logger = logging.getLogger("dask_serve.proxy")
+
+#: Routes that need no token: those who ask have none, and learn no names.
+_OPEN = ("/-/healthz", "/-/readyz")
 
 
 class ProxyApp:
-    """The ASGI callable: a dispatcher of a few lines, so that ordinary requests pay for nothing else."""
+    """The ASGI callable: a dispatcher of a few lines, so that ordinary requests pay for nothing else.
 
-    def __init__(self, fabric: Fabric, options: HTTPOptions) -> None:
+    Attributes
+    ----------
+    admin : Starlette
+        What the admin port leads to.
+    watched : list of Watched
+        Files to look at every now and then.
+
+    Raises
+    ------
+    ConfigError
+        A middleware or a file of tokens cannot be used.
+    """
+
+    def __init__(self, fabric: Fabric, options: HTTPOptions, presence: Presence) -> None:
+        self.watched: list[Watched] = []
         self._forwarder = Forwarder(fabric, options)
-        self._forward = self._forwarder.serve
-        self._own = make_own_app(fabric, self._forwarder)
+        self._own = make_own_app(fabric, self._forwarder, presence, listing=options.admin_port is None)
+        self.admin: Starlette = make_own_app(fabric, self._forwarder, presence, listing=True, public=False)
+        self._own_prefix = options.root_path + "/-/"
+        self._forward: ASGIApp = self._forwarder.serve
+        self._tokens: Tokens | None = None
+        if options.tokens_file is not None or options.application_tokens:
+            self._tokens = Tokens(options)
+            self.watched += self._tokens.watched
+            self._forward = self._forward_allowed
+        self._forward = wrap(self._forward, options)
+        self._trusted: TrustedProxies | None = None
+        if options.trusted_proxies:
+            self._trusted = TrustedProxies(options.trusted_proxies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kind = scope["type"]
-        if kind == "http":
-            if scope["path"].startswith("/-/"):
-                await self._own(scope, receive, send)
+        if scope["type"] == "lifespan":
+            await self._own(scope, receive, send)
+            return
+        if self._trusted is not None:
+            self._trusted.read(scope)
+        try:
+            if scope["type"] == "websocket":
+                await receive()
+                await send({"type": "websocket.close", "code": 1003, "reason": "WebSockets are not supported"})
+            elif scope["path"].startswith(self._own_prefix):
+                await self._answer(scope, receive, send)
             else:
                 await self._forward(scope, receive, send)
-        elif kind == "websocket":
+        except Exception:
+            # A middleware, or an error of ours. Where the answer has begun uvicorn cuts it off.
+            cycle: Any = getattr(send, "__self__", None)
+            if scope["type"] != "http" or cycle is None or cycle.response_started:
+                raise
+            request_id = request_id_in(scope["headers"])
+            logger.exception("Request %s failed in the proxy", request_id)
+            text = "the proxy failed; its log, on the scheduler's node, tells more"
+            await self._refuse(scope, send, 500, "InternalServerError", text, request_id)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one of the proxy's own routes."""
+        if self._tokens is not None and not scope["path"].endswith(_OPEN):
+            why = self._tokens.allow(scope["headers"], None)
+            if why is not None:
+                await self._refuse(scope, send, 401, "Unauthorized", why)
+                return
+        await self._own(scope, receive, send)
+
+    async def _forward_allowed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward the requests that have a token, where one is needed."""
+        assert self._tokens is not None
+        route = self._forwarder.routes.match(scope["path"])
+        # An unknown path is answered only to those who may use the service.
+        application = None if route is None else route.deployment.rpartition("/")[0]
+        why = self._tokens.allow(scope["headers"], application)
+        if why is None:
+            await self._forwarder.serve(scope, receive, send)
+        elif scope["type"] == "websocket":
             await receive()
-            await send({"type": "websocket.close", "code": 1003, "reason": "WebSockets are not supported"})
+            await send({"type": "websocket.close", "code": 1008, "reason": why})
         else:
-            await self._own(scope, receive, send)
+            await self._refuse(scope, send, 401, "Unauthorized", why)
+
+    async def _refuse(
+        self, scope: Scope, send: Send, status: int, kind: str, text: str, request_id: str | None = None
+    ) -> None:
+        self._forwarder.statuses[status] += 1
+        request_id = request_id or request_id_in(scope["headers"])
+        headers, body = error_answer(status, kind, text, request_id, scope["headers"])
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     def stats(self) -> dict[str, Any]:
-        """Counts for the controller."""
+        """Counts for the controller; called once a second."""
+        self._forwarder.tick()
         return {"statuses": {str(status): count for status, count in self._forwarder.statuses.items()}}
-
-
-def create_app(fabric: Fabric, options: HTTPOptions) -> ProxyApp:
-    """Return the ASGI application of a proxy process."""
-    return ProxyApp(fabric, options)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from ..routing.fabric import Fabric
-from .protocol import CONNECTION
+from .errors import error_answer, request_id_in
+from .forwarded import is_local
+from .presence import Presence
+from .protocol import CONNECTION, ProxyState
 
 if TYPE_CHECKING:
     from .forward import Forwarder
@@ -18,8 +24,26 @@ if TYPE_CHECKING:
 __all__ = ["make_own_app"]
 
 
-def make_own_app(fabric: Fabric, forwarder: Forwarder) -> Starlette:
-    """Return the application behind ``/-/``."""
+#: Seconds that `/-/readyz` waits for the first connection to a replica that the table lists.
+FIRST_CONTACT = 1.0
+
+
+def make_own_app(
+    fabric: Fabric, forwarder: Forwarder, presence: Presence, *, listing: bool, public: bool = True
+) -> Starlette:
+    """Return the application behind ``/-/``.
+
+    Parameters
+    ----------
+    fabric : Fabric
+    forwarder : Forwarder
+    presence : Presence
+        Of the controller.
+    listing : bool
+        Whether routes and metrics are answered at all.
+    public : bool
+        Whether strangers may ask: then routes and metrics are for clients on this machine only.
+    """
 
     async def healthz(request: Request) -> Response:
         return PlainTextResponse("ok")
@@ -28,15 +52,34 @@ def make_own_app(fabric: Fabric, forwarder: Forwarder) -> Starlette:
         if request.scope[CONNECTION].server_state.draining:
             return PlainTextResponse("draining", 503)
         if not forwarder.routes.entries:
-            return PlainTextResponse("no application is routed yet", 503)
-        return PlainTextResponse("ready")
+            return PlainTextResponse(_joined("no application is routed yet", presence.away), 503)
+        if not await _reachable(fabric, forwarder):
+            return PlainTextResponse(_joined("no replica can be reached", presence.away), 503)
+        return PlainTextResponse(_joined("ready", presence.away))
 
     async def routes(request: Request) -> Response:
+        check(request)
         return JSONResponse({entry.prefix: entry.deployment for entry in forwarder.routes.entries})
 
     async def metrics(request: Request) -> Response:
-        text = "\n".join(_metrics(fabric, forwarder)) + "\n"
+        check(request)
+        text = "\n".join(_metrics(fabric, forwarder, request.scope[CONNECTION].server_state)) + "\n"
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def check(request: Request) -> None:
+        if not listing or (public and not is_local(request.scope)):
+            raise HTTPException(404)
+
+    async def failed(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        sent = request.scope["headers"]
+        text = f"{request.method} {request.url.path} is not answered here"
+        kind = "NotFound" if error.status_code == 404 else error.detail.replace(" ", "")
+        headers, body = error_answer(error.status_code, kind, text, request_id_in(sent), sent)
+        more = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
+        answer = Response(body, error.status_code)
+        answer.raw_headers = headers + more
+        return answer
 
     return Starlette(
         routes=[
@@ -44,17 +87,37 @@ def make_own_app(fabric: Fabric, forwarder: Forwarder) -> Starlette:
             Route("/-/readyz", readyz),
             Route("/-/routes", routes),
             Route("/-/metrics", metrics),
-        ]
+        ],
+        exception_handlers={HTTPException: failed},
     )
 
 
-def _metrics(fabric: Fabric, forwarder: Forwarder) -> list[str]:
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+async def _reachable(fabric: Fabric, forwarder: Forwarder) -> bool:
+    """Whether some replica of a routed deployment can be reached; waits a moment for the first contact."""
+    deadline = monotonic() + FIRST_CONTACT
+    while True:
+        routers = [fabric.router(entry.deployment) for entry in forwarder.routes.entries]
+        if any(router.ready for router in routers):
+            return True
+        expected = any(router.entry is not None and router.entry.replicas for router in routers)
+        if not expected or monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.02)
+
+
+def _metrics(fabric: Fabric, forwarder: Forwarder, state: ProxyState) -> list[str]:
     """Render the counters of this process in Prometheus's text format."""
     from .forward import BUCKETS
 
     lines = ["# TYPE dask_serve_http_requests_total counter"]
-    for status, count in sorted(forwarder.statuses.items()):
+    for status, count in sorted((forwarder.statuses + state.refused).items()):
         lines.append(f'dask_serve_http_requests_total{{status="{status}"}} {count}')
+    lines.append("# TYPE dask_serve_http_connections gauge")
+    lines.append(f"dask_serve_http_connections {len(state.connections)}")
     lines.append("# TYPE dask_serve_http_request_seconds histogram")
     total = 0
     for bound, count in zip([*map(str, BUCKETS), "+Inf"], forwarder.buckets, strict=True):
@@ -78,6 +141,6 @@ def _metrics(fabric: Fabric, forwarder: Forwarder) -> list[str]:
         metric = f"dask_serve_router_{name}{'_total' if kind == 'counter' else ''}"
         lines.append(f"# TYPE {metric} {kind}")
         for stat in stats:
-            app, _, deployment = stat["deployment"].partition("/")
+            app, _, deployment = stat["deployment"].rpartition("/")
             lines.append(f'{metric}{{application="{app}",deployment="{deployment}"}} {stat[name]}')
     return lines

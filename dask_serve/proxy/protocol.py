@@ -1,19 +1,24 @@
 """HTTP/1.1 as uvicorn speaks it with httptools, plus what uvicorn leaves open.
 
-Disconnects reach the application by a callback instead of a task that waits for them, the head of a request (its
-request line and headers) has a size and a time limit, and a connection can be drained.
+Disconnects reach the application by a callback instead of a task that waits for them, connections have a number, the
+head of a request (its request line and headers) a size and a time limit, its body a least speed, and a connection can be
+drained. What is refused here, before any application has seen it, is answered in the form of `errors`.
 """
 
 from __future__ import annotations
 
 from asyncio import Protocol, TimerHandle, Transport
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-__all__ = ["CONNECTION", "ProxyProtocol", "ProxyState"]
+from ..config import HTTPOptions
+from .errors import error_answer, request_id_in
+
+__all__ = ["CONNECTION", "ProxyProtocol", "ProxyState", "limited"]
 
 #: Where the ASGI scope of a request holds its `ProxyProtocol`.
 CONNECTION = "dask_serve.connection"
@@ -32,6 +37,8 @@ class ProxyState(ServerState):
         super().__init__()
         #: While true each response says ``Connection: close``.
         self.draining = False
+        #: What connections refused by themselves, by HTTP status.
+        self.refused: Counter[int] = Counter()
 
 
 class HeadTooLargeError(Exception):
@@ -42,7 +49,7 @@ class ProxyProtocol(HttpToolsProtocol):
     """One connection of a client.
 
     Nothing here costs a task or a timer per request: the only timer is one per connection, until its first head is
-    complete, and one per head that comes in pieces.
+    complete, and one per head or body that comes in pieces.
 
     Attributes
     ----------
@@ -53,7 +60,16 @@ class ProxyProtocol(HttpToolsProtocol):
 
     # uvicorn's own attributes nearly fill the dictionary that instances share their keys in; more than 30 names would
     # make every one of them slower to reach (half a microsecond a request).
-    __slots__ = ("_head_at_most", "_head_bytes", "_head_timer", "_in_head", "_refusal", "on_disconnect")
+    __slots__ = (
+        "_body_bytes",
+        "_body_timer",
+        "_head_at_most",
+        "_head_bytes",
+        "_head_timer",
+        "_in_head",
+        "_refusal",
+        "on_disconnect",
+    )
 
     #: Most bytes of a request line and headers, together; above it 431.
     max_head_bytes = 64 * 1024
@@ -61,6 +77,11 @@ class ProxyProtocol(HttpToolsProtocol):
     max_headers = 128
     #: Seconds for the head to arrive, from the connection or its first byte; after that 408.
     head_timeout = 30.0
+    #: Seconds for the next `least_body` bytes of a body, or its end, to arrive; after that 408.
+    body_timeout = 30.0
+    least_body = 1024
+    #: Connections of this process; one more gets 503.
+    max_connections = 10_000
     #: Seconds that a refused client may take to read why.
     linger = 1.0
 
@@ -74,12 +95,18 @@ class ProxyProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_at_most = 0
         self._head_timer: TimerHandle | None = None
-        self._refusal: tuple[int, str] | None = None
+        self._refusal: tuple[int, str, str] | None = None
+        self._body_timer: TimerHandle | None = None
+        self._body_bytes = 0
 
     # Events of the transport
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            text = f"{self.max_connections} connections are open already (max_connections)"
+            self.refuse(503, "TooManyConnections", text)
+            return
         self._head_timer = self.loop.call_later(self.head_timeout, self._head_timed_out)
 
     def data_received(self, data: bytes) -> None:
@@ -87,6 +114,8 @@ class ProxyProtocol(HttpToolsProtocol):
         _feed(self, data)
         if self._in_head:
             self._head_incomplete()
+        elif (cycle := self.cycle) is not None and cycle.more_body:
+            self._body_incomplete(len(data))
 
     def connection_lost(self, exc: Exception | None) -> None:
         in_progress = self.cycle is not None and not self.cycle.response_complete
@@ -94,6 +123,9 @@ class ProxyProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._cancel_head_timer()
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
         # The scope refers to this object: without this each connection would wait for the garbage collector.
         self.pipeline.clear()
         self.scope = self.cycle = cast("Any", None)
@@ -113,10 +145,10 @@ class ProxyProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._cancel_head_timer()
         if len(self.headers) > self.max_headers:
-            self._refuse_head()
+            self._refuse_head(f"the request has more than {self.max_headers} headers (max_headers)")
         # Nearly always the whole read is smaller than the limit and nothing has to be added up.
         if self._head_at_most > self.max_head_bytes and self._head_size() > self.max_head_bytes:
-            self._refuse_head()
+            self._refuse_head(self._too_large())
         _headers_complete(self)
         if self.server_state.draining:
             self.drain()
@@ -137,7 +169,7 @@ class ProxyProtocol(HttpToolsProtocol):
         self._head_bytes = self._head_at_most
         if self._head_at_most > self.max_head_bytes:
             if self.cycle is None or self._head_timer is not None:
-                self.refuse(431, "Request headers are too large.")
+                self.refuse(431, "HeadTooLarge", self._too_large())
                 return
             # The read may have begun with the rest of an earlier body, and the parser does not tell where it ended:
             # count from the next read on.
@@ -145,9 +177,12 @@ class ProxyProtocol(HttpToolsProtocol):
         if self._head_timer is None:
             self._head_timer = self.loop.call_later(self.head_timeout, self._head_timed_out)
 
-    def _refuse_head(self) -> None:
+    def _too_large(self) -> str:
+        return f"the request line and headers are larger than {self.max_head_bytes} bytes (head_limit)"
+
+    def _refuse_head(self, text: str) -> None:
         # An exception is the only way to stop the parser; data_received turns it into send_400_response.
-        self._refusal = (431, "Request headers are too large or too many.")
+        self._refusal = (431, "HeadTooLarge", text)
         raise HeadTooLargeError
 
     def _head_timed_out(self) -> None:
@@ -155,7 +190,7 @@ class ProxyProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._in_head:
-            self.refuse(408, "Request headers did not arrive in time.")
+            self.refuse(408, "HeadTooSlow", f"the headers did not arrive within {self.head_timeout:g} s")
         else:
             # Not one byte came: nobody waits for an answer.
             self.transport.close()
@@ -165,26 +200,76 @@ class ProxyProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
-    def send_400_response(self, msg: str) -> None:
-        status, text = self._refusal or (400, msg)
-        self.refuse(status, text)
+    # Limits of the body
 
-    def refuse(self, status: int, text: str) -> None:
+    def _body_incomplete(self, size: int) -> None:
+        self._body_bytes += size
+        if self._body_timer is None:
+            self._body_bytes = 0
+            self._body_timer = self.loop.call_later(self.body_timeout, self._body_timed_out, self.cycle)
+
+    def _body_timed_out(self, cycle: Any) -> None:
+        self._body_timer = None
+        current = self.cycle
+        if current is None or not current.more_body or self.transport.is_closing():
+            return
+        # An application that answers while it reads, or does not read, decides itself how long that may take.
+        at_our_pace = self.flow.read_paused or (current.response_started and not current.response_complete)
+        if current is not cycle or at_our_pace or self._body_bytes >= self.least_body:
+            self._body_bytes = 0
+            self._body_timer = self.loop.call_later(self.body_timeout, self._body_timed_out, current)
+            return
+        text = f"less than {self.least_body} bytes of the body arrived in {self.body_timeout:g} s"
+        self._fail_body(408, "BodyTooSlow", text)
+
+    def _fail_body(self, status: int, kind: str, text: str) -> None:
+        """End a request whose body will never be complete."""
+        cycle = self.cycle
+        if cycle.response_started or self.pipeline:
+            # Nothing can be said any more, or not before others have been answered.
+            self.transport.close()
+            return
+        # What its application still does is for nobody.
+        cycle.disconnected = True
+        cycle.message_event.set()
+        on_disconnect, self.on_disconnect = self.on_disconnect, None
+        if on_disconnect is not None:
+            on_disconnect()
+        self._answer(status, kind, text)
+
+    # Refusals
+
+    def send_400_response(self, msg: str) -> None:
+        text = "this is not HTTP/1.1 as it should be"
+        status, kind, text = self._refusal or (400, "BadRequest", text)
+        self.refuse(status, kind, text)
+
+    def refuse(self, status: int, kind: str, text: str) -> None:
         """Answer with an error that no application has seen, and close the connection.
 
         With a response under way on the connection the error cannot be said; the connection then closes after it.
         """
         if self.transport.is_closing():
             return
-        if self.cycle is not None and not self.cycle.response_complete:
+        cycle = self.cycle
+        if cycle is not None and cycle.more_body and not self._in_head and self._refusal is None:
+            self._fail_body(status, kind, text)
+        elif cycle is not None and not cycle.response_complete:
             self._close_after_response()
-            return
+        else:
+            self._answer(status, kind, text)
+
+    def _answer(self, status: int, kind: str, text: str) -> None:
+        cycle = self.cycle
+        # Where no request has begun the headers are those of the one before.
+        is_own = self._in_head or self._refusal is not None or (cycle is not None and cycle.more_body)
+        request = self.headers if is_own and self.headers else []
+        headers, body = error_answer(status, kind, text, request_id_in(request), request)
         head = [STATUS_LINE[status]]
-        for name, value in self.server_state.default_headers:
+        for name, value in (*self.server_state.default_headers, *headers, (b"connection", b"close")):
             head += [name, b": ", value, b"\r\n"]
-        head.append(b"content-type: text/plain; charset=utf-8\r\nconnection: close\r\n")
-        head.append(b"content-length: %d\r\n\r\n" % len(text))
-        self.transport.write(b"".join(head) + text.encode("ascii"))
+        self.transport.write(b"".join([*head, b"\r\n", body]))
+        self.server_state.refused[status] += 1
         self._linger()
 
     def _linger(self) -> None:
@@ -221,9 +306,14 @@ class ProxyProtocol(HttpToolsProtocol):
             # uvicorn says so by itself since 0.53 only, and takes this for an answer that says it already.
             cycle.default_headers = [*cycle.default_headers, (b"connection", b"close")]
 
+    def _unsupported_upgrade_warning(self) -> None:
+        # Answered as if it had not asked; what it sends after that is not HTTP, as far as the parser is concerned.
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._close_after_response()
+
     def handle_websocket_upgrade(self) -> None:
         if self.server_state.draining:
-            self.refuse(503, "This server is stopping.")
+            self.refuse(503, "Draining", "this proxy is stopping; connect again")
         else:
             super().handle_websocket_upgrade()
 
@@ -236,3 +326,16 @@ class _Discard(Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._refused.connection_lost(exc)
+
+
+def limited(options: HTTPOptions) -> type[ProxyProtocol]:
+    """Return the protocol with the limits of ``options``."""
+    limits = {
+        "__slots__": (),
+        "max_head_bytes": options.head_limit,
+        "max_headers": options.max_headers,
+        "head_timeout": options.head_timeout_s,
+        "body_timeout": options.body_timeout_s,
+        "max_connections": options.max_connections,
+    }
+    return type("LimitedProtocol", (ProxyProtocol,), limits)

@@ -7,6 +7,8 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from types import FrameType
 from typing import Any, Literal
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 
 from .protocol import ProxyProtocol, ProxyState
 
@@ -25,14 +28,21 @@ logger = logging.getLogger("dask_serve.proxy")
 IDLE_GRACE = 0.5
 #: Seconds between two looks at the connections of a server that drains.
 SWEEP = 0.02
+#: Connections that the kernel keeps until they are accepted.
+BACKLOG = 2048
 #: Seconds that cancelled requests get to say so.
 CANCEL_GRACE = 1.0
 
 
 def make_config(
-    app: Any, *, protocol: type[ProxyProtocol] = ProxyProtocol, lifespan: Literal["on", "off"] = "on"
+    app: Any,
+    *,
+    protocol: type[ProxyProtocol] = ProxyProtocol,
+    lifespan: Literal["on", "off"] = "on",
+    root_path: str = "",
+    keep_alive: float = 75.0,
 ) -> uvicorn.Config:
-    """Return uvicorn's settings for ``app``, the same in every proxy."""
+    """Return uvicorn's settings for ``app``."""
     return uvicorn.Config(
         app,
         http=protocol,
@@ -41,7 +51,8 @@ def make_config(
         log_level="warning",
         server_header=False,
         proxy_headers=False,  # one more coroutine for each request
-        timeout_keep_alive=75,
+        root_path=root_path,
+        timeout_keep_alive=keep_alive,  # type: ignore[arg-type] # it is only ever added to the time
     )
 
 
@@ -56,6 +67,12 @@ class ProxyServer(uvicorn.Server):
         Seconds that requests in flight get when the server stops.
     idle_grace : float
         Seconds that idle connections stay open when the server stops.
+    tls : ssl.SSLContext, optional
+        For the sockets given to `serve`.
+    handshake_timeout : float, optional
+        Seconds that a client has for its part of the TLS handshake.
+    admin : tuple, optional
+        A listening socket, and uvicorn's settings for the application that it leads to; without TLS.
     on_started, on_draining : callable, optional
         Called without arguments when connections are accepted, and when the server begins to stop.
     """
@@ -68,6 +85,9 @@ class ProxyServer(uvicorn.Server):
         *,
         drain_timeout: float = 20.0,
         idle_grace: float = IDLE_GRACE,
+        tls: ssl.SSLContext | None = None,
+        handshake_timeout: float = 30.0,
+        admin: tuple[socket.socket, uvicorn.Config] | None = None,
         on_started: Callable[[], None] | None = None,
         on_draining: Callable[[], None] | None = None,
     ) -> None:
@@ -75,6 +95,9 @@ class ProxyServer(uvicorn.Server):
         self.server_state = ProxyState()
         self.drain_timeout = drain_timeout
         self.idle_grace = idle_grace
+        self._tls = tls
+        self._handshake_timeout = handshake_timeout
+        self._admin = admin
         self._on_started = on_started
         self._on_draining = on_draining
 
@@ -85,9 +108,34 @@ class ProxyServer(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            raise SystemExit(STARTUP_FAILURE)
+        tls = {"ssl": self._tls, "ssl_handshake_timeout": self._handshake_timeout} if self._tls is not None else {}
+        self.servers = [await self._listen(sock, self.config, tls) for sock in sockets or []]
+        if self._admin is not None:
+            self.servers.append(await self._listen(*self._admin, {}))
+        self.started = True
         if self._on_started is not None:
             self._on_started()
+
+    async def _listen(self, sock: socket.socket, config: uvicorn.Config, tls: dict[str, Any]) -> asyncio.Server:
+        if not config.loaded:
+            config.load()
+
+        def connect() -> asyncio.Protocol:
+            protocol: Any = config.http_protocol_class
+            connection: asyncio.Protocol = protocol(
+                config=config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return connection
+
+        loop = asyncio.get_running_loop()
+        if sock.family == socket.AF_UNIX:
+            # The path belongs to the controller, and stays when this process leaves.
+            stays: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+            return await loop.create_unix_server(connect, sock=sock, backlog=BACKLOG, **tls, **stays)
+        return await loop.create_server(connect, sock=sock, backlog=BACKLOG, **tls)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # 1. Tell first: who supervises can start a successor on the same socket while this one drains.
@@ -101,7 +149,7 @@ class ProxyServer(uvicorn.Server):
             else:
                 connection.shutdown()  # a WebSocket: 1012, service restart
         # 3. Accept what the kernel has queued, then no more.
-        await self._stop_accepting(sockets or [])
+        await self._stop_accepting([*(sockets or []), *([self._admin[0]] if self._admin is not None else [])])
         # 4. Wait for requests in flight, closing idle connections after their grace.
         await self._until_drained()
         # 5. Cut off what is left.
