@@ -41,6 +41,11 @@ _ELSEWHERE = {
     "logging_config": "configure the loggers `dask_serve` and `distributed`, as everywhere in Dask",
     "proxy_location": "proxies run beside the scheduler; num_proxies= says how many",
     "location": "proxies run beside the scheduler; num_proxies= says how many",
+    "ssl_certfile": "it is called tls_certificate here",
+    "ssl_keyfile": "it is called tls_key here",
+    "ssl_keyfile_password": "write it to a file, and name that with tls_key_password_file",
+    "ssl_ca_certs": "it is called tls_client_ca here",
+    "middlewares": "give import paths with arguments to middleware=",
     "detached": "leave it out: applications outlive the session that deployed them on a cluster of yours",
 }
 
@@ -139,41 +144,49 @@ def start(
     host: str | UnsetType = UNSET,
     port: int | UnsetType | None = UNSET,
     num_proxies: int | UnsetType = UNSET,
-    request_timeout_s: float | UnsetType = UNSET,
-    body_limit: int | UnsetType = UNSET,
-    drain_timeout_s: float | UnsetType = UNSET,
     client: Client | None = None,
-    **unknown: Any,
+    **options: Any,
 ) -> Any:
     """Start the controller and the proxies; `run` does it as well.
 
-    On a service that runs it changes what can be changed, and the error names what cannot. See `HTTPOptions` for the
-    options. A busy default port gives the next free one with a warning; a busy explicit port is an error.
+    On a service that runs it changes the options that are named, one proxy after the other, without a lost request;
+    where they cannot be used it raises and all stays as it was.
+
+    Parameters
+    ----------
+    host, port : str, int, optional
+        Where proxies listen. A busy default port gives the next free one with a warning; a busy explicit port is an
+        error.
+    num_proxies : int, optional
+        How many proxy processes there are.
+    client : distributed.Client, optional
+        The cluster to use.
+    **options
+        The other options of `HTTPOptions`: limits, TLS, tokens, middleware, time-outs.
 
     Returns
     -------
     str
-        Where HTTP is served, e.g. ``http://127.0.0.1:8000``.
+        Where HTTP is served, e.g. ``http://127.0.0.1:8000``; ``unix:PATH`` for a Unix socket.
+
+    Raises
+    ------
+    ConfigError
+        An option is unknown or out of range, a port is taken, or a file or a middleware cannot be used by the proxies.
     """
-    given = {
-        "host": host,
-        "port": port,
-        "num_proxies": num_proxies,
-        "request_timeout_s": request_timeout_s,
-        "body_limit": body_limit,
-        "drain_timeout_s": drain_timeout_s,
-    }
+    given = {"host": host, "port": port, "num_proxies": num_proxies}
     given = {option: value for option, value in given.items() if value is not UNSET}
     # Ray's spelling.
-    given.update(unknown.pop("http_options", None) or {})
-    _refuse({**unknown, **given}, "serve.start")
+    given.update(options.pop("http_options", None) or {})
+    given.update(options)
+    _refuse(given, "serve.start")
     _refuse_inside("serve.start")
-    options = build_options(HTTPOptions, {**unknown, **given}, "serve.start")
+    http = build_options(HTTPOptions, given, "serve.start")
     used, _ = _ensure_client(client, Progress())
 
     async def begin() -> str:
         await ensure_controller(used)
-        return await start_proxies(used, options, list(given))
+        return await start_proxies(used, http, list(given))
 
     return used.sync(begin)
 

@@ -19,7 +19,7 @@ import pytest
 
 import dask_serve
 from dask_serve.config import HTTPOptions
-from dask_serve.controller import proxies, sockets
+from dask_serve.controller import process, proxies, sockets
 from dask_serve.exceptions import ConfigError, ServeError
 
 ROOT = Path(dask_serve.__file__).parents[1]
@@ -48,7 +48,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
-def build(given):
+def build(given, presence):
     global options
     options = given
     return Service(app, apply, close)
@@ -316,7 +316,7 @@ def test_stop_finishes_requests_in_flight_and_cuts_off_endless_ones(command):
 
 
 def test_a_process_that_does_not_answer_is_killed(command, monkeypatch):
-    monkeypatch.setattr(proxies, "EXIT_GRACE", 0.3)
+    monkeypatch.setattr(process, "EXIT_GRACE", 0.3)
 
     async def main():
         async with supervised(command) as supervisor:

@@ -3,303 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import os
 import socket
-import subprocess
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from ..config import HTTPOptions
-from ..exceptions import ServeError, StartTimeoutError
-from ..proxy import lifeline as wire
-from .sockets import add_slot, bind_slots, format_url
+from ..exceptions import ConfigError, ServeError
+from .process import EXIT_GRACE, READY_TIMEOUT, OnEvent
+from .slot import Slot
+from .sockets import add_slot, bind_admin, bind_slots, format_url, remove_path
 
 __all__ = ["Proxies"]
 
 logger = logging.getLogger("dask_serve.controller")
 
-#: Seconds from the start of a process until it accepts requests.
-READY_TIMEOUT = 30.0
-#: Deaths in a row before the first readiness, after which `Proxies.start` gives up.
-START_TRIES = 3
-#: Seconds before a dead proxy is replaced: at first, at most, and how long one must live to begin at the first again.
-FIRST_DELAY, LONGEST_DELAY, GOOD_LIFE = 0.1, 5.0, 10.0
-#: Seconds beyond the drain time-out that a process gets to end, and again after SIGTERM.
-EXIT_GRACE = 2.0
-#: Seconds between two looks whether a process that closed its lifeline has ended.
-REAP_INTERVAL = 0.01
-
-#: Called with the slot, what happened ("ready", "stats", "exited") and details.
-OnEvent = Callable[[int, str, dict[str, Any]], None]
-
-
-class Process:
-    """One proxy process, from its start to its exit code."""
-
-    def __init__(self, slot: int, on_event: OnEvent) -> None:
-        loop = asyncio.get_running_loop()
-        self.slot = slot
-        self.started = time.monotonic()
-        self.stats: dict[str, Any] = {}
-        self.ready = asyncio.Event()
-        #: Checksum of the table that it routes by.
-        self.applied = b""
-        #: Set when it accepts no more connections, by its own account or because it was told to.
-        self.leaving = asyncio.Event()
-        #: Whether it leaves because its options changed.
-        self.replaced = False
-        #: Done when the process has ended, with its exit code.
-        self.exited: asyncio.Future[int] = loop.create_future()
-        self._on_event = on_event
-        self._popen: subprocess.Popen[bytes] | None = None
-        self._lifeline: wire.Lifeline | None = None
-        self._reaper: asyncio.Task[None] | None = None
-
-    @classmethod
-    async def launch(cls, command: Sequence[str], listener: socket.socket, slot: int, on_event: OnEvent) -> Process:
-        """Start a process that accepts from ``listener``."""
-        process = cls(slot, on_event)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            process._popen = subprocess.Popen(  # noqa: ASYNC220, takes a few milliseconds
-                [*command, str(listener.fileno()), str(theirs.fileno())],
-                pass_fds=[listener.fileno(), theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # the parent's stdout may be data that somebody parses
-                env=_environment(),
-                start_new_session=True,
-            )
-        try:
-            process._lifeline = await wire.connect(ours, process._on_frame, process._on_eof)
-        except BaseException:
-            ours.close()
-            process._popen.kill()
-            process._on_eof()
-            raise
-        return process
-
-    @property
-    def pid(self) -> int:
-        return self._popen.pid if self._popen is not None else 0
-
-    @property
-    def state(self) -> str:
-        if self.exited.done():
-            return "stopped"
-        if self.leaving.is_set():
-            return "draining"
-        return "ready" if self.ready.is_set() else "starting"
-
-    def configure(self, options: HTTPOptions) -> None:
-        """Send what has to come first."""
-        if self._lifeline is not None:
-            self._lifeline.send(wire.OPTIONS, msgspec.msgpack.encode(options))
-
-    def publish(self, table: bytes) -> None:
-        """Send a table; a slow process gets only the latest."""
-        if self._lifeline is not None:
-            self._lifeline.send_latest(wire.TABLE, table)
-
-    async def stop(self, drain_timeout: float) -> None:
-        """Let it drain, then insist."""
-        self.leaving.set()
-        if self._lifeline is not None:
-            self._lifeline.send(wire.DRAIN)
-        if await self._ends_within(drain_timeout + EXIT_GRACE):
-            return
-        logger.warning("Proxy %d did not drain in %.1f s; terminating it", self.pid, drain_timeout + EXIT_GRACE)
-        self._signal("terminate")
-        if await self._ends_within(EXIT_GRACE):
-            return
-        self._signal("kill")
-        await asyncio.shield(self.exited)
-
-    async def _ends_within(self, timeout: float) -> bool:
-        await asyncio.wait([self.exited], timeout=timeout)
-        return self.exited.done()
-
-    def _signal(self, name: str) -> None:
-        if self._popen is not None and not self.exited.done():
-            getattr(self._popen, name)()
-
-    def _on_frame(self, kind: bytes, payload: bytes) -> None:
-        if kind == wire.READY:
-            self.ready.set()
-            self._on_event(self.slot, "ready", {"pid": self.pid})
-        elif kind == wire.APPLIED:
-            self.applied = payload
-            self._on_event(self.slot, "applied", {"pid": self.pid})
-        elif kind == wire.STATS:
-            self.stats = msgspec.msgpack.decode(payload, type=dict[str, Any])
-            if self.stats.get("draining"):
-                self.leaving.set()
-            self._on_event(self.slot, "stats", self.stats)
-
-    def _on_eof(self) -> None:
-        self._reaper = asyncio.get_running_loop().create_task(self._reap())
-
-    async def _reap(self) -> None:
-        # Only a process at its end closes the lifeline; one that lives on without it could not be told anything.
-        assert self._popen is not None
-        patience = time.monotonic() + EXIT_GRACE
-        while (code := self._popen.poll()) is None:
-            if time.monotonic() > patience:
-                self._popen.kill()
-            await asyncio.sleep(REAP_INTERVAL)
-        self.leaving.set()
-        if not self.exited.done():
-            self.exited.set_result(code)
-        self._on_event(self.slot, "exited", {"pid": self.pid, "code": code})
-
-
-class Slot:
-    """One place for a proxy process: its socket, the process that accepts from it, and those that still drain."""
-
-    def __init__(self, number: int, sock: socket.socket, owner: Proxies) -> None:
-        self.number = number
-        self.sock = sock
-        self.restarts = 0
-        self.process: Process | None = None
-        #: Deaths in a row before a process was ready.
-        self.stillborn = 0
-        self._leaving: set[Process] = set()
-        self._owner = owner
-        self._changed = asyncio.Event()
-        self._keeper = asyncio.get_running_loop().create_task(self._keep_up())
-
-    async def _keep_up(self) -> None:
-        delay = FIRST_DELAY
-        while True:
-            process = await self._launch()
-            if process is not None:
-                await process.leaving.wait()
-                if self._dismiss(process):
-                    continue
-                if time.monotonic() - process.started >= GOOD_LIFE:
-                    delay = FIRST_DELAY
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, LONGEST_DELAY)
-            self.restarts += 1
-
-    @property
-    def is_behind(self) -> bool:
-        """Its process accepts requests and does not yet route by the latest table."""
-        process, table = self.process, self._owner.table
-        return (
-            process is not None
-            and table is not None
-            and process.state == "ready"
-            and process.applied != wire.checksum(table)
-        )
-
-    async def _launch(self) -> Process | None:
-        owner = self._owner
-        try:
-            process = await Process.launch(owner.command, self.sock, self.number, self._on_event)
-        except OSError as error:
-            logger.warning("Cannot start a proxy: %s", error)
-            self._failed_start()
-            return None
-        process.configure(owner.options)
-        if owner.table is not None:
-            process.publish(owner.table)
-        self.process = process
-        self._notify()
-        return process
-
-    def _dismiss(self, process: Process) -> bool:
-        """Note why a process no longer accepts; return whether its successor may start without delay."""
-        if process.exited.done():
-            logger.warning("Proxy %d exited with code %d; restarting it", process.pid, process.exited.result())
-            if not process.ready.is_set():
-                self._failed_start()
-        else:
-            self._leaving.add(process)
-            process.exited.add_done_callback(lambda _: self._leaving.discard(process))
-        return process.replaced
-
-    def _failed_start(self) -> None:
-        self.stillborn += 1
-        self._notify()
-
-    def _on_event(self, slot: int, event: str, details: dict[str, Any]) -> None:
-        if event == "ready":
-            self.stillborn = 0
-            self._notify()
-        self._owner.tell(slot, event, details)
-
-    def _notify(self) -> None:
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
-
-    async def until_ready(self, timeout: float) -> None:
-        """Wait for a process that accepts requests.
-
-        Raises
-        ------
-        StartTimeoutError, ServeError
-            None came up in time, or several died at once.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout
-        while self.process is None or self.process.state != "ready":
-            if self.stillborn >= START_TRIES:
-                raise ServeError(
-                    f"the HTTP proxy exited {self.stillborn} times while it started; its output is on the stderr of "
-                    "the process that runs the scheduler"
-                )
-            try:
-                await asyncio.wait_for(self._changed.wait(), deadline - loop.time())
-            except asyncio.TimeoutError:
-                why = "" if self._owner.table is not None else ": the controller has published no routing table yet"
-                raise StartTimeoutError(f"the HTTP proxy was not ready after {timeout:g} s{why}") from None
-
-    async def replace(self, drain_timeout: float) -> None:
-        """Put a new process, with the owner's present options, in the place of the running one."""
-        old = self.process
-        if old is None:
-            return
-        old.replaced = True
-        old.leaving.set()
-        try:
-            await self.until_ready(READY_TIMEOUT)
-        finally:
-            await old.stop(drain_timeout)
-
-    async def stop(self, drain_timeout: float) -> None:
-        """End the slot: its processes drain, and its port is no longer ours."""
-        self._keeper.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._keeper
-        # First our copy of the socket: the proxy's is then the last, and it accepts what is queued before it closes.
-        self.sock.close()
-        processes = {*self._leaving, *([self.process] if self.process is not None else [])}
-        await asyncio.gather(*(process.stop(drain_timeout) for process in processes))
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Return what runs here, as plain data."""
-        current = self.process
-        rows = [self._row(process) for process in self._leaving if process is not current]
-        if current is None or current.exited.done():
-            return [{"slot": self.number, "pid": None, "state": "restarting", "restarts": self.restarts}, *rows]
-        return [self._row(current), *rows]
-
-    def _row(self, process: Process) -> dict[str, Any]:
-        return {
-            "slot": self.number,
-            "pid": process.pid,
-            "state": process.state,
-            "restarts": self.restarts,
-            "stats": process.stats,
-        }
+#: Seconds between two signs of life for the proxies.
+PING_INTERVAL = 1.0
 
 
 class Proxies:
@@ -310,10 +34,14 @@ class Proxies:
     on_event : callable, optional
         Called with a slot's number, "ready", "stats" or "exited", and a dictionary of details.
     command : sequence of str, optional
-        What to run instead of ``python -m dask_serve.proxy``; two file descriptors are appended.
+        What to run instead of ``python -m dask_serve.proxy``; two file descriptors are appended, or three.
+    heartbeat : bool
+        Tell the processes every second that the controller is there; else whoever knows calls `ping`.
     """
 
-    def __init__(self, on_event: OnEvent | None = None, *, command: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, on_event: OnEvent | None = None, *, command: Sequence[str] | None = None, heartbeat: bool = True
+    ) -> None:
         self.command = list(command or (sys.executable, "-m", "dask_serve.proxy"))
         self.options = HTTPOptions()
         #: The latest routing table, encoded.
@@ -324,6 +52,8 @@ class Proxies:
         self._on_event = on_event
         self._slots: list[Slot] = []
         self._lock = asyncio.Lock()
+        self._heartbeat = heartbeat
+        self._pinging: asyncio.Task[None] | None = None
 
     async def start(self, options: HTTPOptions, explicit: set[str] | None = None, *, retry: float = 0.0) -> str:
         """Bring the proxies to ``options`` and return the URL once they accept requests.
@@ -353,9 +83,8 @@ class Proxies:
                 await self._open(options, retry)
                 return self.url
             wanted = options if explicit is None else _merge(self.options, options, explicit)
-            port = self._slots[0].sock.getsockname()[1]
-            if wanted.host != self.options.host or wanted.port not in (None, 0, port):
-                await self._move(msgspec.structs.replace(wanted, port=wanted.port or port), port)
+            if self._moves(wanted):
+                await self._move(wanted)
             elif wanted != self.options:
                 await self._change(wanted)
             return self.url
@@ -364,8 +93,17 @@ class Proxies:
         """Give all proxies a new routing table, encoded."""
         self.table = table
         for slot in self._slots:
-            if slot.process is not None:
-                slot.process.publish(table)
+            slot.publish(table)
+
+    def ping(self) -> None:
+        """Tell all processes that the controller is there."""
+        for slot in self._slots:
+            slot.ping()
+
+    async def _ping_for_ever(self) -> None:
+        while True:
+            self.ping()
+            await asyncio.sleep(PING_INTERVAL)
 
     async def until_applied(self, timeout: float) -> bool:
         """Wait until all proxies that accept requests route by the latest table; False after ``timeout`` seconds."""
@@ -383,6 +121,9 @@ class Proxies:
         async with self._lock:
             slots, self._slots, self.url = self._slots, [], ""
             await self._end(slots, drain_timeout)
+            if self._pinging is not None:
+                self._pinging.cancel()
+                self._pinging = None
 
     def describe(self) -> list[dict[str, Any]]:
         """Return one dictionary per process: slot, pid, state, restarts and its latest statistics."""
@@ -394,11 +135,19 @@ class Proxies:
         if self._on_event is not None and event != "applied":
             self._on_event(slot, event, details)
 
-    async def _open(self, options: HTTPOptions, retry: float = 0.0) -> None:
-        sockets = await bind_slots(options.host, options.port, options.num_proxies, retry=retry)
+    async def _open(self, options: HTTPOptions, retry: float = 0.0, admins: Sequence[socket.socket] = ()) -> None:
+        sockets = await bind_slots(options.host, options.port, options.num_proxies, options.unix_socket, retry=retry)
+        try:
+            admins = [*admins, *await self._bind_admins(options, len(admins))]
+        except BaseException:
+            for sock in sockets:
+                sock.close()
+            raise
         self.options = options
-        self.url = format_url(options.host, sockets[0])
-        self._slots = [Slot(number, sock, self) for number, sock in enumerate(sockets)]
+        self._slots = [Slot(i, sock, admins[i] if admins else None, self) for i, sock in enumerate(sockets)]
+        self._set_url()
+        if self._heartbeat and self._pinging is None:
+            self._pinging = asyncio.get_running_loop().create_task(self._ping_for_ever())
         try:
             await asyncio.gather(*(slot.until_ready(READY_TIMEOUT) for slot in self._slots))
         except BaseException:
@@ -406,12 +155,48 @@ class Proxies:
             await asyncio.shield(self._end(slots, 0.0))
             raise
 
-    async def _move(self, options: HTTPOptions, port: int) -> None:
-        before, slots = self.options, self._slots
-        if options.port != port:
-            url = self.url
+    def _set_url(self) -> None:
+        options = self.options
+        self.url = format_url(options.host, self._slots[0].sock, tls=options.tls_certificate is not None)
+
+    async def _bind_admins(self, options: HTTPOptions, first: int) -> list[socket.socket]:
+        """Bind the admin ports from number ``first`` on."""
+        bound: list[socket.socket] = []
+        if options.admin_port is not None:
             try:
-                await self._open(options)
+                for number in range(first, options.num_proxies):
+                    port = options.admin_port + number if options.admin_port else 0
+                    bound.append(await bind_admin(options.admin_host, port))
+            except BaseException:
+                for sock in bound:
+                    sock.close()
+                raise
+        return bound
+
+    def _moves(self, wanted: HTTPOptions) -> bool:
+        """Whether the public address changes."""
+        running = self.options
+        if wanted.unix_socket or running.unix_socket:
+            return wanted.unix_socket != running.unix_socket
+        return wanted.host != running.host or wanted.port not in {None, 0, self._port}
+
+    @property
+    def _port(self) -> int | None:
+        name = self._slots[0].sock.getsockname()
+        return int(name[1]) if isinstance(name, tuple) else None
+
+    async def _move(self, options: HTTPOptions) -> None:
+        before, slots, port, url = self.options, self._slots, self._port, self.url
+        if options.port is None and not options.unix_socket and port is not None:
+            options = msgspec.structs.replace(options, port=port)
+        if (options.admin_host, options.admin_port) == (before.admin_host, before.admin_port):
+            # Kept, while the processes behind them change.
+            admins = [slot.admin.dup() for slot in slots if slot.admin is not None][: options.num_proxies]
+        else:
+            admins = []
+        if options.unix_socket or options.port != port:
+            try:
+                await self._open(options, admins=admins)
             except BaseException:
                 self.options, self._slots, self.url = before, slots, url
                 raise
@@ -419,47 +204,68 @@ class Proxies:
             return
         # Another interface on the same port: ours must be free first. Listeners close at once, long before the
         # requests in flight are done.
+        again = [sock.dup() for sock in admins]
         ending = asyncio.gather(*(slot.stop(before.drain_timeout_s) for slot in slots))
         try:
-            await self._open(options, retry=EXIT_GRACE)
+            await self._open(options, EXIT_GRACE, admins)
         except ServeError:
-            await self._open(msgspec.structs.replace(before, port=port), retry=EXIT_GRACE)
+            await self._open(msgspec.structs.replace(before, port=port), EXIT_GRACE, again)
+            again = []
             raise
         finally:
+            for sock in again:
+                sock.close()
             await ending
 
     async def _change(self, options: HTTPOptions) -> None:
-        before, self.options = self.options, options
+        before = self.options
         surplus, kept = self._slots[options.num_proxies :], self._slots[: options.num_proxies]
-        added = [Slot(number, add_slot(kept[0].sock), self) for number in range(len(kept), options.num_proxies)]
-        self._slots = kept + added
-        for slot in added:
-            await slot.until_ready(READY_TIMEOUT)
-        if msgspec.structs.replace(before, num_proxies=options.num_proxies) != options:
-            for slot in kept:
-                await slot.replace(before.drain_timeout_s)
+        admins = [slot.admin for slot in kept]
+        moved = (options.admin_host, options.admin_port) != (before.admin_host, before.admin_port)
+        bound = await self._bind_admins(options, 0 if moved else len(kept))
+        new = iter(bound)
+        added: list[Slot] = []
+        self.options = options
+        try:
+            if moved:
+                for slot in kept:
+                    slot.admin = next(new, None)
+            # The first one proves the options; where it does not come up all is as it was.
+            if msgspec.structs.replace(before, num_proxies=options.num_proxies) != options:
+                for slot in kept:
+                    await slot.replace(before.drain_timeout_s)
+            added += [
+                Slot(number, add_slot(kept[0].sock), next(new, None), self)
+                for number in range(len(kept), options.num_proxies)
+            ]
+            self._slots = kept + added
+            await asyncio.gather(*(slot.until_ready(READY_TIMEOUT) for slot in added))
+        except BaseException:
+            self.options, self._slots = before, kept + surplus
+            for slot, admin in zip(kept, admins, strict=True):
+                slot.admin = admin
+            for sock in bound:
+                sock.close()
+            await asyncio.shield(self._end(added, 0.0))
+            raise
+        if moved:
+            for admin in admins:
+                if admin is not None:
+                    admin.close()
+        self._set_url()
         await self._end(surplus, before.drain_timeout_s)
 
     async def _end(self, slots: list[Slot], drain_timeout: float | None) -> None:
         patience = self.options.drain_timeout_s if drain_timeout is None else drain_timeout
+        names = {slot.sock.getsockname() for slot in slots}
         await asyncio.gather(*(slot.stop(patience) for slot in slots))
+        kept = {slot.sock.getsockname() for slot in self._slots}
+        for name in names - kept:
+            remove_path(name)
 
 
 def _merge(running: HTTPOptions, wanted: HTTPOptions, explicit: set[str]) -> HTTPOptions:
-    return msgspec.structs.replace(running, **{name: getattr(wanted, name) for name in explicit})
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment of a process that finds the modules that this one finds."""
-    standard = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
-    paths = [str(Path(entry).absolute()) for entry in sys.path if _is_ours(entry, standard)]
-    here = str(Path(__file__).absolute().parents[2])
-    if here not in paths:
-        paths.insert(0, here)
-    # -m would put the working directory first, where a file of the user's may have a standard module's name.
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
-
-
-def _is_ours(entry: str, standard: set[str]) -> bool:
-    path = Path(entry).absolute()
-    return path.exists() and not any(path == Path(root) or path.parent == Path(root) for root in standard)
+    try:
+        return msgspec.structs.replace(running, **{name: getattr(wanted, name) for name in explicit})
+    except ValueError as error:
+        raise ConfigError(f"serve.start, with what the service has already: {error}") from None

@@ -205,6 +205,7 @@ class Registry:
                     request_timeout_s=spec.options.request_timeout_s,
                     methods=spec.methods,
                     failure=self._failure(id, spec) if id in self.failed and not ready else None,
+                    body_limit=spec.options.body_limit,
                 )
         return entries
 

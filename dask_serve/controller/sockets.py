@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 import socket
+import stat
+from pathlib import Path
 
 from ..exceptions import ConfigError
 
-__all__ = ["add_slot", "bind_slots", "format_url"]
+__all__ = ["add_slot", "bind_admin", "bind_slots", "format_url", "remove_path"]
 
 logger = logging.getLogger("dask_serve.controller")
 
@@ -25,7 +28,9 @@ RETRY_INTERVAL = 0.1
 _HOW_TO_CHANGE = "choose another with serve.start(port=...) (from the shell: --port), or let port=0 take a free one"
 
 
-async def bind_slots(host: str, port: int | None, count: int, *, retry: float = 0.0) -> list[socket.socket]:
+async def bind_slots(
+    host: str, port: int | None, count: int, unix_socket: str | None = None, *, retry: float = 0.0
+) -> list[socket.socket]:
     """Return ``count`` sockets that listen on one port and share its connections.
 
     Parameters
@@ -36,6 +41,8 @@ async def bind_slots(host: str, port: int | None, count: int, *, retry: float = 
         Port. None: 8000, or the next free one with a warning. 0: any free one.
     count : int
         How many sockets.
+    unix_socket : str, optional
+        Path of a Unix socket instead of host and port; all of the sockets are that one.
     retry : float
         Seconds to wait for a busy port: after a restart of the controller the proxies of the last one may still hold
         it for a moment.
@@ -45,6 +52,9 @@ async def bind_slots(host: str, port: int | None, count: int, *, retry: float = 
     ConfigError
         The port is busy or may not be used, or the host is not one of this machine's.
     """
+    if unix_socket is not None:
+        sock = _bind_path(unix_socket)
+        return [sock, *(sock.dup() for _ in range(count - 1))]
     family, address = await _resolve(host)
     first = await _claim(family, address, host, port, retry)
     slots = [first]
@@ -60,14 +70,67 @@ async def bind_slots(host: str, port: int | None, count: int, *, retry: float = 
 
 def add_slot(sibling: socket.socket) -> socket.socket:
     """Return one more socket on the port of ``sibling``."""
+    if sibling.family == socket.AF_UNIX:
+        return sibling.dup()
     return _listen(sibling.family, sibling.getsockname(), share=True)
 
 
-def format_url(host: str, sock: socket.socket) -> str:
-    """Return the address that a client on this machine can use."""
+async def bind_admin(host: str, port: int) -> socket.socket:
+    """Return a socket for one proxy's admin port.
+
+    Raises
+    ------
+    ConfigError
+        The port is busy or may not be used, or the host is not one of this machine's.
+    """
+    family, address = await _resolve(host)
+    try:
+        return _probe_and_listen(family, address, port)
+    except (OSError, OverflowError) as error:
+        how = "choose another with serve.start(admin_port=...); each proxy takes one, from that one on"
+        raise ConfigError(f"admin port {port} on {host or 'all interfaces'}: {error}; {how}") from None
+
+
+def format_url(host: str, sock: socket.socket, *, tls: bool = False) -> str:
+    """Return the address that a client on this machine can use; ``unix:PATH`` for a Unix socket."""
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
     name, port = sock.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name) or host  # noqa: S104
-    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+    return f"{'https' if tls else 'http'}://{f'[{shown}]' if ':' in shown else shown}:{port}"
+
+
+def remove_path(name: object) -> None:
+    """Remove the file of a Unix socket that nobody listens on any more; nothing to do for others."""
+    if isinstance(name, str) and not _is_answered(name):
+        with contextlib.suppress(OSError):
+            Path(name).unlink()
+
+
+def _bind_path(path: str) -> socket.socket:
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(Path(path).stat().st_mode):
+            raise ConfigError(f"unix_socket={path!r} is a file already, and not a socket; choose another path")
+        if _is_answered(path):
+            raise ConfigError(f"unix_socket={path!r} is in use by another process; choose another path")
+        # Left behind by a process that was killed.
+        Path(path).unlink()
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(path)
+        Path(path).chmod(0o660)
+        sock.listen(BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(f"cannot listen on unix_socket={path!r}: {error}") from None
+    return sock
+
+
+def _is_answered(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex(path) == 0
 
 
 async def _resolve(host: str) -> tuple[int, str]:

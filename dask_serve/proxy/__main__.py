@@ -1,27 +1,38 @@
-"""A proxy process: ``python -m dask_serve.proxy <listening fd> <lifeline fd>``, started by the controller only."""
+"""A proxy process, started by the controller: ``python -m dask_serve.proxy LISTENING_FD LIFELINE_FD [ADMIN_FD]``."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import Any, NamedTuple
 
 import msgspec
 
 from ..config import HTTPOptions
+from ..exceptions import ConfigError
 from . import lifeline as wire
+from .files import Watched
+from .presence import Presence
+from .protocol import limited
 from .server import ProxyServer, make_config
+from .tls import Certificates
 
 __all__ = ["Service", "build", "main", "run"]
 
-#: Seconds between two looks whether the statistics changed.
+#: Seconds between two looks whether the statistics, certificates or tokens changed.
 STATS_INTERVAL = 1.0
+#: Seconds that a proxy whose controller died goes on while replicas answer, and between two looks whether they do. A
+#: new controller waits for the port for 10 s.
+ORPHAN_TIME, ORPHAN_LOOK = 5.0, 0.1
 
 
 class Service(NamedTuple):
@@ -31,41 +42,66 @@ class Service(NamedTuple):
     #: Takes each new routing table, encoded.
     apply: Callable[[bytes], None]
     close: Callable[[], Awaitable[None]]
+    #: Whether requests can still be answered, though the controller is gone.
+    alive: Callable[[], bool] = lambda: False
 
 
-def build(options: HTTPOptions) -> Service:
+def build(options: HTTPOptions, presence: Presence) -> Service:
     """Return the real thing: the ASGI app on a fabric of connections to the doors."""
     from ..routing.fabric import Fabric
     from ..routing.table import decode_table
-    from .app import create_app
+    from .app import ProxyApp
 
     fabric = Fabric(asyncio.get_running_loop(), name=f"proxy-{os.getpid()}")
-    return Service(create_app(fabric, options), lambda table: fabric.apply(decode_table(table)), fabric.close)
+
+    def apply(encoded: bytes) -> None:
+        table = decode_table(encoded)
+        fabric.apply(table)
+        # The first request need not wait for connections.
+        for route in table.routes:
+            fabric.router(route.deployment)
+
+    def alive() -> bool:
+        return any(router.ready for router in fabric.routers.values())
+
+    return Service(ProxyApp(fabric, options, presence), apply, fabric.close, alive)
 
 
 class Process:
     """The life of a proxy process: options, first table, serve, drain."""
 
-    def __init__(self, build: Callable[[HTTPOptions], Service]) -> None:
+    def __init__(self, build: Callable[[HTTPOptions, Presence], Service]) -> None:
         self._build = build
         self._service: Service | None = None
         self._server: ProxyServer | None = None
         self._lifeline: wire.Lifeline | None = None
         self._options = HTTPOptions()
+        self._certificates: Certificates | None = None
+        self._presence = Presence()
+        self._watched: list[Watched] = []
         self._has_table = asyncio.Event()
+        self._orphaned: asyncio.Task[None] | None = None
         self._stopping = False
         self._draining = False
         self._sent: dict[str, Any] = {}
 
-    async def run(self, listener: socket.socket, lifeline: socket.socket) -> None:
-        self._lifeline = await wire.connect(lifeline, self._on_frame, self._stop)
+    async def run(self, listener: socket.socket, lifeline: socket.socket, admin: socket.socket | None = None) -> None:
+        self._lifeline = await wire.connect(lifeline, self._on_frame, self._on_eof)
         # Without a table every answer would be 404: connections wait in the kernel's queue until there is one.
         await self._has_table.wait()
         if self._stopping or self._service is None:
             return
+        options = self._options
+        app = self._service.app
+        config = make_config(
+            app, protocol=limited(options), root_path=options.root_path, keep_alive=options.keep_alive_timeout_s
+        )
         self._server = ProxyServer(
-            make_config(self._service.app),
-            drain_timeout=self._options.drain_timeout_s,
+            config,
+            drain_timeout=options.drain_timeout_s,
+            tls=None if self._certificates is None else self._certificates.context,
+            handshake_timeout=options.head_timeout_s,
+            admin=None if admin is None else (admin, make_config(app.admin, protocol=limited(options), lifespan="off")),
             on_started=self._on_started,
             on_draining=self._on_draining,
         )
@@ -75,9 +111,10 @@ class Process:
             await self._service.close()
 
     def _on_frame(self, kind: bytes, payload: bytes) -> None:
+        self._presence.heard()
         if kind == wire.OPTIONS:
             self._options = msgspec.msgpack.decode(payload, type=HTTPOptions)
-            self._service = self._build(self._options)
+            self._prepare()
         elif kind == wire.TABLE and self._service is not None:
             self._service.apply(payload)
             self._has_table.set()
@@ -85,6 +122,34 @@ class Process:
                 self._lifeline.send(wire.APPLIED, wire.checksum(payload))
         elif kind == wire.DRAIN:
             self._stop()
+
+    def _prepare(self) -> None:
+        """Make what the options ask for; tell the controller where that is not possible."""
+        try:
+            self._service = self._build(self._options, self._presence)
+            self._watched = list(getattr(self._service.app, "watched", ()))
+            if self._options.tls_certificate is not None:
+                self._certificates = Certificates(self._options)
+                self._watched.append(self._certificates.watched)
+        except ConfigError as error:
+            assert self._lifeline is not None
+            self._lifeline.send(wire.REFUSED, str(error).encode())
+            self._service = None
+            self._stop()
+
+    def _on_eof(self) -> None:
+        self._presence.gone = True
+        if not self._stopping:
+            self._orphaned = asyncio.get_running_loop().create_task(self._go_on_alone())
+
+    async def _go_on_alone(self) -> None:
+        """Serve while replicas answer, but make way for the proxies of the next controller."""
+        deadline = monotonic() + ORPHAN_TIME
+        while self._server is not None and self._service is not None and self._service.alive():
+            if monotonic() > deadline:
+                break
+            await asyncio.sleep(ORPHAN_LOOK)
+        self._stop()
 
     def _stop(self) -> None:
         if self._stopping:
@@ -110,6 +175,8 @@ class Process:
 
     def _report(self) -> None:
         self._send_stats()
+        for watched in self._watched:
+            watched.check()
         asyncio.get_running_loop().call_later(STATS_INTERVAL, self._report)
 
     def _send_stats(self) -> None:
@@ -133,13 +200,20 @@ class Process:
         return {**more(), **stats} if more is not None else stats
 
 
-def run(listen_fd: int, lifeline_fd: int, build: Callable[[HTTPOptions], Service] = build) -> None:
+def run(
+    listen_fd: int,
+    lifeline_fd: int,
+    build: Callable[[HTTPOptions, Presence], Service] = build,
+    admin_fd: int | None = None,
+) -> None:
     """Serve until the lifeline or SIGTERM says stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _allow_many_files()
     logging.basicConfig(format="%(asctime)s - %(name)s - %(levelname)s - %(message)s", level=logging.WARNING)
 
     async def serve() -> None:
-        await Process(build).run(socket.socket(fileno=listen_fd), socket.socket(fileno=lifeline_fd))
+        admin = None if admin_fd is None else socket.socket(fileno=admin_fd)
+        await Process(build).run(socket.socket(fileno=listen_fd), socket.socket(fileno=lifeline_fd), admin)
 
     loop = _new_loop()
     asyncio.set_event_loop(loop)
@@ -158,11 +232,23 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
+def _allow_many_files() -> None:
+    """Take all the open files that this process may have: each connection is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # macOS calls the limit infinite, and does not take that.
+    wanted = 65536 if hard == resource.RLIM_INFINITY else hard
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def main() -> None:
-    """Parse the two file descriptors and serve."""
-    if len(sys.argv) != 3 or not all(argument.isdigit() for argument in sys.argv[1:]):
-        sys.exit("usage, by the controller only: python -m dask_serve.proxy <listening fd> <lifeline fd>")
-    run(int(sys.argv[1]), int(sys.argv[2]))
+    """Parse the file descriptors and serve."""
+    arguments = sys.argv[1:]
+    if len(arguments) not in {2, 3} or not all(argument.isdigit() for argument in arguments):
+        sys.exit("usage, by the controller only: python -m dask_serve.proxy LISTENING_FD LIFELINE_FD [ADMIN_FD]")
+    listen_fd, lifeline_fd, *admin = map(int, arguments)
+    run(listen_fd, lifeline_fd, admin_fd=admin[0] if admin else None)
 
 
 if __name__ == "__main__":

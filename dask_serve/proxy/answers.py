@@ -1,40 +1,20 @@
-"""Whole answers, and errors of the proxy's own, in one write."""
+"""Whole answers in one write."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from ..wire.frames import Buffer
 
-__all__ = ["ID_HEADER", "Refusal", "refused", "respond"]
-
-ID_HEADER = b"x-request-id"
+__all__ = ["respond"]
 
 #: Headers that say how the body is framed, or what becomes of the connection.
 _SPECIAL = frozenset({b"connection", b"transfer-encoding"})
 #: Bodies below this are copied behind their head.
 _JOIN_BELOW = 64 * 1024
-
-#: Status, name and text of an error of ours.
-Refusal = tuple[int, str, str]
-
-
-def refused(why: Refusal, request_id: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """Return the headers and the body of the answer that says why."""
-    status, name, text = why
-    body = msgspec.json.encode({"error": name, "message": text, "request_id": request_id})
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(body)),
-        (ID_HEADER, request_id.encode()),
-    ]
-    if status == 503:
-        headers.append((b"retry-after", b"1"))
-    return headers, body
 
 
 async def respond(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: Buffer) -> None:

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..config import HTTPOptions
 from ..routing.fabric import Fabric
-from .errors import error_answer, request_id_in
+from .errors import Refusal, error_answer, request_id_in
 from .files import Watched
 from .forward import Forwarder
 from .forwarded import TrustedProxies
@@ -82,14 +82,14 @@ class ProxyApp:
             request_id = request_id_in(scope["headers"])
             logger.exception("Request %s failed in the proxy", request_id)
             text = "the proxy failed; its log, on the scheduler's node, tells more"
-            await self._refuse(scope, send, 500, "InternalServerError", text, request_id)
+            await self._refuse(scope, send, (500, "InternalServerError", text), request_id)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one of the proxy's own routes."""
         if self._tokens is not None and not scope["path"].endswith(_OPEN):
             why = self._tokens.allow(scope["headers"], None)
             if why is not None:
-                await self._refuse(scope, send, 401, "Unauthorized", why)
+                await self._refuse(scope, send, (401, "Unauthorized", why))
                 return
         await self._own(scope, receive, send)
 
@@ -106,14 +106,12 @@ class ProxyApp:
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": why})
         else:
-            await self._refuse(scope, send, 401, "Unauthorized", why)
+            await self._refuse(scope, send, (401, "Unauthorized", why))
 
-    async def _refuse(
-        self, scope: Scope, send: Send, status: int, kind: str, text: str, request_id: str | None = None
-    ) -> None:
+    async def _refuse(self, scope: Scope, send: Send, error: Refusal, request_id: str | None = None) -> None:
+        status = error[0]
         self._forwarder.statuses[status] += 1
-        request_id = request_id or request_id_in(scope["headers"])
-        headers, body = error_answer(status, kind, text, request_id, scope["headers"])
+        headers, body = error_answer(error, request_id or request_id_in(scope["headers"]), scope["headers"])
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

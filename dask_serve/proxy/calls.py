@@ -12,7 +12,7 @@ from ..exceptions import ReplicaLostError, RequestCancelledError, RequestError
 from ..routing.calls import Outgoing
 from ..wire.frames import Buffer
 from ..wire.messages import Chunk, Failure, HttpHead, Reply
-from .answers import Refusal
+from .errors import Refusal
 
 __all__ = ["HttpCall"]
 

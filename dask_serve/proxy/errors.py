@@ -1,4 +1,4 @@
-"""Answers that the proxy makes itself when it cannot pass one on: small JSON bodies, or text for those who ask for it."""
+"""Errors that the proxy answers with itself: small JSON bodies, or text for those who ask for it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from itertools import count
 
 import msgspec
 
-__all__ = ["Pace", "error_answer", "make_id", "request_id_in"]
+__all__ = ["ID_HEADER", "Headers", "Pace", "Refusal", "error_answer", "make_id", "request_id_in"]
 
 Headers = Sequence[tuple[bytes, bytes]]
+#: Status, type and text of an error of ours.
+Refusal = tuple[int, str, str]
 
 #: Longest that a client is told to wait, in seconds.
 LONGEST_WAIT = 60
@@ -39,24 +41,22 @@ def request_id_in(headers: Headers) -> str:
 
 
 def error_answer(
-    status: int, kind: str, message: str, request_id: str, headers: Headers, retry_after: int = 1
+    error: Refusal, request_id: str, headers: Headers, retry_after: int = 1
 ) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Return headers and body of an error.
 
     Parameters
     ----------
-    status : int
-        HTTP status; 503 carries ``Retry-After``, 401 ``WWW-Authenticate``.
-    kind : str
-        What went wrong, in one word: the ``type`` of the body.
-    message : str
-        Text for a human.
+    error : tuple
+        HTTP status (503 carries ``Retry-After``, 401 ``WWW-Authenticate``); what went wrong, in one word, the ``type``
+        of the body; and a text for humans.
     request_id : str
     headers : sequence
         Of the request; what it accepts decides about the form.
     retry_after : int
         Seconds.
     """
+    status, kind, message = error
     if wants_text(headers):
         body = f"{message}\n\n{kind}, request {request_id}\n".encode()
         content_type = b"text/plain; charset=utf-8"

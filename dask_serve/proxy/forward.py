@@ -26,8 +26,10 @@ from ..routing.fabric import Fabric
 from ..routing.router import Router
 from ..routing.table import RouteEntry, Table
 from ..wire.messages import HttpHead
-from .answers import ID_HEADER, Refusal, refused, respond
+from .answers import respond
 from .calls import HttpCall
+from .errors import ID_HEADER, Pace, Refusal, error_answer
+from .forwarded import is_local
 from .protocol import CONNECTION, ProxyProtocol
 from .stream import cut_off, pass_on
 
@@ -69,6 +71,7 @@ class Forwarder:
         self._routes: Routes[RouteEntry] = Routes()
         self._id_prefix = f"{os.urandom(6).hex()}-"
         self._numbers = itertools.count()
+        self._paces: dict[str, Pace] = {}
 
     @property
     def routes(self) -> Routes[RouteEntry]:
@@ -76,7 +79,12 @@ class Forwarder:
         table = self._fabric.table
         if table is not self._table:
             self._table = table
-            self._routes = Routes(table.routes if table is not None else ())
+            root = self._options.root_path
+            # uvicorn puts the root path in front of every path.
+            self._routes = Routes(
+                RouteEntry(root + entry.prefix.rstrip("/") or "/", entry.deployment)
+                for entry in (table.routes if table is not None else ())
+            )
         return self._routes
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -85,25 +93,27 @@ class Forwarder:
         request_id, timeout, refusal = self._read_head(scope)
         route = self.routes.match(scope["path"])
         if refusal is None and route is None:
-            refusal = (404, "NotFound", self._unknown(scope["path"]))
+            refusal = (404, "NotFound", self._unknown(scope))
         if refusal is None:
+            assert route is not None
+            router = self._fabric.router(route.deployment)
+            entry = router.entry
+            limit = self._options.body_limit if entry is None or entry.body_limit is None else entry.body_limit
             # The parser is usually at the end of the request already: no need to ask for messages.
             cycle = send.__self__  # type: ignore[attr-defined]
-            body = await self._body(receive) if cycle.more_body or cycle.disconnected else bytes(cycle.body)
+            body = await self._body(receive, limit) if cycle.more_body or cycle.disconnected else bytes(cycle.body)
             if body is None:
                 self._count(499, began)
                 return
-            if len(body) > self._options.body_limit:
-                text = f"the body is larger than {self._options.body_limit} bytes (body_limit of serve.start)"
-                refusal = (413, "BodyTooLarge", text)
+            if len(body) > limit:
+                refusal = (413, "BodyTooLarge", f"the body is larger than {limit} bytes (body_limit)")
         if refusal is not None:
-            await self._refuse(send, began, request_id, refusal)
+            await self._refuse(scope, send, began, request_id, refusal)
             return
         assert route is not None
         call = HttpCall((body,) if body else (), request_id, _http_head(scope, route.prefix), self._loop)
         if scope["method"] in _SAFE:
             call.retries = 1
-        router = self._fabric.router(route.deployment)
         connection: ProxyProtocol = scope[CONNECTION]
         connection.on_disconnect = lambda: router.cancel(call)
         self._submit(router, call, timeout)
@@ -114,7 +124,7 @@ class Forwarder:
                 router.cancel(call)
                 raise
         if call.error is not None:
-            await self._refuse(send, began, request_id, call.error)
+            await self._refuse(scope, send, began, request_id, call.error, router=router)
             return
         headers = call.head
         if ID_HEADER not in [name for name, _ in headers]:
@@ -176,7 +186,7 @@ class Forwarder:
             if not call.whole:
                 router.cancel(call)
 
-    async def _body(self, receive: Receive) -> bytes | None:
+    async def _body(self, receive: Receive, limit: int) -> bytes | None:
         """Read the whole body, or a little more than may be; None when the client went away before its end."""
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -186,7 +196,7 @@ class Forwarder:
             return body
         pieces = [body]
         size = len(body)
-        while message["more_body"] and size <= self._options.body_limit:
+        while message["more_body"] and size <= limit:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
@@ -194,16 +204,40 @@ class Forwarder:
             size += len(message["body"])
         return b"".join(pieces)
 
-    async def _refuse(self, send: Send, began: float, request_id: str, refusal: Refusal) -> None:
+    async def _refuse(
+        self,
+        scope: Scope,
+        send: Send,
+        began: float,
+        request_id: str,
+        refusal: Refusal,
+        *,
+        router: Router | None = None,
+    ) -> None:
         """Answer with an error of ours."""
         status = refusal[0]
         self._count(status, began)
-        headers, body = refused(refusal, request_id)
+        pace = None if router is None else self._paces.get(router.id)
+        wait = 1 if pace is None or router is None else pace.wait(router.queued)
+        headers, body = error_answer(refusal, request_id, scope["headers"], wait)
         await respond(send, status, headers, body)
 
-    def _unknown(self, path: str) -> str:
+    def _unknown(self, scope: Scope) -> str:
+        said = f"no application answers {scope['path']}"
+        # Strangers need not know what else there is.
+        if self._options.admin_port is not None or not is_local(scope):
+            return said
         known = ", ".join(sorted(entry.prefix for entry in self.routes.entries)) or "none yet"
-        return f"no application answers {path}; known route prefixes: {known}"
+        return f"{said}; known route prefixes: {known}"
+
+    def tick(self) -> None:
+        """Take note of how fast deployments answer; called once a second."""
+        for router in self._fabric.routers.values():
+            pace = self._paces.get(router.id)
+            if pace is None:
+                self._paces[router.id] = Pace(router.answered)
+            else:
+                pace.tick(router.answered)
 
     def _count(self, status: int, began: float) -> None:
         seconds = monotonic() - began

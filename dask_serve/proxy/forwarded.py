@@ -53,29 +53,29 @@ class TrustedProxies:
         return self._unix if client is None else self._trusts(client[0])
 
     def _trusts(self, address: str) -> bool:
-        try:
-            found = ipaddress.ip_address(address)
-        except ValueError:
-            return False
-        return any(found in network for network in self._networks)
+        return _is_address(address) and any(ipaddress.ip_address(address) in network for network in self._networks)
 
     def _client(self, addresses: list[str]) -> str:
         """Return the last address that is not a trusted proxy's own: those before it may be made up."""
         for address in reversed(addresses):
             if not self._trusts(address):
-                return address
+                return address if _is_address(address) else ""
         return addresses[0] if addresses else ""
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def is_local(scope: Scope) -> bool:
     """Whether a request comes from this machine, and for nobody else as far as it says."""
     client = scope["client"]
-    if client is not None:
-        try:
-            if not ipaddress.ip_address(client[0]).is_loopback:
-                return False
-        except ValueError:
-            return False
+    if client is not None and not (_is_address(client[0]) and ipaddress.ip_address(client[0]).is_loopback):
+        return False
     # A client that a trusted proxy named has port 0 here, and was judged by its own address above.
     relayed = client is None or client[1] != 0
     return not (relayed and any(name in _RELAYED for name, _ in scope["headers"]))

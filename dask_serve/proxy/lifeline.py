@@ -1,8 +1,8 @@
 """The pipe between the controller and a proxy process: frames, and both ends of it.
 
 A frame is the length of its payload (4 bytes, little-endian), its kind (1 byte) and the payload. The controller sends
-options, tables and the order to drain; the proxy sends that it is ready, and statistics. The end of the file is news
-too: at the proxy that its controller died, at the controller that the proxy did.
+options, tables, signs of life and the order to drain; the proxy sends that it is ready, or why not, and statistics. The
+end of the file is news too: at the proxy that its controller died, at the controller that the proxy did.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ __all__ = [
     "APPLIED",
     "DRAIN",
     "OPTIONS",
+    "PING",
     "READY",
+    "REFUSED",
     "STATS",
     "TABLE",
     "Frames",
@@ -33,6 +35,10 @@ TABLE = b"T"
 DRAIN = b"D"
 READY = b"R"
 STATS = b"S"
+#: From the controller, every second: it is there.
+PING = b"P"
+#: From the proxy: it cannot serve with these options, and why, in words.
+REFUSED = b"X"
 #: From the proxy: it routes by the table with this checksum (`checksum`) from now on.
 APPLIED = b"A"
 

@@ -75,7 +75,7 @@ def make_own_app(
         sent = request.scope["headers"]
         text = f"{request.method} {request.url.path} is not answered here"
         kind = "NotFound" if error.status_code == 404 else error.detail.replace(" ", "")
-        headers, body = error_answer(error.status_code, kind, text, request_id_in(sent), sent)
+        headers, body = error_answer((error.status_code, kind, text), request_id_in(sent), sent)
         more = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
         answer = Response(body, error.status_code)
         answer.raw_headers = headers + more

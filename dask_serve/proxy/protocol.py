@@ -1,8 +1,8 @@
 """HTTP/1.1 as uvicorn speaks it with httptools, plus what uvicorn leaves open.
 
-Disconnects reach the application by a callback instead of a task that waits for them, connections have a number, the
-head of a request (its request line and headers) a size and a time limit, its body a least speed, and a connection can be
-drained. What is refused here, before any application has seen it, is answered in the form of `errors`.
+Disconnects reach the application by a callback instead of a task that waits for them. Connections are limited in
+number, the head of a request (its request line and headers) in size and time, its body in slowness; and a connection can
+be drained. What is refused here, before any application has seen it, is answered in the form of `errors`.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class ProxyProtocol(HttpToolsProtocol):
         # Where no request has begun the headers are those of the one before.
         is_own = self._in_head or self._refusal is not None or (cycle is not None and cycle.more_body)
         request = self.headers if is_own and self.headers else []
-        headers, body = error_answer(status, kind, text, request_id_in(request), request)
+        headers, body = error_answer((status, kind, text), request_id_in(request), request)
         head = [STATUS_LINE[status]]
         for name, value in (*self.server_state.default_headers, *headers, (b"connection", b"close")):
             head += [name, b": ", value, b"\r\n"]

@@ -24,11 +24,10 @@ class Certificates:
 
     def __init__(self, options: HTTPOptions) -> None:
         self._options = options
-        self._latest: ssl.SSLContext | None = None
+        self._latest = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         paths = (options.tls_certificate, options.tls_key, options.tls_key_password_file, options.tls_client_ca)
         self.watched = Watched([path for path in paths if path is not None], self._load)
-        assert self._latest is not None
-        self.context = self._latest
+        self.context: ssl.SSLContext = self._latest
         self.context.sni_callback = self._choose
 
     def _load(self) -> None:
@@ -36,7 +35,7 @@ class Certificates:
 
     def _choose(self, connection: ssl.SSLObject | ssl.SSLSocket, name: str | None, context: ssl.SSLContext) -> None:
         # OpenSSL asks with every handshake, whether the client named a server or not.
-        if self._latest is not context and self._latest is not None:
+        if self._latest is not context:
             connection.context = self._latest
 
 

@@ -32,6 +32,8 @@ class DeploymentEntry(Struct, frozen=True, array_like=True):
     methods: list[str]
     #: Why nothing can answer, when the deployment failed; None while replicas run or may still come.
     failure: str | None = None
+    #: Bytes the body of an HTTP request may have; None: as the proxies say.
+    body_limit: int | None = None
 
 
 class RouteEntry(Struct, frozen=True, array_like=True):
