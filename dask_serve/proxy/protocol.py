@@ -270,6 +270,11 @@ class ProxyProtocol(HttpToolsProtocol):
             head += [name, b": ", value, b"\r\n"]
         self.transport.write(b"".join([*head, b"\r\n", body]))
         self.server_state.refused[status] += 1
+        # What else is in the read that brought us here must not be answered a second time.
+        self._in_head = False
+        self._cancel_head_timer()
+        if cycle is not None:
+            cycle.more_body = False
         self._linger()
 
     def _linger(self) -> None:
