@@ -1,4 +1,4 @@
-"""``dask serve``: run, status, delete, shutdown.
+"""``dask serve``: run, proxy, status, delete, shutdown.
 
 Every ``dask`` command loads this module: it imports click, and all else when a command runs.
 """
@@ -28,6 +28,8 @@ __all__ = ["serve"]
 
 #: Exit code of a process that a signal ended before it could drain.
 INTERRUPTED = 130
+#: Seconds within which a scheduler must answer a proxy's first question.
+CONNECT_WITHIN = 10.0
 
 
 @click.group()
@@ -43,6 +45,15 @@ _scheduler_option = click.option(
 )
 
 
+_http_option = click.option(
+    "--http",
+    "http",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Any other option of serve.start, e.g. --http body_limit=1000000; the value is JSON or text.",
+)
+
+
 @serve.command()
 @click.argument("target", metavar="MODULE:APP")
 @_scheduler_option
@@ -51,6 +62,7 @@ _scheduler_option = click.option(
 @click.option("--host", help="Interface the proxies listen on (127.0.0.1 unless set).")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port the proxies listen on (8000 unless set; 0: any).")
 @click.option("--num-proxies", type=click.IntRange(1), help="Number of proxy processes (1 unless set).")
+@_http_option
 @click.option("--workers", type=click.IntRange(1), help="Workers of the embedded cluster to begin with.")
 def run(  # noqa: PLR0917 - click passes them by name
     target: str,
@@ -60,6 +72,7 @@ def run(  # noqa: PLR0917 - click passes them by name
     host: str | None,
     port: int | None,
     num_proxies: int | None,
+    http: tuple[str, ...],
     workers: int | None,
 ) -> None:
     """Deploy an application and serve it until Ctrl-C.
@@ -71,16 +84,69 @@ def run(  # noqa: PLR0917 - click passes them by name
     if workers is not None and address is not None:
         raise click.UsageError(f"--workers is for the embedded cluster, and this runs on the cluster at {address}")
     session = _Session(address, workers)
-    options = {"host": host, "port": port, "num_proxies": num_proxies}
     with session.signals(), _errors():
         try:
+            options = _http_options(http, host=host, port=port, num_proxies=num_proxies)
             application = _load(target)
-            session.deploy(application, name, route_prefix, {k: v for k, v in options.items() if v is not None})
+            session.deploy(application, name, route_prefix, options)
             session.wait()
         except _Stop:
             pass
         finally:
             session.close()
+
+
+@serve.command()
+@_scheduler_option
+@click.option("--host", help="Interface the proxies listen on (127.0.0.1 unless set).")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port the proxies listen on (8000 unless set; 0: any).")
+@click.option("--num-proxies", type=click.IntRange(1), help="Number of proxy processes (1 unless set).")
+@_http_option
+def proxy(
+    scheduler: str | None, host: str | None, port: int | None, num_proxies: int | None, http: tuple[str, ...]
+) -> None:
+    """Serve HTTP on this node, until SIGTERM or Ctrl-C, for the applications of a cluster elsewhere.
+
+    Options are those of serve.start on the cluster, but for the addresses to listen on; what is given here goes first.
+    Files (certificates, tokens) are this node's. While the scheduler is away the proxies go on with what they know.
+    """
+    import asyncio
+
+    address = _address(scheduler)
+    if address is None:
+        raise click.UsageError("which cluster? Give --scheduler ADDRESS, or set DASK_SCHEDULER_ADDRESS")
+    with _errors():
+        options = _http_options(http, host=host, port=port, num_proxies=num_proxies)
+        asyncio.run(_serve_here(address, options))
+
+
+async def _serve_here(address: str, options: dict[str, Any]) -> None:
+    import asyncio
+
+    from .controller.remote import RemoteProxies
+
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, ended.set)
+    proxies = RemoteProxies(address, options)
+    try:
+        click.echo(f"serving at {await proxies.start(timeout=CONNECT_WITHIN)}")
+        following = loop.create_task(proxies.follow(click.echo))
+        ending = loop.create_task(ended.wait())
+        await asyncio.wait({following, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if following.done():
+            following.result()
+        following.cancel()
+        click.echo("draining")
+    finally:
+        await proxies.stop()
+
+
+def _http_options(texts: tuple[str, ...], **given: Any) -> dict[str, Any]:
+    from .config import parse_options
+
+    return {**parse_options(texts), **{name: value for name, value in given.items() if value is not None}}
 
 
 @serve.command()

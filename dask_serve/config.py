@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import msgspec
@@ -12,7 +13,7 @@ from msgspec import Meta, Struct, UnsetType
 
 from .exceptions import ConfigError
 
-__all__ = ["CallOptions", "DeploymentOptions", "HTTPOptions", "build_options", "change_options"]
+__all__ = ["CallOptions", "DeploymentOptions", "HTTPOptions", "build_options", "change_options", "parse_options"]
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -280,6 +281,26 @@ def _described(kind: type[Options], name: str) -> str | None:
     """Return what an option may be, where its declaration says so in words."""
     hint = get_type_hints(kind, include_extras=True).get(name)
     return next((meta.description for meta in getattr(hint, "__metadata__", ()) if meta.description), None)
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Return options written as ``name=value`` on a command line; values are JSON, or else text.
+
+    Raises
+    ------
+    ConfigError
+        There is no ``=``.
+    """
+    parsed: dict[str, Any] = {}
+    for text in texts:
+        name, found, value = text.partition("=")
+        if not found:
+            raise ConfigError(f"{text!r} is not an option: write NAME=VALUE, e.g. body_limit=1000000")
+        try:
+            parsed[name] = msgspec.json.decode(value)
+        except msgspec.DecodeError:
+            parsed[name] = value
+    return parsed
 
 
 def change_options(options: Options, values: dict[str, Any], where: str) -> Options:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .config import HTTPOptions, build_options
+from .config import HTTPOptions, build_options, parse_options
 from .controller.plugin import Controller
 
 if TYPE_CHECKING:
@@ -19,17 +19,20 @@ __all__ = ["dask_setup"]
 @click.option("--serve-host", help="Interface of the HTTP proxies.  [default: 127.0.0.1]")
 @click.option("--serve-port", type=int, help="Port of the HTTP proxies.  [default: 8000 or the next free one]")
 @click.option("--serve-proxies", type=int, help="Number of HTTP proxies.  [default: 1]")
+@click.option("--serve-http", multiple=True, metavar="NAME=VALUE", help="Any other option of serve.start.")
 @click.option("--no-serve-http", is_flag=True, help="Start no proxies before an application needs them.")
-def dask_setup(
+def dask_setup(  # noqa: PLR0917 - click passes them by name
     scheduler: Scheduler,
     serve_host: str | None,
     serve_port: int | None,
     serve_proxies: int | None,
+    serve_http: tuple[str, ...],
     no_serve_http: bool,
 ) -> None:
     """Options of dask_serve's scheduler preload."""
     options = {"host": serve_host, "port": serve_port, "num_proxies": serve_proxies}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    given.update(parse_options(serve_http))
     http = None if no_serve_http else build_options(HTTPOptions, given, "the preload of dask_serve")
     # Not register_scheduler_plugin: the scheduler starts all its plugins after the preloads.
     scheduler.add_plugin(Controller(http, list(given)), idempotent=True)

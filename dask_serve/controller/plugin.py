@@ -287,6 +287,12 @@ class Controller(SchedulerPlugin):
         """Answer when all proxies route by the present table, or after ``timeout`` seconds."""
         return {"routed": self._proxies is None or await self._proxies.until_applied(timeout)}
 
+    async def serve_proxy(self, epoch: str = "", since: int = 0, timeout: float = 2.0) -> dict[str, Any]:
+        """Return what a proxy on another node needs: options, and the table once it differs from the caller's."""
+        answer = await self.serve_table(epoch, since, timeout)
+        options = HTTPOptions() if self._proxies is None else self._proxies.options
+        return {**answer, "options": msgspec.msgpack.encode(options)}
+
     @_op
     async def serve_start(self, options: bytes = b"", explicit: list[str] | None = None) -> dict[str, Any]:
         """Start the proxies, or change what can be changed; answer when they accept requests."""

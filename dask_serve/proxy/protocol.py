@@ -1,8 +1,8 @@
 """HTTP/1.1 as uvicorn speaks it with httptools, plus what uvicorn leaves open.
 
 Disconnects reach the application by a callback instead of a task that waits for them. Connections are limited in
-number, the head of a request (its request line and headers) in size and time, its body in slowness; and a connection can
-be drained. What is refused here, before any application has seen it, is answered in the form of `errors`.
+number, the head of a request (its request line and headers) in size and time, its body in slowness. A connection can be
+drained. What is refused here, before any application has seen it, is answered in the form of `errors`.
 """
 
 from __future__ import annotations

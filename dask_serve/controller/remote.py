@@ -1,0 +1,120 @@
+"""Proxies on another node than the scheduler's: what ``dask serve proxy`` runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from distributed.core import rpc
+from distributed.security import Security
+
+from ..config import HTTPOptions, change_options
+from ..exceptions import ConfigError, NotRunningError, ServeError
+from ..routing.table import decode_table
+from .proxies import Proxies
+
+__all__ = ["RemoteProxies"]
+
+logger = logging.getLogger("dask_serve.controller")
+
+#: Seconds that the controller may hold a question for news; each answer is a sign of life.
+POLL = 2.0
+#: Seconds beyond that until a scheduler that says nothing counts as away, and until it is asked again.
+PATIENCE, RETRY = 5.0, 0.5
+#: Options that say where a node listens: each has its own.
+LOCAL = ("host", "port", "unix_socket", "num_proxies", "admin_host", "admin_port")
+
+
+class RemoteProxies:
+    """Supervises proxies of this node for the service of a cluster elsewhere.
+
+    They get the options of ``serve.start`` and the routing table from the controller, and follow both. While the
+    scheduler is away they go on with what they know.
+
+    Parameters
+    ----------
+    address : str
+        Of the scheduler.
+    given : dict
+        Options of this node, which replace those of ``serve.start``.
+    security : distributed.Security, optional
+        Dask's certificates; by default those of its configuration.
+    """
+
+    def __init__(self, address: str, given: dict[str, Any], security: Security | None = None) -> None:
+        self._address = address
+        self._given = given
+        self._scheduler: Any = rpc(address, connection_args=(security or Security()).get_connection_args("client"))
+        self._proxies = Proxies(heartbeat=False)
+        self._known = ("", 0)
+        self._options: HTTPOptions | None = None
+
+    async def start(self, timeout: float) -> str:
+        """Return where HTTP is served, once it is.
+
+        Raises
+        ------
+        NotRunningError
+            The scheduler cannot be reached, or dask_serve does not run there.
+        ConfigError, ServeError
+            The proxies cannot be started.
+        """
+        try:
+            options = await asyncio.wait_for(self._ask(0.0), timeout)
+        except (OSError, asyncio.TimeoutError) as error:
+            raise NotRunningError(f"no scheduler answers at {self._address}: {error or type(error).__name__}") from None
+        self._options = options
+        return await self._proxies.start(self._here(options))
+
+    async def follow(self, say: Callable[[str], None]) -> None:
+        """Pass on news from the controller, until cancelled."""
+        away = False
+        while True:
+            try:
+                options = await asyncio.wait_for(self._ask(POLL), POLL + PATIENCE)
+            except (OSError, asyncio.TimeoutError, ServeError) as error:
+                if not away:
+                    say(f"the scheduler is away ({error or 'it is silent'}); going on with what is known")
+                away = True
+                await asyncio.sleep(RETRY)
+                continue
+            if away:
+                say("the scheduler is back")
+            away = False
+            if options != self._options:
+                self._options = options
+                try:
+                    await self._proxies.start(self._here(options))
+                except ServeError as error:
+                    say(f"the new options of serve.start cannot be used here: {error}")
+
+    async def stop(self) -> None:
+        """Drain and end the proxies."""
+        with contextlib.suppress(OSError):
+            await self._scheduler.close_rpc()
+        await self._proxies.stop()
+
+    def _here(self, options: HTTPOptions) -> HTTPOptions:
+        defaults = HTTPOptions()
+        local = {name: getattr(defaults, name) for name in LOCAL}
+        return change_options(options, {**local, **self._given}, "dask serve proxy")
+
+    async def _ask(self, timeout: float) -> HTTPOptions:
+        """Pass on the latest table if it is new, and return the options."""
+        epoch, since = self._known
+        answer = await self._scheduler.serve_proxy(epoch=epoch, since=since, timeout=timeout)
+        if not answer or "options" not in answer:
+            raise NotRunningError(f"dask_serve does not run on the cluster at {self._address}")
+        if answer["table"] is not None:
+            table = decode_table(answer["table"])
+            self._known = (table.epoch, table.version)
+            self._proxies.publish(answer["table"])
+        self._proxies.ping()
+        try:
+            return msgspec.msgpack.decode(answer["options"], type=HTTPOptions)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"the scheduler has another version of dask_serve: {error}") from None
