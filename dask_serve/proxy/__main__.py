@@ -84,9 +84,13 @@ class Process:
         self._stopping = False
         self._draining = False
         self._sent: dict[str, Any] = {}
+        #: Frames for the controller, by kind.
+        self._news: dict[bytes, bytes] = {}
 
     async def run(self, listener: socket.socket, lifeline: socket.socket, admin: socket.socket | None = None) -> None:
         self._lifeline = await wire.connect(lifeline, self._on_frame, self._on_eof)
+        # The first frames may have come before there was anything to answer on.
+        self._tell_news()
         # Without a table every answer would be 404: connections wait in the kernel's queue until there is one.
         await self._has_table.wait()
         if self._stopping or self._service is None:
@@ -118,8 +122,8 @@ class Process:
         elif kind == wire.TABLE and self._service is not None:
             self._service.apply(payload)
             self._has_table.set()
-            if self._lifeline is not None:
-                self._lifeline.send(wire.APPLIED, wire.checksum(payload))
+            self._news[wire.APPLIED] = wire.checksum(payload)
+            self._tell_news()
         elif kind == wire.DRAIN:
             self._stop()
 
@@ -132,10 +136,16 @@ class Process:
                 self._certificates = Certificates(self._options)
                 self._watched.append(self._certificates.watched)
         except ConfigError as error:
-            assert self._lifeline is not None
-            self._lifeline.send(wire.REFUSED, str(error).encode())
             self._service = None
+            self._news[wire.REFUSED] = str(error).encode()
+            self._tell_news()
             self._stop()
+
+    def _tell_news(self) -> None:
+        if self._lifeline is not None:
+            for kind, payload in self._news.items():
+                self._lifeline.send(kind, payload)
+            self._news.clear()
 
     def _on_eof(self) -> None:
         self._presence.gone = True
