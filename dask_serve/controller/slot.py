@@ -24,7 +24,7 @@ logger = logging.getLogger("dask_serve.controller")
 #: Deaths in a row before the first readiness, after which `Slot.until_ready` gives up.
 START_TRIES = 3
 #: Seconds before a dead proxy is replaced: at first, at most, and how long one must live to begin at the first again.
-FIRST_DELAY, LONGEST_DELAY, GOOD_LIFE = 0.1, 5.0, 10.0
+FIRST_DELAY, LONGEST_DELAY, GOOD_LIFE = 0.02, 5.0, 10.0
 
 
 class Slot:
