@@ -13,17 +13,45 @@ from ..exceptions import ConfigError
 __all__ = ["wrap"]
 
 
-class _Sender:
-    """What `Forwarder` needs to know of a request whose answer goes through middleware; see its use of `send`."""
+class _Request:
+    """Stands for uvicorn's request cycle where middleware is around the applications: it may have changed anything.
+
+    Whoever forwards a request looks at the cycle behind ``send`` to save time.
+    """
 
     default_headers = ()
-    more_body = True
+    waiting_for_100_continue = False
+    #: Answers are not written past the middleware.
     response_started = True
-    disconnected = False
+    keep_alive = True
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope = scope
+        self.body = bytearray()
+        self.more_body = True
+        self.disconnected = False
+        self.transport: Any = None
+        self._receive = receive
         self._send = send
+
+    async def begin(self) -> None:
+        """Read the first part of the body, which nearly always is all."""
+        message = await self._receive()
+        self.disconnected = message["type"] == "http.disconnect"
+        self.body += message.get("body", b"")
+        self.more_body = message.get("more_body", False)
+
+    async def receive(self) -> Message:
+        if self.disconnected:
+            return {"type": "http.disconnect"}
+        if self.body or not self.more_body:
+            body = bytes(self.body)
+            self.body.clear()
+            return {"type": "http.request", "body": body, "more_body": self.more_body}
+        message = await self._receive()
+        self.disconnected = message["type"] == "http.disconnect"
+        self.more_body = message.get("more_body", False)
+        return message
 
     async def send(self, message: Message) -> None:
         await self._send(message)
@@ -34,7 +62,12 @@ class _Innermost:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, _Sender(scope, send).send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = _Request(scope, receive, send)
+        await request.begin()
+        await self._app(scope, request.receive, request.send)
 
 
 def wrap(app: ASGIApp, options: HTTPOptions) -> ASGIApp:
