@@ -48,7 +48,7 @@ async def app(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
-def build(given, presence):
+def build(given, presence, doors):
     global options
     options = given
     return Service(app, apply, close)

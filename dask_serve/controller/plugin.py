@@ -304,7 +304,7 @@ class Controller(SchedulerPlugin):
             if self._proxies is None:
                 from .proxies import Proxies
 
-                self._proxies = Proxies(self._on_proxy)
+                self._proxies = Proxies(self._on_proxy, security=self.scheduler.security)
                 # They accept nothing before they have a table.
                 self._proxies.publish(self._table_bytes)
             self._message = ""

@@ -19,6 +19,7 @@ import msgspec
 from ..config import HTTPOptions
 from ..exceptions import ConfigError, ServeError, StartTimeoutError
 from ..proxy import lifeline as wire
+from ..proxy.doors import Material
 
 __all__ = ["READY_TIMEOUT", "OnEvent", "Process"]
 
@@ -102,9 +103,11 @@ class Process:
             return "draining"
         return "ready" if self.ready.is_set() else "starting"
 
-    def configure(self, options: HTTPOptions) -> None:
+    def configure(self, options: HTTPOptions, doors: Material | None) -> None:
         """Send what has to come first."""
         if self._lifeline is not None:
+            if doors is not None:
+                self._lifeline.send(wire.DOORS, msgspec.msgpack.encode(doors))
             self._lifeline.send(wire.OPTIONS, msgspec.msgpack.encode(options))
 
     def publish(self, table: bytes) -> None:

@@ -14,6 +14,7 @@ import msgspec
 
 from ..config import HTTPOptions
 from ..exceptions import ConfigError, ServeError
+from ..proxy.doors import Material
 from .process import EXIT_GRACE, READY_TIMEOUT, OnEvent
 from .slot import Slot
 from .sockets import add_slot, bind_admin, bind_slots, format_url, remove_path
@@ -37,13 +38,21 @@ class Proxies:
         What to run instead of ``python -m dask_serve.proxy``; two file descriptors are appended, or three.
     heartbeat : bool
         Tell the processes every second that the controller is there; else whoever knows calls `ping`.
+    security : distributed.Security, optional
+        Dask's certificates, for the proxies' connections to doors.
     """
 
     def __init__(
-        self, on_event: OnEvent | None = None, *, command: Sequence[str] | None = None, heartbeat: bool = True
+        self,
+        on_event: OnEvent | None = None,
+        *,
+        command: Sequence[str] | None = None,
+        heartbeat: bool = True,
+        security: Any = None,
     ) -> None:
         self.command = list(command or (sys.executable, "-m", "dask_serve.proxy"))
         self.options = HTTPOptions()
+        self.doors = None if security is None else _doors(security)
         #: The latest routing table, encoded.
         self.table: bytes | None = None
         #: Where HTTP is served; empty while it is not.
@@ -262,6 +271,15 @@ class Proxies:
         kept = {slot.sock.getsockname() for slot in self._slots}
         for name in names - kept:
             remove_path(name)
+
+
+def _doors(security: Any) -> Material | None:
+    # A scheduler started from the shell may have no client's certificate.
+    for role in ("client", "scheduler"):
+        config = security.get_tls_config_for_role(role)
+        if config.get("ca_file") and config.get("cert"):
+            return Material(config["ca_file"], config["cert"], config.get("key"), config.get("ciphers"))
+    return None
 
 
 def _merge(running: HTTPOptions, wanted: HTTPOptions, explicit: set[str]) -> HTTPOptions:

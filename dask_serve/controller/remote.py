@@ -48,8 +48,9 @@ class RemoteProxies:
     def __init__(self, address: str, given: dict[str, Any], security: Security | None = None) -> None:
         self._address = address
         self._given = given
-        self._scheduler: Any = rpc(address, connection_args=(security or Security()).get_connection_args("client"))
-        self._proxies = Proxies(heartbeat=False)
+        security = security or Security()
+        self._scheduler: Any = rpc(address, connection_args=security.get_connection_args("client"))
+        self._proxies = Proxies(heartbeat=False, security=security)
         self._known = ("", 0)
         self._options: HTTPOptions | None = None
 

@@ -86,7 +86,7 @@ class Slot:
     async def _make(self) -> Process:
         owner = self._owner
         process = await Process.launch(owner.command, self.sock, self.number, self._on_event, self.admin)
-        process.configure(owner.options)
+        process.configure(owner.options, owner.doors)
         if owner.table is not None:
             process.publish(owner.table)
         return process

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Awaitable, Callable
 from time import monotonic
@@ -20,6 +21,7 @@ import msgspec
 from ..config import HTTPOptions
 from ..exceptions import ConfigError
 from . import lifeline as wire
+from .doors import Material, make_context
 from .files import Watched
 from .presence import Presence
 from .protocol import limited
@@ -46,13 +48,17 @@ class Service(NamedTuple):
     alive: Callable[[], bool] = lambda: False
 
 
-def build(options: HTTPOptions, presence: Presence) -> Service:
+#: Makes the service of options, and of what is known of the controller and of the doors' TLS.
+Build = Callable[[HTTPOptions, Presence, ssl.SSLContext | None], Service]
+
+
+def build(options: HTTPOptions, presence: Presence, doors: ssl.SSLContext | None = None) -> Service:
     """Return the real thing: the ASGI app on a fabric of connections to the doors."""
     from ..routing.fabric import Fabric
     from ..routing.table import decode_table
     from .app import ProxyApp
 
-    fabric = Fabric(asyncio.get_running_loop(), name=f"proxy-{os.getpid()}")
+    fabric = Fabric(asyncio.get_running_loop(), name=f"proxy-{os.getpid()}", ssl=doors)
 
     def apply(encoded: bytes) -> None:
         table = decode_table(encoded)
@@ -70,7 +76,7 @@ def build(options: HTTPOptions, presence: Presence) -> Service:
 class Process:
     """The life of a proxy process: options, first table, serve, drain."""
 
-    def __init__(self, build: Callable[[HTTPOptions, Presence], Service]) -> None:
+    def __init__(self, build: Build) -> None:
         self._build = build
         self._service: Service | None = None
         self._server: ProxyServer | None = None
@@ -78,6 +84,7 @@ class Process:
         self._options = HTTPOptions()
         self._certificates: Certificates | None = None
         self._presence = Presence()
+        self._doors: ssl.SSLContext | None = None
         self._watched: list[Watched] = []
         self._has_table = asyncio.Event()
         self._orphaned: asyncio.Task[None] | None = None
@@ -116,7 +123,9 @@ class Process:
 
     def _on_frame(self, kind: bytes, payload: bytes) -> None:
         self._presence.heard()
-        if kind == wire.OPTIONS:
+        if kind == wire.DOORS:
+            self._doors = make_context(msgspec.msgpack.decode(payload, type=Material))
+        elif kind == wire.OPTIONS:
             self._options = msgspec.msgpack.decode(payload, type=HTTPOptions)
             self._prepare()
         elif kind == wire.TABLE and self._service is not None:
@@ -130,7 +139,7 @@ class Process:
     def _prepare(self) -> None:
         """Make what the options ask for; tell the controller where that is not possible."""
         try:
-            self._service = self._build(self._options, self._presence)
+            self._service = self._build(self._options, self._presence, self._doors)
             self._watched = list(getattr(self._service.app, "watched", ()))
             if self._options.tls_certificate is not None:
                 self._certificates = Certificates(self._options)
@@ -213,7 +222,7 @@ class Process:
 def run(
     listen_fd: int,
     lifeline_fd: int,
-    build: Callable[[HTTPOptions, Presence], Service] = build,
+    build: Build = build,
     admin_fd: int | None = None,
 ) -> None:
     """Serve until the lifeline or SIGTERM says stop."""

@@ -16,6 +16,7 @@ from typing import cast
 
 __all__ = [
     "APPLIED",
+    "DOORS",
     "DRAIN",
     "OPTIONS",
     "PING",
@@ -30,6 +31,8 @@ __all__ = [
     "encode",
 ]
 
+#: From the controller, before the options: certificates for the doors, where the cluster has TLS.
+DOORS = b"K"
 OPTIONS = b"O"
 TABLE = b"T"
 DRAIN = b"D"
