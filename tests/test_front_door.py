@@ -658,7 +658,7 @@ def test_when_the_scheduler_dies_requests_are_held_until_their_deadline():
 def test_http_on_a_cluster_with_tls():
     """The doors have TLS there, with Dask's certificates."""
     security = Security.temporary()
-    options = {"n_workers": 1, "threads_per_worker": 1, "protocol": "tls://", "dashboard_address": None}
+    options = {"n_workers": 1, "threads_per_worker": 1, "protocol": "tls://", "dashboard_address": ":0"}
     with LocalCluster(security=security, **options) as cluster, Client(cluster, set_as_default=False) as client:
         url = serve.start(port=0, client=client)
         serve.run(serve.deployment(Echo).bind(), client=client)
