@@ -59,39 +59,53 @@ class ProxyApp:
         self._trusted: TrustedProxies | None = None
         if options.trusted_proxies:
             self._trusted = TrustedProxies(options.trusted_proxies)
+            self._behind = self._forward
+            self._forward = self._forward_relayed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        kind = scope["type"]
+        if kind == "http":
+            try:
+                if scope["path"].startswith(self._own_prefix):
+                    await self._answer(scope, receive, send)
+                else:
+                    await self._forward(scope, receive, send)
+            except Exception as error:
+                if not await self._failed(scope, send, error):
+                    raise
+        elif kind == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1003, "reason": "WebSockets are not supported"})
+        else:
             await self._own(scope, receive, send)
-            return
-        if self._trusted is not None:
-            self._trusted.read(scope)
-        try:
-            if scope["type"] == "websocket":
-                await receive()
-                await send({"type": "websocket.close", "code": 1003, "reason": "WebSockets are not supported"})
-            elif scope["path"].startswith(self._own_prefix):
-                await self._answer(scope, receive, send)
-            else:
-                await self._forward(scope, receive, send)
-        except Exception:
-            # A middleware, or an error of ours. Where the answer has begun uvicorn cuts it off.
-            cycle: Any = getattr(send, "__self__", None)
-            if scope["type"] != "http" or cycle is None or cycle.response_started:
-                raise
-            request_id = request_id_in(scope["headers"])
-            logger.exception("Request %s failed in the proxy", request_id)
-            text = "the proxy failed; its log, on the scheduler's node, tells more"
-            await self._refuse(scope, send, (500, "InternalServerError", text), request_id)
+
+    async def _failed(self, scope: Scope, send: Send, error: Exception) -> bool:
+        """Answer when a middleware, or the proxy itself, has raised; False where an answer has begun already."""
+        cycle: Any = getattr(send, "__self__", None)
+        if cycle is None or cycle.response_started:
+            return False
+        request_id = request_id_in(scope["headers"])
+        logger.error("Request %s failed in the proxy", request_id, exc_info=error)
+        text = "the proxy failed; its log, on the scheduler's node, tells more"
+        await self._refuse(scope, send, (500, "InternalServerError", text), request_id)
+        return True
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one of the proxy's own routes."""
+        if self._trusted is not None:
+            self._trusted.read(scope)
         if self._tokens is not None and not scope["path"].endswith(_OPEN):
             why = self._tokens.allow(scope["headers"], None)
             if why is not None:
                 await self._refuse(scope, send, (401, "Unauthorized", why))
                 return
         await self._own(scope, receive, send)
+
+    async def _forward_relayed(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward requests, after what a trusted proxy says of their clients was read."""
+        assert self._trusted is not None
+        self._trusted.read(scope)
+        await self._behind(scope, receive, send)
 
     async def _forward_allowed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the requests that have a token, where one is needed."""

@@ -87,7 +87,7 @@ class Forwarder:
             )
         return self._routes
 
-    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901
         """Answer one request."""
         began = monotonic()
         request_id, timeout, refusal = self._read_head(scope)
@@ -97,15 +97,16 @@ class Forwarder:
         if refusal is None:
             assert route is not None
             router = self._fabric.router(route.deployment)
-            entry = router.entry
-            limit = self._options.body_limit if entry is None or entry.body_limit is None else entry.body_limit
             # The parser is usually at the end of the request already: no need to ask for messages.
             cycle = send.__self__  # type: ignore[attr-defined]
-            body = await self._body(receive, limit) if cycle.more_body or cycle.disconnected else bytes(cycle.body)
+            if cycle.more_body or cycle.disconnected:
+                body = await self._body(receive, self._body_limit(router))
+            else:
+                body = bytes(cycle.body)
             if body is None:
                 self._count(499, began)
                 return
-            if len(body) > limit:
+            if body and len(body) > (limit := self._body_limit(router)):
                 refusal = (413, "BodyTooLarge", f"the body is larger than {limit} bytes (body_limit)")
         if refusal is not None:
             await self._refuse(scope, send, began, request_id, refusal)
@@ -203,6 +204,10 @@ class Forwarder:
             pieces.append(message["body"])
             size += len(message["body"])
         return b"".join(pieces)
+
+    def _body_limit(self, router: Router) -> int:
+        entry = router.entry
+        return self._options.body_limit if entry is None or entry.body_limit is None else entry.body_limit
 
     async def _refuse(
         self,
