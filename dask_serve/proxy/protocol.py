@@ -263,7 +263,7 @@ class ProxyProtocol(HttpToolsProtocol):
         cycle = self.cycle
         # Where no request has begun the headers are those of the one before.
         is_own = self._in_head or self._refusal is not None or (cycle is not None and cycle.more_body)
-        request = self.scope["headers"] if is_own and self.scope is not None else []
+        request = list(self.scope["headers"]) if is_own and self.scope is not None else []
         headers, body = error_answer((status, kind, text), request_id_in(request), request)
         head = [STATUS_LINE[status]]
         for name, value in (*self.server_state.default_headers, *headers, (b"connection", b"close")):
