@@ -77,14 +77,14 @@ def error_answer(
 
 def wants_text(headers: Headers) -> bool:
     """Whether a client prefers plain text to JSON; one that does not care gets JSON."""
-    accept = b",".join(value for name, value in headers if name == b"accept")
+    accept = b",".join(value for name, value in headers if name == b"accept").lower()
     return b"text/" in accept and _quality(accept, b"text/plain") > _quality(accept, b"application/json")
 
 
 def _quality(accept: bytes, kind: bytes) -> float:
     """Return the weight that the most specific range of an ``Accept`` header gives to a media type."""
     best, found = 0.0, -1
-    for entry in accept.lower().split(b","):
+    for entry in accept.split(b","):
         name, *parameters = (part.strip() for part in entry.split(b";"))
         specific = (b"*/*", kind.split(b"/")[0] + b"/*", kind)
         if name in specific and specific.index(name) > found:
