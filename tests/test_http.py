@@ -146,6 +146,14 @@ class Answers:
         marker(request, "ran")
         return {"size": sum([len(chunk) async for chunk in request.stream()])}
 
+    async def on_drip(self, request):
+        try:
+            async for _ in request.stream():
+                marker(request, "began")
+        except asyncio.CancelledError:
+            marker(request, "cancelled")
+            raise
+
     async def on_sleep(self, request):
         try:
             marker(request, "began")
@@ -667,6 +675,31 @@ def test_a_body_over_the_limit_is_refused_and_the_connection_lives(http):
         assert answer.status_code == 413
         assert str(BODY_LIMIT) in answer.json()["message"]
         assert http.get("/answers/str").status_code == 200
+
+
+def test_a_declared_body_over_the_limit_is_refused_unread(apps):
+    for expect in ([], ["expect: 100-continue"]):
+        with apps.connect() as sock:
+            sock.sendall(ask("/answers/size", f"content-length: {2 * BODY_LIMIT}", *expect, method="POST"))
+            answer = b""
+            while more := sock.recv(65536):
+                answer += more
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"connection: close\r\n" in answer
+
+
+def test_a_body_that_grows_over_the_limit_cancels_user_code(apps, mark):
+    path, _ = mark
+    with apps.connect() as sock:
+        sock.sendall(ask("/answers/drip", f"x-marker: {path}", "transfer-encoding: chunked", method="POST"))
+        sock.sendall(b"3\r\nabc\r\n")
+        wait_until(lambda: "began" in words(path))
+        piece = b"10000\r\n" + bytes(65536) + b"\r\n"
+        with contextlib.suppress(ConnectionError):
+            for _ in range(BODY_LIMIT // 65536 + 16):
+                sock.sendall(piece)
+        assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
+    wait_until(lambda: "cancelled" in words(path))
 
 
 def test_a_client_that_goes_away_within_its_body_is_not_served(apps, http, mark):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from ..wire.frames import Buffer
 
-__all__ = ["respond"]
+__all__ = ["respond", "write_whole"]
 
 #: Headers that say how the body is framed, or what becomes of the connection.
 _SPECIAL = frozenset({b"connection", b"transfer-encoding"})
@@ -18,8 +19,13 @@ _JOIN_BELOW = 64 * 1024
 
 
 async def respond(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]], body: Buffer) -> None:
-    """Send a whole answer: in one write where nothing is special about it; uvicorn's ``send`` makes two."""
-    cycle = send.__self__  # type: ignore[attr-defined]
+    """Send a whole answer as ASGI does, where `write_whole` cannot."""
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": bytes(body)})
+
+
+def write_whole(cycle: Any, status: int, headers: Sequence[tuple[bytes, bytes]], body: Buffer) -> bool:
+    """Write a whole answer at once, and return whether that was possible; uvicorn's ``send`` makes two writes."""
     length = b""
     usual = cycle.scope["method"] != "HEAD" and not (
         cycle.disconnected or cycle.response_started or cycle.flow.write_paused
@@ -32,9 +38,7 @@ async def respond(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]
         elif name in _SPECIAL:
             usual = False
     if not usual or length != b"%d" % len(body):
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": bytes(body)})
-        return
+        return False
     out.append(b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n")
     cycle.response_started = cycle.response_complete = True
     cycle.waiting_for_100_continue = False
@@ -48,3 +52,4 @@ async def respond(send: Send, status: int, headers: Sequence[tuple[bytes, bytes]
     if not cycle.keep_alive:
         cycle.transport.close()
     cycle.on_response()
+    return True

@@ -14,7 +14,7 @@ from ..wire.frames import Buffer
 from ..wire.messages import Chunk, Failure, HttpHead, Reply
 from .errors import Refusal
 
-__all__ = ["HttpCall"]
+__all__ = ["FollowedCall", "HttpCall"]
 
 
 class HttpCall(Outgoing):
@@ -35,7 +35,7 @@ class HttpCall(Outgoing):
         self.error: Refusal | None = None
         self.waiter: asyncio.Future[None] = loop.create_future()
 
-    async def more(self, timeout: float) -> None:
+    async def more(self, timeout: float | None) -> None:
         """Wait until another part of the answer has come."""
         if not self.chunks and not self.whole and not self.ended:
             self.waiter = self._loop.create_future()
@@ -88,3 +88,43 @@ class HttpCall(Outgoing):
         self.error = (status, name, text)
         self.ended = True
         self._wake()
+
+
+class FollowedCall(HttpCall):
+    """A request of which more follows: the rest of its body, or the messages of a WebSocket.
+
+    Attributes
+    ----------
+    accepted : bool
+        A replica has it for good: it cannot be sent elsewhere any more.
+    room : int
+        Bytes that the replica still takes.
+    """
+
+    follows = True
+
+    __slots__ = ("_by", "_room_waiter", "accepted", "room")
+
+    def __init__(self, parts: Sequence[Buffer], request_id: str, head: HttpHead, loop: Any) -> None:
+        super().__init__(parts, request_id, head, loop)
+        self.accepted = False
+        self.room = 0
+        #: Who accepted it: a WebSocket goes to another replica when it was not opened yet.
+        self._by: Any = None
+        self._room_waiter: asyncio.Future[None] | None = None
+
+    def on_window(self, nbytes: int) -> None:
+        self.accepted = True
+        self.parts = ()
+        if self._by is not self.target:
+            self._by = self.target
+            self.room = 0
+        self.room += nbytes
+        if self._room_waiter is not None and not self._room_waiter.done():
+            self._room_waiter.set_result(None)
+
+    async def room_for_more(self) -> None:
+        """Wait until the replica takes something."""
+        while self.room <= 0:
+            self._room_waiter = self._loop.create_future()
+            await self._room_waiter

@@ -26,12 +26,13 @@ from ..routing.fabric import Fabric
 from ..routing.router import Router
 from ..routing.table import RouteEntry, Table
 from ..wire.messages import HttpHead
-from .answers import respond
+from .answers import respond, write_whole
 from .calls import HttpCall
 from .errors import ID_HEADER, Pace, Refusal, error_answer
 from .forwarded import is_local
 from .protocol import CONNECTION, ProxyProtocol
 from .stream import cut_off, pass_on
+from .upload import UploadCall, begin, refuse_rest, too_large
 
 __all__ = ["Forwarder"]
 
@@ -87,59 +88,102 @@ class Forwarder:
             )
         return self._routes
 
-    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: C901
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         began = monotonic()
-        request_id, timeout, refusal = self._read_head(scope)
+        request_id, timeout, refusal = self.read_head(scope)
         route = self.routes.match(scope["path"])
         if refusal is None and route is None:
-            refusal = (404, "NotFound", self._unknown(scope))
+            refusal = (404, "NotFound", self.unknown(scope))
+        # The parser is usually at the end of the request already: no need to ask for messages.
+        cycle = send.__self__  # type: ignore[attr-defined]
+        if refusal is None and (cycle.more_body or cycle.disconnected):
+            await self._upload(scope, receive, send, began, (request_id, timeout))
+            return
         if refusal is None:
             assert route is not None
             router = self._fabric.router(route.deployment)
-            # The parser is usually at the end of the request already: no need to ask for messages.
-            cycle = send.__self__  # type: ignore[attr-defined]
-            if cycle.more_body or cycle.disconnected:
-                body = await self._body(receive, self._body_limit(router))
-            else:
-                body = bytes(cycle.body)
-            if body is None:
-                self._count(499, began)
-                return
+            body = bytes(cycle.body)
             if body and len(body) > (limit := self._body_limit(router)):
-                refusal = (413, "BodyTooLarge", f"the body is larger than {limit} bytes (body_limit)")
+                refusal = too_large(limit)
         if refusal is not None:
+            refuse_rest(scope[CONNECTION])
             await self._refuse(scope, send, began, request_id, refusal)
             return
         assert route is not None
-        call = HttpCall((body,) if body else (), request_id, _http_head(scope, route.prefix), self._loop)
+        call = HttpCall((body,) if body else (), request_id, http_head(scope, route.prefix), self._loop)
         if scope["method"] in _SAFE:
             call.retries = 1
         connection: ProxyProtocol = scope[CONNECTION]
         connection.on_disconnect = lambda: router.cancel(call)
-        self._submit(router, call, timeout)
+        self.submit(router, call, timeout)
         if not call.waiter.done():
             try:
                 await call.waiter
             except asyncio.CancelledError:
                 router.cancel(call)
                 raise
+        await self._answer(call, router, scope, send, began)
+
+    async def _upload(
+        self, scope: Scope, receive: Receive, send: Send, began: float, asked: tuple[str, float | None]
+    ) -> None:
+        """Answer a request whose body did not come whole with its head."""
+        request_id, timeout = asked
+        cycle = send.__self__  # type: ignore[attr-defined]
+        route = self.routes.match(scope["path"])
+        assert route is not None
+        router = self._fabric.router(route.deployment)
+        limit = self._body_limit(router)
+        body, more, refusal = await begin(cycle, receive, limit)
+        if body is None:
+            self.count(499, began)
+            return
+        if refusal is not None:
+            refuse_rest(scope[CONNECTION])
+            await self._refuse(scope, send, began, request_id, refusal)
+            return
+        kind: type[HttpCall] = UploadCall if more else HttpCall
+        call = kind((body,) if body else (), request_id, http_head(scope, route.prefix), self._loop)
+        if scope["method"] in _SAFE and not more:
+            call.retries = 1
+        connection: ProxyProtocol = scope[CONNECTION]
+        connection.on_disconnect = lambda: router.cancel(call)
+        self.submit(router, call, timeout)
+        if isinstance(call, UploadCall):
+            call.start(router, receive, limit)
+        try:
+            await call.waiter
+            if isinstance(call, UploadCall) and call.ended:
+                call.stop(connection)
+            await self._answer(call, router, scope, send, began)
+        except asyncio.CancelledError:
+            router.cancel(call)
+            raise
+        finally:
+            if isinstance(call, UploadCall):
+                call.stop(connection)
+
+    async def _answer(self, call: HttpCall, router: Router, scope: Scope, send: Send, began: float) -> None:
+        """Pass on what the replica answered, or why there is nothing."""
         if call.error is not None:
-            await self._refuse(scope, send, began, request_id, call.error, router=router)
+            await self._refuse(scope, send, began, call.request_id, call.error, router=router)
             return
         headers = call.head
         if ID_HEADER not in [name for name, _ in headers]:
-            headers.append((ID_HEADER, request_id.encode()))
+            headers.append((ID_HEADER, call.request_id.encode()))
         if call.ended:
             chunks = call.chunks
             # A short stream may have come as a whole.
-            await respond(send, call.status, headers, chunks[0] if len(chunks) == 1 else b"".join(chunks))
-            self._count(call.status, began)
+            body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            if not write_whole(send.__self__, call.status, headers, body):  # type: ignore[attr-defined]
+                await respond(send, call.status, headers, body)
+            self.count(call.status, began)
         else:
             await send({"type": "http.response.start", "status": call.status, "headers": headers})
             await self._stream(call, router, scope, send, began)
 
-    def _read_head(self, scope: Scope) -> tuple[str, float | None, Refusal | None]:
+    def read_head(self, scope: Scope) -> tuple[str, float | None, Refusal | None]:
         """Return the request's id, its own deadline in seconds, and why it cannot be served."""
         request_id: str | None = None
         timeout: float | None = None
@@ -157,7 +201,7 @@ class Forwarder:
             request_id = f"{self._id_prefix}{next(self._numbers):x}"
         return request_id, timeout, refusal
 
-    def _submit(self, router: Router, call: HttpCall, timeout: float | None) -> None:
+    def submit(self, router: Router, call: HttpCall, timeout: float | None) -> None:
         entry = router.entry
         limit = MAX_QUEUED
         if entry is not None:
@@ -170,6 +214,7 @@ class Forwarder:
     async def _stream(self, call: HttpCall, router: Router, scope: Scope, send: Send, began: float) -> None:
         """Pass on a streamed answer; the replica sends no more than its window ahead of what the client has read."""
         status = call.status
+        connection: ProxyProtocol = scope[CONNECTION]
         try:
             if scope["method"] != "HEAD":
                 await pass_on(call, send)
@@ -178,32 +223,16 @@ class Forwarder:
                 if status != RequestCancelledError.status:
                     logger.warning("Request %s: its stream ended early: %s", call.request_id, call.error[2])
                 # The head is out: to end without the last chunk is the only way left to say that it failed.
-                await cut_off(scope[CONNECTION])
+                await cut_off(connection)
             else:
+                if isinstance(call, UploadCall):
+                    call.stop(connection)
                 await send({"type": "http.response.body", "body": b""})
         finally:
-            self._count(status, began)
+            self.count(status, began)
             # When the body is whole its background tasks go on.
             if not call.whole:
                 router.cancel(call)
-
-    async def _body(self, receive: Receive, limit: int) -> bytes | None:
-        """Read the whole body, or a little more than may be; None when the client went away before its end."""
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body: bytes = message["body"]
-        if not message["more_body"]:
-            return body
-        pieces = [body]
-        size = len(body)
-        while message["more_body"] and size <= limit:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            pieces.append(message["body"])
-            size += len(message["body"])
-        return b"".join(pieces)
 
     def _body_limit(self, router: Router) -> int:
         entry = router.entry
@@ -221,13 +250,18 @@ class Forwarder:
     ) -> None:
         """Answer with an error of ours."""
         status = refusal[0]
-        self._count(status, began)
+        self.count(status, began)
         pace = None if router is None else self._paces.get(router.id)
         wait = 1 if pace is None or router is None else pace.wait(router.queued)
         headers, body = error_answer(refusal, request_id, scope["headers"], wait)
-        await respond(send, status, headers, body)
+        if not write_whole(send.__self__, status, headers, body):  # type: ignore[attr-defined]
+            await respond(send, status, headers, body)
 
-    def _unknown(self, scope: Scope) -> str:
+    def router(self, deployment: str) -> Router:
+        """Return the router of a deployment."""
+        return self._fabric.router(deployment)
+
+    def unknown(self, scope: Scope) -> str:
         said = f"no application answers {scope['path']}"
         # Strangers need not know what else there is.
         if self._options.admin_port is not None or not is_local(scope):
@@ -244,14 +278,14 @@ class Forwarder:
             else:
                 pace.tick(router.answered)
 
-    def _count(self, status: int, began: float) -> None:
+    def count(self, status: int, began: float) -> None:
         seconds = monotonic() - began
         self.statuses[status] += 1
         self.seconds += seconds
         self.buckets[bisect_left(BUCKETS, seconds)] += 1
 
 
-def _http_head(scope: Scope, prefix: str) -> HttpHead:
+def http_head(scope: Scope, prefix: str) -> HttpHead:
     path, raw_path = scope["path"], scope["raw_path"]
     return HttpHead(
         scope["method"],

@@ -153,6 +153,11 @@ class ProxyProtocol(HttpToolsProtocol):
         if self.server_state.draining:
             self.drain()
 
+    def on_chunk_header(self) -> None:
+        # What comes behind the last chunk looks like headers to the parser, and must not become any of the request.
+        if not self.parser.should_upgrade():
+            self.headers = _NO_TRAILERS
+
     def on_response_complete(self) -> None:
         self.on_disconnect = None
         _response_complete(self)
@@ -321,6 +326,16 @@ class ProxyProtocol(HttpToolsProtocol):
             self.refuse(503, "Draining", "this proxy is stopping; connect again")
         else:
             super().handle_websocket_upgrade()
+
+
+class _Trailers(list[tuple[bytes, bytes]]):
+    """Takes fields and keeps none."""
+
+    def append(self, field: tuple[bytes, bytes]) -> None:
+        pass
+
+
+_NO_TRAILERS = _Trailers()
 
 
 class _Discard(Protocol):

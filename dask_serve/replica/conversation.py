@@ -109,6 +109,10 @@ class Conversation:
 
     async def _receive(self) -> dict[str, Any]:
         execution = self._execution
+        if execution.inflow is not None and not self._body_taken:
+            message = await execution.inflow.body()
+            self._body_taken = message.get("more_body") is False
+            return message
         if not self._body_taken:
             self._body_taken = True
             body = bytes(execution.parts[0]) if execution.parts else b""

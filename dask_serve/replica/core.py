@@ -13,6 +13,7 @@ from ..policy.results import ResultSize
 from ..wire.frames import Buffer, Frame, encode_frame
 from ..wire.messages import Call, Failure, Kind, ReplicaName, Reply, Want, encode
 from .execution import Answer, Execution
+from .inflow import Inflow
 
 if TYPE_CHECKING:
     from .room import Room
@@ -84,6 +85,8 @@ class ReplicaCore:
             return
         execution = Execution(self, connection, frame.request, call, frame.parts, time.monotonic())
         connection.executions[frame.request] = execution
+        if call.more:
+            execution.inflow = Inflow(self._user, execution)
         if self._active < admission.limit:
             self._begin(execution)
         else:

@@ -29,7 +29,9 @@ from ..wire.messages import (
     Failure,
     Kind,
     Reply,
+    decode_body_end,
     decode_call,
+    decode_event,
     decode_names,
     decode_replica,
     decode_want,
@@ -224,6 +226,19 @@ class Door:
                 self.store.drop(name)
         elif kind == Kind.FETCH:
             self._on_fetch(connection, frame)
+        elif kind in {Kind.CHUNK, Kind.END, Kind.EVENT}:
+            execution = connection.executions.get(frame.request)
+            if execution is None:
+                # Answered already; its caller does not know yet.
+                return
+            if execution.inflow is None:
+                connection._refuse(f"it sent a frame of kind {kind} behind a call that announced none")
+            elif kind == Kind.CHUNK:
+                execution.inflow.put(frame.parts)
+            elif kind == Kind.EVENT:
+                execution.inflow.put_event(decode_event(frame.header), frame.parts)
+            else:
+                execution.inflow.end(decode_body_end(frame.header).whole)
         else:
             connection._refuse(f"a caller does not send frames of kind {kind}")
 

@@ -14,6 +14,7 @@ from ..wire.messages import Call
 
 if TYPE_CHECKING:
     from .core import ReplicaCore
+    from .inflow import Inflow
     from .outflow import Outflow
 
 __all__ = ["Answer", "Execution"]
@@ -51,6 +52,7 @@ class Execution:
         "connection",
         "core",
         "deadline",
+        "inflow",
         "left",
         "on_cancel",
         "outflow",
@@ -90,6 +92,8 @@ class Execution:
         self.task: asyncio.Task[None] | None = None
         #: The parts of a streamed answer on their way out.
         self.outflow: Outflow | None = None
+        #: What the caller sends behind the call.
+        self.inflow: Inflow | None = None
         self.on_cancel: asyncio.Event | None = None
 
     def context(self) -> RequestContext:

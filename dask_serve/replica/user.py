@@ -305,6 +305,8 @@ class UserCode:
     def _cancel(self, execution: Execution) -> None:
         if execution.on_cancel is not None:
             execution.on_cancel.set()
+        if execution.inflow is not None:
+            execution.inflow.wake()
         task = execution.task
         if task is not None and not task.done():
             if self.clients is not None:

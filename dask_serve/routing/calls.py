@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..exceptions import RequestError
 from ..wire.frames import Buffer
-from ..wire.messages import Attachment, Chunk, Failure, HttpHead, Reply
+from ..wire.messages import Attachment, Chunk, Event, Failure, HttpHead, Reply
 
 __all__ = ["Outgoing"]
 
@@ -33,9 +33,12 @@ class Outgoing:
         The answer is a stream of Python objects.
     prefers : frozenset of str or None
         Processes (incarnations) or workers (addresses) that have its largest argument.
+    follows : bool
+        ``parts`` is not all: the rest of the body, or a WebSocket's messages, follow once `on_window` was called.
     """
 
     stream: ClassVar[bool] = False
+    follows: ClassVar[bool] = False
 
     __slots__ = (
         "attachments",
@@ -91,6 +94,14 @@ class Outgoing:
 
     def on_chunk(self, chunk: Chunk, parts: Sequence[Buffer]) -> None:
         """A piece of a streamed answer."""
+        raise NotImplementedError
+
+    def on_window(self, nbytes: int) -> None:
+        """The replica takes so many bytes more; the first time: it has accepted the request."""
+        raise NotImplementedError
+
+    def on_event(self, event: Event, parts: Sequence[Buffer]) -> None:
+        """A step of a WebSocket."""
         raise NotImplementedError
 
     def on_error(self, failure: Failure, parts: Sequence[Buffer]) -> None:

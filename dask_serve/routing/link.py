@@ -5,23 +5,27 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ReplicaLostError
 from ..wire.connection import CallerConnection
-from ..wire.frames import Frame
+from ..wire.frames import Buffer, Frame
 from ..wire.messages import (
+    BodyEnd,
     Call,
+    Event,
     Kind,
     Names,
     ReplicaName,
     Want,
     Window,
     decode_chunk,
+    decode_event,
     decode_failure,
     decode_replica,
     decode_reply,
+    decode_window,
     encode,
 )
 from .dial import Ways, reach
@@ -201,6 +205,7 @@ class Link:
             call.background,
             call.stream,
             call.urgent,
+            call.follows,
         )
         self._connection.send(Kind.CALL, number, encode(header), call.parts)
         under_way = len(self._calls)
@@ -222,6 +227,18 @@ class Link:
 
     def want(self, replica: str, count: int, oldest: float, urgent: bool) -> None:
         self._connection.send(Kind.WANT, 0, encode(Want(replica, count, oldest, urgent)))
+
+    def send_body(self, number: int, piece: Buffer) -> None:
+        """Send another piece of a request's body."""
+        self._connection.send(Kind.CHUNK, number, b"", (piece,))
+
+    def end_body(self, number: int, whole: bool) -> None:
+        """Tell that nothing follows of a request's body."""
+        self._connection.send(Kind.END, number, encode(BodyEnd(whole)))
+
+    def send_event(self, number: int, event: Event, parts: Sequence[Buffer] = ()) -> None:
+        """Send a step of a WebSocket."""
+        self._connection.send(Kind.EVENT, number, encode(event), parts)
 
     def give_back(self, replica: str) -> None:
         self._connection.send(Kind.RETURN, 0, encode(ReplicaName(replica)))
@@ -285,6 +302,14 @@ class Link:
             entry = self.targets.pop(decode_replica(frame.header).replica, None)
             if entry is not None:
                 entry[0].forget(entry[1], draining=True)
+        elif kind == Kind.WINDOW:
+            call = self._calls.get(frame.request)
+            if call is not None and not call.dropped:
+                call.on_window(decode_window(frame.header).nbytes)
+        elif kind == Kind.EVENT:
+            call = self._calls.get(frame.request)
+            if call is not None and not call.dropped:
+                call.on_event(decode_event(frame.header), frame.parts)
         elif kind != Kind.PONG:
             connection._refuse(f"a door does not send frames of kind {kind}")
 

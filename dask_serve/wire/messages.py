@@ -3,6 +3,10 @@
 Headers are msgpack arrays: a field may be added at the end with a default; a version that does not know it skips it. A
 request's first frame is a CALL (or FETCH); it is answered exactly once: by RESULT, ERROR, FULL or DRAINING, or by
 CHUNKs and an END (or ERROR).
+
+A CALL with `more` set is followed by frames of the caller: CHUNKs and an END for the rest of an HTTP body, EVENTs for a
+WebSocket. None of them leaves before the door's first WINDOW for the call, which says that it is accepted: until then
+FULL or DRAINING may come back. Over HTTP the payload of those CHUNKs is bytes, their header is empty.
 """
 
 from __future__ import annotations
@@ -13,12 +17,15 @@ import msgspec
 from msgspec import Struct
 
 __all__ = [
+    "BODY_WINDOW",
     "LEAST",
     "WINDOW",
     "WINDOW_STEP",
     "Attachment",
+    "BodyEnd",
     "Call",
     "Chunk",
+    "Event",
     "Failure",
     "Hello",
     "HttpHead",
@@ -28,6 +35,7 @@ __all__ = [
     "Reply",
     "Want",
     "encode",
+    "is_websocket",
 ]
 
 #: The wire's versions that this code speaks, the preferred one first.
@@ -37,6 +45,9 @@ VERSIONS: Final = (1,)
 WINDOW: Final = 256 * 1024
 #: The caller tells what it has consumed in steps of this many bytes.
 WINDOW_STEP: Final = WINDOW // 4
+#: Bytes of a request's body that may be under way: sent by the caller, and not read by user code. Uploads come from one
+#: client in pieces as large as its socket gives, and each turn of the window passes four threads.
+BODY_WINDOW: Final = 512 * 1024
 #: What an item counts at least, so that small ones are bounded too.
 LEAST: Final = 1024
 
@@ -62,6 +73,7 @@ class Kind:
     PONG: Final = 16
     FETCH: Final = 17
     RELEASE: Final = 18
+    EVENT: Final = 19
 
 
 class Hello(Struct, array_like=True, gc=False):
@@ -132,6 +144,8 @@ class Call(Struct, array_like=True, gc=False):
     stream: bool = False
     #: Admitted even where results have no room.
     urgent: bool = False
+    #: The payload is only the first piece of the body; or this is a WebSocket, whose messages follow.
+    more: bool = False
 
 
 class Reply(Struct, array_like=True, gc=False):
@@ -176,8 +190,29 @@ class Chunk(Struct, array_like=True, gc=False):
     items: list[int] = []
 
 
+class Event(Struct, array_like=True, gc=False):
+    """One step of a WebSocket. The payload of a message is the message."""
+
+    #: "accept", "message", "close" or "disconnect".
+    type: str
+    #: Of a close or a disconnect.
+    code: int = 0
+    reason: str = ""
+    #: The message is text in UTF-8.
+    text: bool = False
+    #: Of an accept.
+    subprotocol: str | None = None
+    headers: list[tuple[bytes, bytes]] = []
+
+
+class BodyEnd(Struct, array_like=True, gc=False):
+    """Header of an END that a caller sends: the body is whole, or the rest of it will never come."""
+
+    whole: bool = True
+
+
 class Window(Struct, array_like=True, gc=False):
-    """How many bytes of a stream the receiver has consumed and will take again."""
+    """How many bytes of a stream, or of a body, the receiver has consumed and will take again."""
 
     nbytes: int
 
@@ -204,6 +239,11 @@ class Names(Struct, array_like=True, gc=False):
     names: list[str]
 
 
+def is_websocket(head: HttpHead) -> bool:
+    """Whether a request is the beginning of a WebSocket."""
+    return head.scheme in {"ws", "wss"}
+
+
 encode = msgspec.msgpack.Encoder().encode
 
 decode_hello = msgspec.msgpack.Decoder(Hello).decode
@@ -212,6 +252,8 @@ decode_call = msgspec.msgpack.Decoder(Call).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 decode_failure = msgspec.msgpack.Decoder(Failure).decode
 decode_chunk = msgspec.msgpack.Decoder(Chunk).decode
+decode_event = msgspec.msgpack.Decoder(Event).decode
+decode_body_end = msgspec.msgpack.Decoder(BodyEnd).decode
 decode_window = msgspec.msgpack.Decoder(Window).decode
 decode_want = msgspec.msgpack.Decoder(Want).decode
 decode_replica = msgspec.msgpack.Decoder(ReplicaName).decode
