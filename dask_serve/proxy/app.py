@@ -18,6 +18,7 @@ from .middleware import wrap
 from .own import make_own_app
 from .presence import Presence
 from .tokens import Tokens
+from .websocket import WebSockets
 
 __all__ = ["ProxyApp"]
 
@@ -50,17 +51,21 @@ class ProxyApp:
         self.admin: Starlette = make_own_app(fabric, self._forwarder, presence, listing=True, public=False)
         self._own_prefix = options.root_path + "/-/"
         self._forward: ASGIApp = self._forwarder.serve
+        self._sockets: ASGIApp = WebSockets(self._forwarder).serve
+        self._websocket: ASGIApp = self._sockets
         self._tokens: Tokens | None = None
         if options.tokens_file is not None or options.application_tokens:
             self._tokens = Tokens(options)
             self.watched += self._tokens.watched
-            self._forward = self._forward_allowed
-        self._forward = wrap(self._forward, options)
+            self._forward = self._websocket = self._forward_allowed
+        if options.middleware:
+            inner = self._forward_allowed if self._tokens is not None else self._forward_either
+            self._forward = self._websocket = wrap(inner, options)
         self._trusted: TrustedProxies | None = None
         if options.trusted_proxies:
             self._trusted = TrustedProxies(options.trusted_proxies)
-            self._behind = self._forward
-            self._forward = self._forward_relayed
+            self._behind, self._websocket_behind = self._forward, self._websocket
+            self._forward = self._websocket = self._forward_relayed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -74,8 +79,7 @@ class ProxyApp:
                 if not await self._failed(scope, send, error):
                     raise
         elif kind == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1003, "reason": "WebSockets are not supported"})
+            await self._websocket(scope, receive, send)
         else:
             await self._own(scope, receive, send)
 
@@ -105,7 +109,13 @@ class ProxyApp:
         """Forward requests, after what a trusted proxy says of their clients was read."""
         assert self._trusted is not None
         self._trusted.read(scope)
-        await self._behind(scope, receive, send)
+        behind = self._websocket_behind if scope["type"] == "websocket" else self._behind
+        await behind(scope, receive, send)
+
+    async def _forward_either(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Forward a request, or a WebSocket, that has passed the middleware."""
+        forward = self._sockets if scope["type"] == "websocket" else self._forwarder.serve
+        await forward(scope, receive, send)
 
     async def _forward_allowed(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward the requests that have a token, where one is needed."""
@@ -115,7 +125,7 @@ class ProxyApp:
         application = None if route is None else route.deployment.rpartition("/")[0]
         why = self._tokens.allow(scope["headers"], application)
         if why is None:
-            await self._forwarder.serve(scope, receive, send)
+            await self._forward_either(scope, receive, send)
         elif scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": why})

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp
 
 from ..exceptions import MethodNotFoundError
+from ..wire.messages import HttpHead, is_websocket
 from .conversation import Conversation
 from .execution import Answer, Execution
 from .rendering import of_error, of_exception, plain, response_of
 from .results import is_stream
+from .websocket import WebSocketConversation
 
 if TYPE_CHECKING:
     from .user import UserCode
@@ -53,6 +56,9 @@ class HttpAdapter:
         user = self._user
         call = execution.call
         assert call.http is not None
+        if execution.inflow is not None and is_websocket(call.http):
+            user.send(execution, await self._websocket(execution, call.http))
+            return
         conversation = Conversation(user, execution, call.http)
         try:
             user.enter(execution)
@@ -85,6 +91,16 @@ class HttpAdapter:
             answer = self._answer_for(execution, error, conversation.started)
         user.send(execution, answer)
 
+    async def _websocket(self, execution: Execution, head: HttpHead) -> Answer:
+        user = self._user
+        try:
+            user.enter(execution)
+            if self._app is None:
+                return plain(PlainTextResponse(_NO_WEBSOCKETS.format(user.id.rsplit("/", 1)[0]), 403))
+            return await WebSocketConversation(user, execution, head).run(self._app)
+        except BaseException as error:  # noqa: BLE001
+            return user.answer_for(execution, error)
+
     def _answer_for(self, execution: Execution, error: BaseException, started: bool) -> Answer:
         user = self._user
         if isinstance(error, HTTPException) and not started:
@@ -103,6 +119,12 @@ def _is_asgi(function: Callable[..., Any]) -> bool:
         return list(inspect.signature(function).parameters) == ["scope", "receive", "send"]
     except (TypeError, ValueError):
         return False
+
+
+_NO_WEBSOCKETS = (
+    "deployment {!r} takes no WebSockets; make it an ASGI application: "
+    "`async def __call__(self, scope, receive, send)`, or serve.ingress(app)"
+)
 
 
 def _takes_request(function: Callable[..., Any]) -> bool:
