@@ -6,32 +6,26 @@ returns an awaitable, with any other it blocks.
 
 from __future__ import annotations
 
-import asyncio
-import atexit
 import contextlib
-import dataclasses
-import os
-import threading
 from typing import TYPE_CHECKING, Any
 
-import dask
 from dask.utils import parse_timedelta
 from distributed import Client
 from msgspec import UNSET, UnsetType
 
+from .clients import close_made, ensure_client, existing_client, is_made_here
 from .config import HTTPOptions, build_options
 from .controller.deploy import Progress, deploy, ensure_controller, start_proxies
 from .controller.status import ServeStatus, decode_status
 from .deployment import Application, Deployment
 from .exceptions import ConfigError, NotRunningError, ServeError
-from .session.peers import ask, current_client, current_worker, find_handle, make_handle, not_running, probe
+from .session.peers import ask, current_client, current_worker, find_handle, make_handle, probe
 from .shipping.graph import build
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
     from types import TracebackType
 
-    from .embedded import EmbeddedCluster
     from .handle import DeploymentHandle
 
 __all__ = ["delete", "get_app_handle", "get_deployment_handle", "run", "shutdown", "start", "status", "url"]
@@ -48,21 +42,6 @@ _ELSEWHERE = {
     "middlewares": "give import paths with arguments to middleware=",
     "detached": "leave it out: applications outlive the session that deployed them on a cluster of yours",
 }
-
-#: Seconds that the workers of a new embedded cluster have to register before it is used without the last of them.
-WORKERS_WITHIN = 10.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """The client, and maybe the cluster, that this module made."""
-
-    client: Client
-    cluster: EmbeddedCluster | None
-
-
-_made: _Made | None = None
-_making = threading.Lock()
 
 
 # -- the public functions ----------------------------------------------------------------------------------------------
@@ -127,7 +106,7 @@ def run(
     built = build(_bound(target), name, route_prefix)
     seconds = None if timeout is None else parse_timedelta(timeout, "s")
     say = Progress()
-    used, made = _ensure_client(client, say)
+    used, made = ensure_client(client, say)
 
     async def begin(on_exit: Callable[[], None] | None) -> DeploymentHandle:
         await deploy(used, built, (options, explicit), wait=wait, timeout=seconds, say=say)
@@ -182,7 +161,7 @@ def start(
     _refuse(given, "serve.start")
     _refuse_inside("serve.start")
     http = build_options(HTTPOptions, given, "serve.start")
-    used, _ = _ensure_client(client, Progress())
+    used, _ = ensure_client(client, Progress())
 
     async def begin() -> str:
         await ensure_controller(used)
@@ -199,7 +178,7 @@ def status(client: Client | None = None) -> Any:
     ServeStatus
         Without applications, and with a message, where dask_serve does not run.
     """
-    used = _existing_client(client)
+    used = existing_client(client)
 
     async def get() -> ServeStatus:
         answer = await probe(used.scheduler, "serve_status")
@@ -218,7 +197,7 @@ def url(client: Client | None = None) -> Any:
     NotRunningError
         HTTP is not served on this cluster.
     """
-    used = _existing_client(client)
+    used = existing_client(client)
 
     async def get() -> str:
         found = decode_status((await ask(used.scheduler, "serve_status"))["status"])
@@ -238,7 +217,7 @@ def delete(name: str, client: Client | None = None) -> Any:
         There is none of that name; the message lists those there are.
     """
     _refuse_inside("serve.delete")
-    used = _existing_client(client)
+    used = existing_client(client)
 
     async def end() -> None:
         await ask(used.scheduler, "serve_delete", app=name)
@@ -254,20 +233,19 @@ def shutdown(client: Client | None = None) -> Any:
     _refuse_inside("serve.shutdown")
     used = current_client(client)
     if used is None:
-        return _close_made()
+        return close_made()
 
     async def end() -> None:
         await probe(used.scheduler, "serve_shutdown")
 
-    ours = _made is not None and used is _made.client
-    if not ours:
+    if not is_made_here(used):
         return used.sync(end)
     try:
         # It may be gone already; what is left of it must go all the same.
         with contextlib.suppress(OSError):
             used.sync(end)
     finally:
-        _close_made()
+        close_made()
     return None
 
 
@@ -338,67 +316,6 @@ def _refuse_inside(where: str) -> None:
             "serve.get_app_handle(name) and serve.get_deployment_handle(name) reach what runs already; deployments "
             "that belong together are bound into each other with .bind()"
         )
-
-
-# -- clients -----------------------------------------------------------------------------------------------------------
-
-
-def _existing_client(client: Client | None) -> Client:
-    used = current_client(client)
-    if used is not None:
-        return used
-    if dask.config.get("scheduler-address", None) is None:
-        not_running("here, as far as can be seen: there is no Dask client")
-    return _ensure_client(None, Progress())[0]
-
-
-def _ensure_client(client: Client | None, say: Callable[[str], None]) -> tuple[Client, bool]:
-    """Return the client to use, and whether an embedded cluster was made for it."""
-    global _made
-    with _making:
-        used = current_client(client)
-        if used is not None:
-            return used, False
-        address = dask.config.get("scheduler-address", None)
-        if address is not None:
-            _made = _Made(Client(address), None)
-            return _made.client, False
-        from .embedded import EmbeddedCluster
-
-        cluster = EmbeddedCluster.start(progress=say)
-        try:
-            _made = _Made(Client(cluster.scheduler_address), cluster)
-            # They start together; whoever deploys before the last of them is up has all replicas on the first.
-            with contextlib.suppress(asyncio.TimeoutError, TimeoutError):
-                _made.client.wait_for_workers(cluster.n_workers, timeout=WORKERS_WITHIN)
-        except BaseException:
-            cluster.close()
-            raise
-        # Registered last, it runs first: a client whose scheduler leaves would try to reconnect, and complain.
-        atexit.register(_close_made)
-        return _made.client, True
-
-
-def _after_fork() -> None:
-    """The embedded cluster is the parent's; its client has no thread here that could close it."""
-    global _made
-    _made = None
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _close_made() -> None:
-    global _made
-    made, _made = _made, None
-    if made is None:
-        return
-    atexit.unregister(_close_made)
-    try:
-        made.client.close()
-    finally:
-        if made.cluster is not None:
-            made.cluster.close()
 
 
 # -- the awaitable of `run` --------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import copy
 import functools
 import itertools
 import threading
@@ -18,18 +17,15 @@ from distributed import Future
 
 from .exceptions import ConfigError, NotRunningError
 from .response import DeploymentResponse
-from .session.assigned import Assigned
+from .session.containers import LEFT_OUT, collect, or_none, rebuild
 from .session.peers import current_client, current_worker
 from .session.waiting import patiently, seconds_of, until_cancelled
-from .wire.loops import running_loop
+from .wire.loops import run_on, running_loop
 
 __all__ = ["gather"]
 
 #: That many results that stay in the stores of workers are fetched at a time.
 FETCHES = 16
-
-#: Stands for the value of a ref that failed, with ``errors="skip"``.
-_LEFT_OUT: Any = object()
 
 
 def gather(
@@ -86,14 +82,14 @@ def gather(
         given = list(given)
     several = len(refs) != 1
     found: list[Any] = []
-    _collect(given, found)
+    collect(given, found)
     gathering = _Gathering(found, errors == "skip")
 
     def build(values: list[Any]) -> Any:
         left = iter(values)
         if several:
-            return [_or_none(_rebuild(value, left)) for value in given]
-        return _or_none(_rebuild(given, left))
+            return [or_none(rebuild(value, left)) for value in given]
+        return or_none(rebuild(given, left))
 
     if gathering.is_awaited():
 
@@ -102,57 +98,6 @@ def gather(
 
         return wait()
     return build(gathering.wait_in_thread(seconds))
-
-
-# -- containers --------------------------------------------------------------------------------------------------------
-
-
-def _collect(value: Any, found: list[Any]) -> None:
-    """List the refs and futures in a structure, in the order in which `_rebuild` comes by them."""
-    kind = type(value)
-    if kind is DeploymentResponse or isinstance(value, Future):
-        found.append(value)
-    elif kind is Assigned:
-        found.append(value.ref)
-    elif kind in _COLLECTIONS or _is_named_tuple(value):
-        for item in value:
-            _collect(item, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _collect(item, found)
-
-
-def _rebuild(value: Any, values: Iterator[Any]) -> Any:
-    kind = type(value)
-    if isinstance(value, (Future, Assigned)):
-        return next(values)
-    if kind in _COLLECTIONS:
-        items = [_rebuild(item, values) for item in value]
-        return kind([item for item in items if item is not _LEFT_OUT])
-    if _is_named_tuple(value):
-        return kind(*[_or_none(_rebuild(item, values)) for item in value])
-    if isinstance(value, dict):
-        pairs = [(key, _rebuild(item, values)) for key, item in value.items()]
-        # Of the same class, with what else that holds.
-        built = {} if kind is dict else copy.copy(value)
-        built.clear()
-        built.update((key, item) for key, item in pairs if item is not _LEFT_OUT)
-        return built
-    return value
-
-
-_COLLECTIONS = frozenset({list, tuple, set, frozenset})
-
-
-def _is_named_tuple(value: Any) -> bool:
-    return isinstance(value, tuple) and hasattr(value, "_fields")
-
-
-def _or_none(value: Any) -> Any:
-    return None if value is _LEFT_OUT else value
-
-
-# -- waiting -----------------------------------------------------------------------------------------------------------
 
 
 class _Arrival:
@@ -319,7 +264,7 @@ class _Gathering:
             finally:
                 arrival.forget()
             fetched = arrival.fetched
-        return [*fetched, *[pair for its, coroutine in self._of_clients() for pair in await _on(its, coroutine)]]
+        return [*fetched, *[pair for its, coroutine in self._of_clients() for pair in await run_on(its, coroutine)]]
 
     def _missing(self) -> list[DeploymentResponse]:
         """Return what has to be waited for: nothing, where a failure is known that will be raised."""
@@ -359,9 +304,9 @@ class _Gathering:
         values: list[Any] = []
         for one in self._found:
             if type(one) is not DeploymentResponse:
-                values.append(of_futures.get(one, _LEFT_OUT))
+                values.append(of_futures.get(one, LEFT_OUT))
             elif one._local.status in _FAILED or one.is_elsewhere():
-                values.append(_LEFT_OUT)
+                values.append(LEFT_OUT)
             else:
                 values.append(one.value())
         return values
@@ -398,9 +343,3 @@ async def _gather_futures(client: Any, futures: list[Future], skip: bool) -> lis
         return list(zip(futures, await client.gather(futures, asynchronous=True), strict=True))
     except Exception as error:  # noqa: BLE001
         return [(futures[0], _Failed(error))]
-
-
-async def _on(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, Any]) -> Any:
-    if loop is asyncio.get_running_loop():
-        return await coroutine
-    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))

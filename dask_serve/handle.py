@@ -25,8 +25,9 @@ from .routing.router import Router
 from .routing.session import Session
 from .routing.state import Outcome, RefState
 from .routing.stream import StreamState
-from .session.arguments import Arguments, culprit
+from .session.arguments import Arguments
 from .session.assigned import Assigned
+from .session.culprit import culprit
 from .session.peers import current_client, current_worker, is_left_behind, was_forked
 from .streaming import AssignedStream, DeploymentResponseGenerator
 from .wire import payloads

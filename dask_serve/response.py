@@ -28,6 +28,7 @@ from .session.unread import Discard
 from .session.waiting import NOTHING, call_back, patiently, seconds_of, until_cancelled
 from .wire import payloads
 from .wire.frames import Buffer
+from .wire.loops import run_on
 
 __all__ = ["DeploymentResponse"]
 
@@ -245,8 +246,7 @@ class DeploymentResponse(Future):
                 inner = self._inner
                 if inner is None:
                     raise
-        loop = inner.client.loop.asyncio_loop
-        return None, await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(value_of(inner), loop))
+        return None, await run_on(inner.client.loop.asyncio_loop, value_of(inner))
 
     def decode(self, parts: Sequence[Buffer] | None, value: Any) -> None:
         """Keep what `find_stored` has found. Not on the engine's loop: to unpickle may take long."""
@@ -457,7 +457,7 @@ class DeploymentResponse(Future):
         state = self._local
         if state.outcome is not None and state.outcome.parts is not None:
             return
-        discard = Discard(self._session, self._read, self._decoded is not _UNREAD)
+        discard = Discard(self._session, self._read)
         if state.outcome is None:
             state.unwanted = discard
         if state.outcome is not None:

@@ -27,6 +27,7 @@ from distributed import Client
 
 from ..context import request_context
 from ..exceptions import RequestCancelledError
+from ..wire.loops import running_loop
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -80,7 +81,7 @@ class Clients:
         asker : str
             The module that asks.
         """
-        loop = _running_loop()
+        loop = running_loop()
         if loop is self._worker.loop.asyncio_loop:
             return of_worker(timeout)
         if loop is self._loop and not self._blocking and not asker.startswith("dask."):
@@ -169,13 +170,6 @@ def _asker() -> str:
     while frame is not None and frame.f_globals.get("__name__") == "distributed.worker":
         frame = frame.f_back  # type: ignore[assignment]
     return "" if frame is None else str(frame.f_globals.get("__name__", ""))
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
 
 
 # -- waits -------------------------------------------------------------------------------------------------------------

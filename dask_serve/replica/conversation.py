@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 
 from ..wire.messages import HttpHead, Kind
 from .execution import Answer, Execution
+from .failures import answer_for
 from .outflow import BodyFlow
 from .rendering import as_bytes, check, plain
 from .streams import TURN, forget_deadline, pour
@@ -79,7 +80,7 @@ class Conversation:
             if not self.whole:
                 self._held = None
                 raise
-            self._user.answer_for(self._execution, error)
+            answer_for(self._execution, error)
         if not self.whole:
             missing = "the rest of its answer" if self.started or self._held is not None else "an answer"
             self._held = None

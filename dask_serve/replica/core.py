@@ -61,7 +61,8 @@ class ReplicaCore:
         self.failed = 0
         self.dropped = 0
         self.seconds_wasted = 0.0
-        self._user = user
+        #: Where admitted requests run.
+        self.user = user
         self._settle = settle
         self._books_are_due = False
         self._loop = loop
@@ -86,7 +87,7 @@ class ReplicaCore:
         execution = Execution(self, connection, frame.request, call, frame.parts, time.monotonic())
         connection.executions[frame.request] = execution
         if call.more:
-            execution.inflow = Inflow(self._user, execution)
+            execution.inflow = Inflow(self.user, execution)
         if self._active < admission.limit:
             self._begin(execution)
         else:
@@ -130,7 +131,7 @@ class ReplicaCore:
                 execution.parts = ()
                 self._leave(execution, Answer(Kind.ERROR, error="RequestCancelledError", message="cancelled"))
                 self._begin_more()
-            self._user.cancel(execution)
+            self.user.cancel(execution)
         elif execution in self._waiting:
             self._waiting.remove(execution)
             self._leave(execution, Answer(Kind.ERROR, error="RequestCancelledError", message="cancelled"))
@@ -165,7 +166,7 @@ class ReplicaCore:
         execution.began = now
         execution.running = True
         self._active += 1
-        self._user.begin(execution)
+        self.user.begin(execution)
 
     def on_answer(self, execution: Execution, answer: Answer) -> None:
         """User code has answered; what it streamed before leaves first."""

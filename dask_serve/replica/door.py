@@ -220,7 +220,7 @@ class Door:
         elif kind == Kind.WINDOW:
             execution = connection.executions.get(frame.request)
             if execution is not None:
-                execution.core._user.widen(execution, decode_window(frame.header).nbytes)
+                execution.core.user.widen(execution, decode_window(frame.header).nbytes)
         elif kind == Kind.RELEASE:
             for name in decode_names(frame.header).names:
                 self.store.drop(name)

@@ -17,6 +17,7 @@ from ..exceptions import MethodNotFoundError
 from ..wire.messages import HttpHead, is_websocket
 from .conversation import Conversation
 from .execution import Answer, Execution
+from .failures import answer_for
 from .rendering import of_error, of_exception, plain, response_of
 from .results import is_stream
 from .websocket import WebSocketConversation
@@ -40,13 +41,13 @@ class HttpAdapter:
         if self._app is not None:
             return
         try:
-            self._function, self._is_async = user.method("__call__")
+            self._function, self._is_async = user.methods.find("__call__")
             self._takes_request = _takes_request(self._function)
             if _is_asgi(self._function):
                 self._app = self._function
         except MethodNotFoundError:
             self._error = MethodNotFoundError(
-                f"deployment {user.id.rsplit('/', 1)[0]!r} has no __call__ and answers no HTTP requests; define "
+                f"deployment {user.deployment!r} has no __call__ and answers no HTTP requests; define "
                 "`async def __call__(self, request: starlette.requests.Request)`, or give the class an ASGI "
                 "application with @serve.ingress(app)"
             )
@@ -96,10 +97,10 @@ class HttpAdapter:
         try:
             user.enter(execution)
             if self._app is None:
-                return plain(PlainTextResponse(_NO_WEBSOCKETS.format(user.id.rsplit("/", 1)[0]), 403))
+                return plain(PlainTextResponse(_NO_WEBSOCKETS.format(user.deployment), 403))
             return await WebSocketConversation(user, execution, head).run(self._app)
         except BaseException as error:  # noqa: BLE001
-            return user.answer_for(execution, error)
+            return answer_for(execution, error)
 
     def _answer_for(self, execution: Execution, error: BaseException, started: bool) -> Answer:
         user = self._user
@@ -108,7 +109,7 @@ class HttpAdapter:
                 return plain(of_exception(error))
             except (TypeError, ValueError) as other:
                 error = other
-        answer = user.answer_for(execution, error)
+        answer = answer_for(execution, error)
         if user.debug and not started and not answer.error:
             return plain(of_error(error, execution.call.request_id, answer.message))
         return answer

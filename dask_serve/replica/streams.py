@@ -18,6 +18,8 @@ from ..context import request_context
 from ..exceptions import PayloadError
 from ..wire.messages import Kind
 from .execution import Answer, Execution
+from .failures import answer_for
+from .fetching import fetch_all
 from .outflow import ItemFlow, Outflow
 from .results import is_stream
 
@@ -38,15 +40,15 @@ async def serve_stream(user: UserCode, execution: Execution) -> None:
         await _stream(user, execution)
         answer = Answer(Kind.END)
     except BaseException as error:  # noqa: BLE001 - whatever it is, the caller gets an answer
-        answer = user.answer_for(execution, error)
+        answer = answer_for(execution, error)
     user.send(execution, answer)
 
 
 async def _stream(user: UserCode, execution: Execution) -> None:
     call = execution.call
     user.enter(execution)
-    function, is_async = user.method(call.method)
-    args, kwargs = user._arguments(execution, await user._fetch_all(execution) if call.attachments else ())
+    function, is_async = user.methods.find(call.method)
+    args, kwargs = user.arguments(execution, await fetch_all(execution) if call.attachments else ())
     make = partial(function, *args, **kwargs)
     if is_async:
         value = await make()
@@ -131,7 +133,7 @@ class _Blocking:
         self._generator = generator
         self._flow = flow
         self._put = put
-        self._pool = user._pool
+        self._pool = user.pool
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[BaseException | None] = self._loop.create_future()
         self._context = contextvars.copy_context()

@@ -19,7 +19,7 @@ from time import monotonic
 from typing import Any
 
 from ..exceptions import NotRunningError
-from ..wire.loops import running_loop
+from ..wire.loops import run_on, running_loop
 from .dial import Ways
 from .engine import Engine
 from .fabric import Fabric
@@ -269,9 +269,7 @@ class Session:
 
     async def on_owner(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Await a coroutine on the loop of the client or worker, from any loop."""
-        if asyncio.get_running_loop() is self._loop:
-            return await coroutine
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
+        return await run_on(self._loop, coroutine)
 
     def release(self, process: str, name: str) -> None:
         """Free a stored result; from any thread and from finalisers."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import inspect
 import itertools
 import logging
 import time
@@ -25,12 +24,13 @@ from ..routing.state import Outcome, RefState
 from ..routing.stream import StreamState
 from ..wire import payloads
 from ..wire.frames import Buffer
+from ..wire.loops import run_on
 from ..wire.messages import Attachment
 from . import web
 from .assigned import Assigned
 from .collections import future_behind, is_collection_type, recipe
 
-__all__ = ["Arguments", "culprit"]
+__all__ = ["Arguments"]
 
 logger = logging.getLogger("dask_serve.refs")
 
@@ -345,11 +345,7 @@ class Arguments:
                     f"({self._session.address}); pass its result"
                 )
             )
-        loop = client.loop.asyncio_loop
-        if loop is asyncio.get_running_loop():
-            await future._state.wait()
-        else:
-            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(future._state.wait(), loop))
+        await run_on(client.loop.asyncio_loop, future._state.wait())
         if future.status == "error":
             raise _Failed(Outcome(raised=payloads.dump_exception(future._state.exception)))
         if future.status != "finished":
@@ -361,43 +357,3 @@ class Arguments:
 
 def _refusal(message: str) -> Outcome:
     return Outcome(error=(PayloadError.__name__, message))
-
-
-def culprit(args: tuple[Any, ...], kwargs: dict[str, Any], reducers: payloads.Reducers) -> str:
-    """Name the argument that cannot be pickled, the place in it, and what to send instead."""
-    for name, value in [*((f"argument {i}", value) for i, value in enumerate(args)), *kwargs.items()]:
-        if not _can_be_pickled(value, reducers):
-            place, inner = _place(value, reducers)
-            hint = next((hint for test, hint in _HINTS if test(inner)), "")
-            return f"{name}{place} ({type(inner).__name__}{hint})"
-    return "an argument"
-
-
-def _place(value: Any, reducers: payloads.Reducers) -> tuple[str, Any]:
-    """Find what cannot be pickled inside of containers."""
-    items: Any = ()
-    if isinstance(value, (list, tuple)):
-        items = enumerate(value)
-    elif isinstance(value, dict):
-        items = value.items()
-    for key, item in items:
-        if not _can_be_pickled(item, reducers):
-            place, inner = _place(item, reducers)
-            return f"[{key!r}]{place}", inner
-    return "", value
-
-
-def _can_be_pickled(value: Any, reducers: payloads.Reducers) -> bool:
-    try:
-        payloads.dumps(value, reducers)
-    except PayloadError:
-        return False
-    return True
-
-
-_HINTS: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (inspect.iscoroutine, ": await it, and pass what it returns"),
-    (inspect.isgenerator, ": pass a list of what it yields"),
-    (inspect.isasyncgen, ": pass a list of what it yields"),
-    (inspect.isawaitable, ": await it, and pass what it returns"),
-)

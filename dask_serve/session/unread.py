@@ -16,12 +16,11 @@ logger = logging.getLogger("dask_serve.refs")
 class Discard:
     """What happens to an outcome that nobody will read."""
 
-    __slots__ = ("_decoded", "_done", "_read", "_session")
+    __slots__ = ("_done", "_read", "_session")
 
-    def __init__(self, session: Session, read: bool, decoded: bool) -> None:
+    def __init__(self, session: Session, read: bool) -> None:
         self._session = session
         self._read = read
-        self._decoded = decoded
         self._done = False
 
     def __call__(self, outcome: Outcome) -> None:
