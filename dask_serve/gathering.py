@@ -199,7 +199,7 @@ class _Gathering:
             return True
         if running_loop() is None:
             return False
-        if current_worker() is not None or any(ref.is_at_home() for ref in self._refs):
+        if current_worker() is not None or any(ref._local.is_at_home() for ref in self._refs):
             return True
         client = None if self._found else current_client()
         return client is not None and bool(client.asynchronous)

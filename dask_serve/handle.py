@@ -21,9 +21,10 @@ from .context import RequestContext, request_context
 from .exceptions import ConfigError, NotRunningError, PayloadError, RequestCancelledError, ServeError
 from .policy.desired import deployment_id
 from .response import DeploymentResponse
+from .routing.outcome import Outcome
 from .routing.router import Router
 from .routing.session import Session
-from .routing.state import Outcome, RefState
+from .routing.state import RefState
 from .routing.stream import StreamState
 from .session.arguments import Arguments
 from .session.assigned import Assigned

@@ -19,9 +19,10 @@ from distributed import Future, Worker
 
 from .context import request_context
 from .exceptions import NotRunningError, PayloadError, ReplicaLostError, RequestCancelledError, ServeError
+from .routing.outcome import Outcome, Stored
 from .routing.promotion import submit_task, value_of
 from .routing.session import Session
-from .routing.state import Outcome, RefState, Stored
+from .routing.state import RefState
 from .routing.store import Fetched
 from .session.bridge import Mirror
 from .session.unread import Discard
@@ -343,14 +344,9 @@ class DeploymentResponse(Future):
 
     def _refuse_to_block(self, what: str) -> None:
         if self._local.status == "pending" or self.is_elsewhere():
-            why = "the event loop that carries the call" if self.is_at_home() else self._blocked()
+            why = "the event loop that carries the call" if self._local.is_at_home() else self._blocked()
             if why is not None:
                 raise ServeError(f"{what} would block {why}; use `await ref` there")
-
-    def is_at_home(self) -> bool:
-        """The loop that carries the call runs in this thread."""
-        local = self._local
-        return local.home is not None and local.thread == threading.get_ident() and local.home.is_running()
 
     # ------------------------------------------------------------------ cancelling, callbacks
 

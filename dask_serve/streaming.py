@@ -93,8 +93,7 @@ class DeploymentResponseGenerator:
     def _refuse_to_block(self) -> None:
         self._refuse_in_a_fork()
         why = "the event loop of the asynchronous client" if self._session.is_asynchronous else self._blocked()
-        home = self._local.home
-        if why is None and home is not None and self._local.thread == threading.get_ident() and home.is_running():
+        if why is None and self._local.is_at_home():
             why = "the event loop that carries the stream"
         if why is not None:
             raise ServeError(f"`for` over {self!r} would block {why}; use `async for` there")

@@ -28,8 +28,9 @@ import dask_serve as serve
 from dask_serve import response
 from dask_serve.exceptions import RequestCancelledError, ServeError
 from dask_serve.routing.engine import Engine
+from dask_serve.routing.outcome import Outcome
 from dask_serve.routing.session import Session
-from dask_serve.routing.state import Outcome, RefState
+from dask_serve.routing.state import RefState
 from dask_serve.routing.store import stores
 from dask_serve.wire import payloads
 

@@ -21,8 +21,9 @@ from distributed.utils import offload
 
 from ..exceptions import ReplicaLostError
 from ..wire import payloads
+from .outcome import Outcome, Stored
 from .session import Session
-from .state import Outcome, RefState, Stored
+from .state import RefState
 from .store import Fetched, stores
 
 __all__ = ["raise_outcome", "submit_task", "take_pending", "take_stored", "take_value", "value_of"]

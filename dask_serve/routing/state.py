@@ -14,18 +14,13 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
-from msgspec import Struct
-
-from .. import exceptions
-from ..exceptions import RequestCancelledError, RequestError
-from ..wire import payloads
 from ..wire.frames import Buffer
-from ..wire.messages import Chunk, Failure, Reply
-from .calls import Outgoing
+from ..wire.messages import Chunk, Reply
+from .outcome import Outcome, PythonCall, Stored
 
-__all__ = ["Outcome", "RefState", "Stored"]
+__all__ = ["RefState"]
 
 logger = logging.getLogger("dask_serve.refs")
 
@@ -38,82 +33,31 @@ else:
         """Both classes of that name: Dask's users catch asyncio's."""
 
 
-class Stored(NamedTuple):
-    """A value that stays in the store of a worker's process."""
-
-    process: str
-    door: str
-    name: str
-    nbytes: int
-
-
-class Outcome(Struct, frozen=True, gc=False):
-    """What became of a request; exactly one field is set."""
-
-    #: The serialised value.
-    parts: Sequence[Buffer] | None = None
-    #: Where the value is.
-    stored: Stored | None = None
-    #: An exception of user code: its traceback as text, and itself serialised.
-    raised: tuple[str, Sequence[Buffer]] | None = None
-    #: An error of ours: name of the class, message.
-    error: tuple[str, str] | None = None
-
-    def exception(self) -> BaseException | None:
-        """Make the exception: a new one each time, so that none is kept alive by its own traceback."""
-        if self.raised is not None:
-            return payloads.load_exception(*self.raised)
-        if self.error is not None:
-            kind = getattr(exceptions, self.error[0], RequestError)
-            error: BaseException = kind(self.error[1])
-            return error
-        return None
-
-
-class RefState(Outgoing):
+class RefState(PythonCall):
     """A request from Python, and what became of it.
 
-    Attributes
-    ----------
-    status : "pending", "finished", "error" or "cancelled"
-    outcome : Outcome or None
-        Set with the status. Changed after that in one case only: a stored value is taken over by its ref.
-    home : asyncio.AbstractEventLoop or None
-        The loop that settles it, with the thread it runs in: waiters there are woken without a detour.
+    Its outcome is changed in one case only: a stored value is taken over by its ref.
     """
 
     __slots__ = (
         "_callbacks",
         "_lock",
         "_waiter",
-        "home",
-        "keep",
-        "key",
-        "outcome",
-        "request",
-        "status",
-        "thread",
-        "traceback",
-        "type",
         "unwanted",
     )
+
+    # What Dask reads of a future's state.
+    key: ClassVar[None] = None
+    type: ClassVar[None] = None
+    traceback: ClassVar[None] = None
 
     def __init__(self, method: str, parts: Sequence[Buffer], request_id: str) -> None:
         super().__init__(method, parts, request_id)
         self.status = "pending"
-        self.outcome: Outcome | None = None
-        self.home: asyncio.AbstractEventLoop | None = None
+        self.outcome = self.home = self.request = self.keep = None
         self.thread = 0
-        #: The request in which the call was made: it cancels the call with itself.
-        self.request: Any = None
-        #: Keeps Dask futures among the arguments alive for as long as the request; called at its end.
-        self.keep: Callable[[], None] | None = None
         #: The ref is gone: nobody will read the outcome.
         self.unwanted: Callable[[Outcome], None] | None = None
-        # What Dask reads of a future's state.
-        self.key: Any = None
-        self.type: Any = None
-        self.traceback: Any = None
         self._callbacks: list[Callable[[], None]] | None = []
         #: The first to wait on the home loop: the usual one, for whom no callback is made.
         self._waiter: asyncio.Future[None] | None = None
@@ -133,12 +77,8 @@ class RefState(Outgoing):
         if waiter is not None and self.home is not None:
             _wake(waiter, self.home, self.thread)
         self.parts = ()
-        if self.request is not None:
-            self.request.forget(self)
-            self.request = None
-        keep, self.keep = self.keep, None
-        if keep is not None:
-            keep()
+        if self.request is not None or self.keep is not None:
+            self._let_go()
         # The target stays: the answer to a cancelled request still comes, and is counted there.
         for callback in callbacks:
             try:
@@ -167,17 +107,6 @@ class RefState(Outgoing):
 
     def on_chunk(self, chunk: Chunk, parts: Sequence[Buffer]) -> None:
         raise NotImplementedError("calls from Python are answered whole")
-
-    def on_error(self, failure: Failure, parts: Sequence[Buffer]) -> None:
-        if failure.error:
-            status = "cancelled" if failure.error == "RequestCancelledError" else "error"
-            self.settle(status, Outcome(error=(failure.error, failure.message)))
-        else:
-            self.settle("error", Outcome(raised=(failure.message, parts)))
-
-    def fail(self, error: RequestError) -> None:
-        status = "cancelled" if isinstance(error, RequestCancelledError) else "error"
-        self.settle(status, Outcome(error=(type(error).__name__, str(error))))
 
     # ------------------------------------------------------------------ waiting
 

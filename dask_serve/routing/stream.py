@@ -13,16 +13,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
-from ..exceptions import RequestCancelledError, RequestError
 from ..wire.frames import Buffer
-from ..wire.messages import Chunk, Failure, Reply
-from .calls import Outgoing
-from .state import Outcome
+from ..wire.messages import Chunk, Reply
+from .outcome import Outcome, PythonCall
 
 __all__ = ["StreamState"]
 
 
-class StreamState(Outgoing):
+class StreamState(PythonCall):
     """A request whose answer is a stream.
 
     Attributes
@@ -31,11 +29,9 @@ class StreamState(Outgoing):
         What has come and was not consumed, serialised (`wire.chunks`).
     outcome : Outcome or None
         Set once nothing follows behind ``entries``. Read it before looking whether there are any.
-    home : asyncio.AbstractEventLoop or None
-        The router's loop, where that is not the background one, with the thread it runs in.
     """
 
-    __slots__ = ("_wake", "entries", "home", "keep", "outcome", "request", "status", "thread")
+    __slots__ = ("_wake", "entries")
 
     stream: ClassVar[bool] = True
 
@@ -43,13 +39,8 @@ class StreamState(Outgoing):
         super().__init__(method, parts, request_id)
         self.entries: deque[tuple[int, Sequence[Buffer]]] = deque()
         self.status = "pending"
-        self.outcome: Outcome | None = None
-        self.home: asyncio.AbstractEventLoop | None = None
+        self.outcome = self.home = self.request = self.keep = None
         self.thread = 0
-        #: The request in which the call was made: it cancels the call with itself.
-        self.request: Any = None
-        #: Keeps Dask futures among the arguments alive for as long as the request; called at its end.
-        self.keep: Callable[[], None] | None = None
         self._wake: Callable[[], None] | None = None
 
     # ------------------------------------------------------------------ on the router's loop
@@ -72,17 +63,6 @@ class StreamState(Outgoing):
     def on_result(self, reply: Reply, parts: Sequence[Buffer]) -> None:
         self.settle("finished", Outcome(parts=()))
 
-    def on_error(self, failure: Failure, parts: Sequence[Buffer]) -> None:
-        if failure.error:
-            status = "cancelled" if failure.error == RequestCancelledError.__name__ else "error"
-            self.settle(status, Outcome(error=(failure.error, failure.message)))
-        else:
-            self.settle("error", Outcome(raised=(failure.message, parts)))
-
-    def fail(self, error: RequestError) -> None:
-        status = "cancelled" if isinstance(error, RequestCancelledError) else "error"
-        self.settle(status, Outcome(error=(type(error).__name__, str(error))))
-
     def settle(self, status: str, outcome: Outcome) -> bool:
         """Nothing follows; False when that was known already."""
         if self.outcome is not None:
@@ -90,12 +70,7 @@ class StreamState(Outgoing):
         self.status = status
         self.outcome = outcome
         self.parts = ()
-        if self.request is not None:
-            self.request.forget(self)
-            self.request = None
-        keep, self.keep = self.keep, None
-        if keep is not None:
-            keep()
+        self._let_go()
         if self._wake is not None:
             self._wake()
         return True
@@ -125,8 +100,8 @@ class StreamState(Outgoing):
 
     def waiter(self) -> asyncio.Future[None]:
         """Return a future of the running loop that ends when there is something."""
-        loop = self.home
-        if loop is None or self.thread != threading.get_ident() or not loop.is_running():
+        loop = self.home if self.is_at_home() else None
+        if loop is None:
             loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 

@@ -19,8 +19,9 @@ from distributed import Future
 
 from ..exceptions import PayloadError, RequestCancelledError, RequestTimeoutError, ServeError
 from ..response import DeploymentResponse
+from ..routing.outcome import Outcome
 from ..routing.session import Session
-from ..routing.state import Outcome, RefState
+from ..routing.state import RefState
 from ..routing.stream import StreamState
 from ..wire import payloads
 from ..wire.frames import Buffer

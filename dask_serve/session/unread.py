@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from ..exceptions import RequestCancelledError
+from ..routing.outcome import Outcome
 from ..routing.session import Session
-from ..routing.state import Outcome
 
 __all__ = ["Discard"]
 
