@@ -13,12 +13,11 @@ from threading import get_ident
 from typing import Any, TypeVar
 
 import msgspec
-from distributed import Client, Worker
-from distributed.core import Status
+from distributed import Client
 
 from .config import CallOptions, build_options, change_options
 from .context import RequestContext, request_context
-from .exceptions import ConfigError, NotRunningError, PayloadError, RequestCancelledError, ServeError
+from .exceptions import ConfigError, PayloadError, RequestCancelledError, ServeError
 from .policy.desired import deployment_id
 from .response import DeploymentResponse
 from .routing.outcome import Outcome
@@ -29,15 +28,13 @@ from .routing.stream import StreamState
 from .session.arguments import Arguments
 from .session.assigned import Assigned
 from .session.culprit import culprit
-from .session.peers import current_client, current_worker, is_left_behind, was_forked
+from .session.owners import find_owner
+from .session.peers import current_worker
 from .streaming import AssignedStream, DeploymentResponseGenerator
 from .wire import payloads
 from .wire.loops import running_loop
 
 __all__ = ["DeploymentHandle"]
-
-#: States of a Dask worker in which it is connected.
-WORKS = (Status.running, Status.paused)
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -346,39 +343,8 @@ class DeploymentHandle:
     def _connect(self) -> Session:
         """Find the connection to the cluster that this handle belongs to."""
         self._here = None
-        worker = current_worker()
-        if worker is not None and self._belongs_to(worker):
-            session = Session.of(worker)
-        else:
-            session = Session.of(self._find_owner())
-        self._session = session
+        session = self._session = Session.of(find_owner(self, self._address, self._cluster, self._client))
         return session
-
-    def _belongs_to(self, owner: Client | Worker) -> bool:
-        """Tell whether a client or worker is connected to the cluster of this handle."""
-        if self._address in (None, owner.scheduler.address):
-            return True
-        return bool(self._cluster) and Session.of(owner).is_of(self._cluster)
-
-    def _find_owner(self) -> Client | Worker:
-        candidates = [self._client, current_client(), *list(Client._instances)]
-        for client in candidates:
-            if client is None or client.status != "running" or client.scheduler is None or is_left_behind(client):
-                continue
-            if self._client is client or self._belongs_to(client):
-                return client
-        # A thread that user code started in a replica or a task.
-        for worker in list(Worker._instances):
-            if worker.status not in WORKS or is_left_behind(worker):
-                continue
-            if self._belongs_to(worker):
-                return worker
-        where = "" if self._address is None else f" at {self._address}"
-        raise NotRunningError(
-            f"{self!r} belongs to the cluster{where}, and no open Dask client is connected to it here: make one with "
-            f"distributed.Client({self._address or '<scheduler address>'!r})"
-            f"{' (this process was forked, and clients do not survive a fork)' if was_forked() else ''}"
-        )
 
     # ------------------------------------------------------------------ the end of a with block
 
