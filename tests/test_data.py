@@ -20,6 +20,7 @@ import psutil
 import pytest
 from distributed import Client, Event, Future, Nanny, futures_of, wait
 from distributed.utils_test import gen_cluster
+from helpers import until, wait_until
 
 import dask_serve as serve
 from dask_serve.exceptions import ConfigError, PayloadError, ReplicaLostError, ServeError
@@ -101,21 +102,6 @@ class Box:
 class Pair:
     left: Any
     right: Any
-
-
-async def until(condition: Callable[[], Any], timeout: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        await asyncio.sleep(0.01)
-
-
-def within(seconds: float, condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        time.sleep(0.01)
-    return found
 
 
 def inc(x):
@@ -514,12 +500,12 @@ def test_results_wait_for_room_between_processes(two):
     # The first hundred of each replica were admitted before anybody knew how large results are.
     assert sum(client.run(held).values()) <= limit
     again = [handle.large.remote() for _ in range(300)]
-    within(10, lambda: sum(client.run(held).values()) > limit)
+    wait_until(lambda: sum(client.run(held).values()) > limit)
     time.sleep(0.3)
     assert all(nbytes <= limit + 2 * LARGE for nbytes in client.run(held).values())
     assert [len(ref.result(30)) for ref in again] == [LARGE] * 300
     del refs, again
-    within(10, lambda: not sum(client.run(held).values()))
+    wait_until(lambda: not sum(client.run(held).values()))
 
 
 @gen_cluster(client=True)
@@ -610,7 +596,7 @@ def test_http_is_not_refused(client):
     assert len(model.large.remote().result(10)) == LARGE
     client.run(set_limit, LARGE)
     refs = [model.large.remote(3 * LARGE) for _ in range(10)]
-    within(10, lambda: any(ref.done() for ref in refs))
+    wait_until(lambda: any(ref.done() for ref in refs))
     url = serve.status(client=client).url
     for _ in range(5):
         begun = time.monotonic()
@@ -696,7 +682,7 @@ def test_one_value_fetched_by_many_processes_at_once(two):
             assert [future.result() for future in found] == [LARGE] * 4
         client.run(set_limit, None)
     del ref, steps, found
-    within(20, lambda: not sum(client.run(held).values()))
+    wait_until(lambda: not sum(client.run(held).values()))
 
 
 async def _length(ref: Any) -> int:
@@ -844,7 +830,7 @@ def test_the_end_of_all_replicas_of_a_process_loses_no_result(two):
     assert [len(ref.result(10)) for ref in refs[:5]] == [LARGE] * 5
     assert client.gather(client.map(len, refs[5:])) == [LARGE] * 5
     del refs
-    within(20, lambda: not sum(client.run(held).values()))
+    wait_until(lambda: not sum(client.run(held).values()))
 
 
 # -- what is left ------------------------------------------------------------------------------------------------------
@@ -901,9 +887,9 @@ def test_a_hundred_thousand_calls_leave_nothing(two):
     for _ in range(32):
         some(2500)
     # The ends of promoted refs are looked after once a second.
-    within(20, lambda: not left_over())
-    within(20, lambda: not any(client.run(left_over).values()))
-    within(20, lambda: client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)) <= tasks)
+    wait_until(lambda: not left_over())
+    wait_until(lambda: not any(client.run(left_over).values()))
+    wait_until(lambda: client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)) <= tasks)
     assert not client.futures
     after = memory()
     grown = {name: (after[name] - before[name]) / 2**20 for name in before}

@@ -12,13 +12,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from distributed import Client
+from helpers import wait_until
 
 import dask_serve as serve
 from dask_serve.exceptions import (
@@ -31,14 +32,6 @@ from dask_serve.exceptions import (
 from dask_serve.routing.table import Table, decode_table
 
 PACKAGE = Path(serve.__file__).parent
-
-
-def until(met: Callable[[], Any], timeout: float = 15.0) -> Any:
-    deadline = time.monotonic() + timeout
-    while not (found := met()):
-        assert time.monotonic() < deadline, f"not met after {timeout} s"
-        time.sleep(0.01)
-    return found
 
 
 class Processes:
@@ -87,10 +80,10 @@ class Processes:
             assert process.poll() is None, self.log_of(process)
             return file.exists()
 
-        until(ready)
+        wait_until(ready)
         import json
 
-        self.address = until(lambda: file.stat().st_size and json.loads(file.read_text())["address"])
+        self.address = wait_until(lambda: file.stat().st_size and json.loads(file.read_text())["address"])
         return process
 
     def worker(self, *options: str) -> subprocess.Popen[bytes]:
@@ -177,7 +170,7 @@ class Load:
 
     def goes_on(self, number: int = 40) -> None:
         enough = self.answered + number
-        until(lambda: self.answered >= enough)
+        wait_until(lambda: self.answered >= enough)
 
     def stop(self) -> None:
         self._stop.set()
@@ -217,7 +210,7 @@ def test_a_killed_worker(processes):
         # 24 run, 12 on each worker (which may have taken one more ahead), and the others wait here.
         refs = [handle.nap.remote(1.5) for _ in range(30)]
         before = ready(client)
-        until(lambda: in_flight(client) >= 24)
+        wait_until(lambda: in_flight(client) >= 24)
         victim = workers[0]
         victim.kill()
         lost = 0
@@ -228,7 +221,7 @@ def test_a_killed_worker(processes):
                 lost += 1
         assert lost in (12, 13)
         # The table follows, and a replacement is started on the other worker.
-        until(lambda: len(ready(client)) == 2 and len(set(ready(client)) & set(before)) == 1)
+        wait_until(lambda: len(ready(client)) == 2 and len(set(ready(client)) & set(before)) == 1)
         assert {handle.pid.remote().result(timeout=5) for _ in range(20)} == {workers[1].pid}
 
 
@@ -243,7 +236,7 @@ def test_calls_at_a_killed_worker_fail_within_a_second(processes):
             assert set(load.pids) == {worker.pid for worker in workers}
             workers[0].kill()
             killed = time.monotonic()
-            until(lambda: sum(ref.done() for ref in refs) > 10)
+            wait_until(lambda: sum(ref.done() for ref in refs) > 10)
             took = time.monotonic() - killed
             count = len(load.pids)
             load.goes_on()
@@ -290,12 +283,12 @@ def test_a_terminated_worker_fails_no_request(processes, nanny):
             before = ready(client)
             workers[0].terminate()
             # It leaves the table while it still finishes what it has.
-            until(lambda: len(set(ready(client)) & set(before)) == 1)
+            wait_until(lambda: len(set(ready(client)) & set(before)) == 1)
             assert workers[0].poll() is None
             pids = [ref.result(timeout=10) for ref in refs]
             assert len(set(pids)) == 2
             assert workers[0].wait(15) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
-            until(lambda: len(ready(client)) == 2)
+            wait_until(lambda: len(ready(client)) == 2)
             load.goes_on()
         assert not load.errors
 
@@ -307,7 +300,7 @@ def test_code_that_never_returns_does_not_keep_a_worker(processes):
     with Client(processes.address) as client:
         handle = serve.run(Model.bind(), route_prefix=None, client=client, timeout=30)
         ref = handle.block.remote(3600)
-        until(lambda: in_flight(client) == 1)
+        wait_until(lambda: in_flight(client) == 1)
         worker.terminate()
         with pytest.raises(ReplicaLostError):
             ref.result(timeout=15)
@@ -322,7 +315,7 @@ def test_restart(processes):
         handle = serve.run(Model.bind(), route_prefix=None, client=client, timeout=30)
         first = handle.pid.remote().result(timeout=5)
         running = handle.nap.remote(0.5)
-        until(lambda: in_flight(client) == 1)
+        wait_until(lambda: in_flight(client) == 1)
         client.restart(timeout=30)
         assert running.result(timeout=5) == first
         assert handle.pid.remote().result(timeout=20) != first
@@ -343,7 +336,7 @@ def test_a_killed_scheduler(processes):
     proxies = [process for process in proxies if "dask_serve.proxy" in " ".join(process.cmdline())]
     assert proxies
     refs = [handle.nap.remote(60) for _ in range(10)]
-    until(lambda: in_flight(client) == 10)
+    wait_until(lambda: in_flight(client) == 10)
     os.kill(scheduler.pid, signal.SIGKILL)
     for ref in refs:
         with pytest.raises(RequestError):

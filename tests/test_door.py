@@ -7,12 +7,13 @@ import ctypes
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster
 from distributed.utils_test import captured_logger, gen_cluster
+from helpers import wait_until
 
 import dask_serve as serve
 from dask_serve.exceptions import ReplicaLostError
@@ -151,17 +152,6 @@ class Caller:
         return time.perf_counter() - began
 
 
-@pytest.fixture
-def until() -> Callable[..., None]:
-    def until(met: Callable[[], Any], timeout: float = 10.0) -> None:
-        deadline = time.monotonic() + timeout
-        while not met():
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-
-    return until
-
-
 class TestBesideRudeCode:
     """One cluster for all of them: closed before other tests look for what is left over."""
 
@@ -196,7 +186,7 @@ class TestBesideRudeCode:
 
         asyncio.run(check())
 
-    def test_a_silent_door_gets_no_new_requests_and_comes_back(self, client, until):
+    def test_a_silent_door_gets_no_new_requests_and_comes_back(self, client):
         """The table keeps it, its requests are answered, and the link is used again."""
         rude = serve.get_deployment_handle("Rude", "default", client=client)
         polite = serve.get_deployment_handle("Polite", "default", client=client)
@@ -206,10 +196,10 @@ class TestBesideRudeCode:
         before = table_of(client)
         napping = polite.nap.remote(0.2)
         held = rude.hold_the_interpreter.remote(3.0)
-        until(lambda: link.silent)
+        wait_until(lambda: link.silent)
         waiting = [polite.remote(i) for i in range(3)]
         router = fabric.router("default/Polite")
-        until(lambda: router.queued == 3)
+        wait_until(lambda: router.queued == 3)
         assert held.result(timeout=10) == "held"
         assert napping.result(timeout=10) == "rested"
         assert [ref.result(timeout=10) for ref in waiting] == [0, 1, 2]

@@ -10,8 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import httpx
 import psutil
 import pytest
 from distributed import Client
+from helpers import wait_until
 
 from dask_serve.embedded import EmbeddedCluster
 from dask_serve.exceptions import ServeError
@@ -102,13 +102,6 @@ def embedded(**options: Any) -> Iterator[tuple[EmbeddedCluster, Client]]:
     with EmbeddedCluster.start(**options) as cluster, Client(cluster.scheduler_address) as client:
         client.wait_for_workers(options["n_workers"], timeout=20)
         yield cluster, client
-
-
-def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
 
 
 def members(group: int) -> list[psutil.Process]:

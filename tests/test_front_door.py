@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from distributed import Client, LocalCluster
 from distributed.security import Security
+from helpers import wait_until
 from starlette.requests import Request
 
 import dask_serve as serve
@@ -98,13 +99,6 @@ def service() -> Iterator[Service]:
         serve.run(small.bind(), name="small", route_prefix="/small", client=client)
         yield (made := Service(client, cluster))
         del made
-
-
-def wait_until(condition: Callable[[], Any], timeout: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.02)
 
 
 def write_tokens(path: Path, *tokens: str) -> Path:

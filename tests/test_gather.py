@@ -7,13 +7,12 @@ import collections
 import concurrent.futures
 import threading
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 from distributed import wait
-from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils_test import gen_cluster, inc
+from helpers import Graphs, until
 
 import dask_serve as serve
 from dask_serve import gathering
@@ -65,23 +64,6 @@ class Caller:
 class Pair(NamedTuple):
     first: Any
     second: Any
-
-
-class Graphs(SchedulerPlugin):
-    name = "graphs"
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def update_graph(self, scheduler: Any, **kwargs: Any) -> None:
-        self.count += 1
-
-
-async def until(condition: Callable[[], Any], timeout: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture

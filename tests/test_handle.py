@@ -9,7 +9,6 @@ import pickle
 import threading
 import time
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
@@ -18,6 +17,7 @@ import pytest
 import uvloop
 from distributed import Client, LocalCluster, get_client, wait
 from distributed.utils_test import captured_logger, gen_cluster, inc
+from helpers import stored, until
 
 import dask_serve as serve
 from dask_serve.exceptions import (
@@ -33,7 +33,6 @@ from dask_serve.exceptions import (
 from dask_serve.handle import DeploymentHandle
 from dask_serve.replica.process import ServeProcess
 from dask_serve.routing.session import Session
-from dask_serve.routing.store import stores
 
 LARGE = 100_000
 
@@ -165,24 +164,6 @@ class Caller:
 
     async def forward(self, handle, x):
         return await handle.remote(x)
-
-
-async def until(condition: Callable[[], Any], timeout: float = 5.0) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + timeout
-    while True:
-        found = condition()
-        if asyncio.iscoroutine(found):
-            found = await found
-        if found:
-            return
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        await asyncio.sleep(0.01)
-
-
-def stored() -> int:
-    """Results in all stores of this process."""
-    return sum(len(store) for store in stores.values())
 
 
 @pytest.fixture

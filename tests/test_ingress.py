@@ -10,14 +10,14 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from distributed import Client
+from helpers import wait_until
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -38,14 +38,6 @@ pydantic = pytest.importorskip("pydantic")
 
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request  # noqa: E402
 from fastapi.responses import StreamingResponse  # noqa: E402
-
-
-def wait_until(condition: Callable[[], Any], timeout: float = 15.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.01)
-
 
 # -- what is served: FastAPI with routes that are methods ----------------------------------------------------
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 from distributed import Client
 from distributed.utils_test import gen_cluster
+from helpers import until
 
 import dask_serve as serve
 from dask_serve.replica.process import IDLE_SHARE
@@ -40,13 +39,6 @@ class Arrays:
 def _pool(monkeypatch: pytest.MonkeyPatch) -> None:
     gc.collect()
     monkeypatch.setattr(memory, "_pool", memory._Pool(memory.IDLE_LIMIT))
-
-
-async def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 @gen_cluster(client=True, nthreads=[("", 2)])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from helpers import until
 
 import dask_serve
 from dask_serve.config import HTTPOptions
@@ -73,13 +74,6 @@ def command(tmp_path):
 
 def run(coroutine):
     return asyncio.run(asyncio.wait_for(coroutine, 60))
-
-
-async def until(condition, timeout=10):
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
 
 
 @contextlib.asynccontextmanager

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 import uvloop
 from distributed import Client, Future, Queue, Variable, as_completed, wait
-from distributed.diagnostics.plugin import SchedulerPlugin
 from distributed.utils_test import captured_logger, gen_cluster
+from helpers import Graphs, stored, until
 
 import dask_serve as serve
 from dask_serve import response
@@ -31,7 +31,6 @@ from dask_serve.routing.engine import Engine
 from dask_serve.routing.outcome import Outcome
 from dask_serve.routing.session import Session
 from dask_serve.routing.state import RefState
-from dask_serve.routing.store import stores
 from dask_serve.wire import payloads
 
 LARGE = 100_000
@@ -69,18 +68,6 @@ class Model:
             raise KeyError(text) from error
 
 
-class Graphs(SchedulerPlugin):
-    """Counts what was submitted."""
-
-    name = "graphs"
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def update_graph(self, scheduler: Any, **kwargs: Any) -> None:
-        self.count += 1
-
-
 def inc(x):
     return x + 1
 
@@ -112,19 +99,6 @@ def in_threads(count: int, function: Callable[[int], Any]) -> list[Any]:
         thread.join(30)
         assert not thread.is_alive()
     return results
-
-
-async def until(condition: Callable[[], Any], timeout: float = 5.0) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        await asyncio.sleep(0.01)
-
-
-def stored() -> int:
-    """Results in all stores of this process."""
-    return sum(len(store) for store in stores.values())
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -14,6 +13,7 @@ import pytest
 from distributed import Client, Future, wait
 from distributed.core import Status
 from distributed.utils_test import gen_cluster, inc
+from helpers import stored, until, wait_until
 
 import dask_serve as serve
 from dask_serve.controller import promises
@@ -21,7 +21,6 @@ from dask_serve.exceptions import ReplicaLostError, RequestCancelledError, Reque
 from dask_serve.replica.process import ServeProcess
 from dask_serve.routing import promotion
 from dask_serve.routing.session import Session
-from dask_serve.routing.store import stores
 
 LARGE = 100_000
 
@@ -55,30 +54,6 @@ class Model:
 
     def fail(self, text):
         raise ValueError(text)
-
-
-async def until(condition: Callable[[], Any], timeout: float = 5.0) -> None:
-    """Wait for a condition."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        await asyncio.sleep(0.01)
-
-
-def within(seconds: float, condition: Callable[[], Any]) -> Any:
-    """Wait for a condition, in a thread."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = condition()
-        if found:
-            return found
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        time.sleep(0.01)
-
-
-def stored() -> int:
-    """Results in all stores of this process."""
-    return sum(len(store) for store in stores.values())
 
 
 def stored_on(client: Client) -> int:
@@ -259,7 +234,7 @@ def test_holder_with_a_busy_thread(client, handle):
     ref = handle.large.remote()
     wait(ref)
     blocker = client.submit(time.sleep, 6, workers=[holder], pure=False)
-    within(5, lambda: client.processing()[holder])
+    wait_until(lambda: client.processing()[holder])
     begun = time.monotonic()
     assert client.submit(len, ref).result(5) == LARGE
     took = time.monotonic() - begun
@@ -269,7 +244,7 @@ def test_holder_with_a_busy_thread(client, handle):
     (where,) = client.who_has([ref]).values()
     assert holder not in where
     assert len(ref.result()) == LARGE
-    within(5, lambda: not stored_on(client))
+    wait_until(lambda: not stored_on(client))
 
 
 def test_paused_holder(client, handle):
@@ -281,7 +256,7 @@ def test_paused_holder(client, handle):
         dask_worker.status = Status.paused
 
     client.run(pause, workers=[holder])
-    within(5, lambda: client.scheduler_info(-1)["workers"][holder]["status"] == "paused")
+    wait_until(lambda: client.scheduler_info(-1)["workers"][holder]["status"] == "paused")
     assert len(refs[0].result(5)) == LARGE
     assert client.submit(len, refs[1]).result(5) == LARGE
 
@@ -320,7 +295,7 @@ def test_value_moves_from_worker_to_worker(client, handle):
     ref = handle.array.remote(200_000)
     wait(ref)
     assert client.submit(lambda x: int(x.sum()), ref, workers=[elsewhere]).result(10) == sum(range(200_000))
-    within(5, lambda: not stored_on(client))
+    wait_until(lambda: not stored_on(client))
 
 
 # -- sessions that leave -----------------------------------------------------------------------------------------------

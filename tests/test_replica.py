@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 from distributed import Client
 from distributed.utils_test import gen_cluster
+from helpers import until
 
 import dask_serve as serve
 from dask_serve.controller.status import ServeStatus, decode_status
@@ -27,15 +27,6 @@ from dask_serve.routing.session import Session
 
 ONE = [("127.0.0.1", 2)]
 TWO = [("127.0.0.1", 2)] * 2
-
-
-async def until(met: Callable[[], Any], timeout: float = 10.0) -> Any:
-    """Wait for a condition of this process."""
-    deadline = time.monotonic() + timeout
-    while not (found := met()):
-        assert time.monotonic() < deadline, f"not met after {timeout} s: {met}"
-        await asyncio.sleep(0.01)
-    return found
 
 
 async def status_of(client: Client) -> ServeStatus:

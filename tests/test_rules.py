@@ -32,13 +32,14 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import Client, LocalCluster, get_client
 from distributed.utils_test import gen_cluster
+from helpers import until
 
 import dask_serve as serve
 from dask_serve import config
@@ -105,18 +106,6 @@ def managed() -> dict[str, str]:
         except serve.ServeError as error:
             found[name] = str(error)
     return found
-
-
-async def until(condition: Callable[[], Any], timeout: float = 5.0) -> None:
-    deadline = time.monotonic() + timeout
-    while True:
-        found = condition()
-        if asyncio.iscoroutine(found):
-            found = await found
-        if found:
-            return
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        await asyncio.sleep(0.01)
 
 
 @pytest.fixture

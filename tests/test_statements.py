@@ -26,6 +26,7 @@ import numpy as np
 import psutil
 import pytest
 from distributed import Client, Future, as_completed, wait
+from helpers import wait_until
 from starlette.requests import Request
 
 import dask_serve as serve
@@ -187,13 +188,6 @@ def service() -> Iterator[Service]:
         with Client(cluster.scheduler_address) as client:
             client.wait_for_workers(2, timeout=30)
             yield Service(client, serve.start(port=0, client=client))
-
-
-def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.01)
 
 
 def lines(path: Path) -> list[str]:

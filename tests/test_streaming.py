@@ -12,7 +12,6 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 from distributed.utils_test import captured_logger, gen_cluster
+from helpers import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.responses import StreamingResponse
@@ -242,18 +242,6 @@ class Relay:
     async def lines(self, n):
         async for i in self.source.count.remote(n, 0, 0.001):
             yield f"{i}\n"
-
-
-async def until(condition: Callable[[], Any], timeout: float = 5.0) -> Any:
-    deadline = time.monotonic() + timeout
-    while True:
-        found = condition()
-        if asyncio.iscoroutine(found):
-            found = await found
-        if found:
-            return found
-        assert time.monotonic() < deadline, "the condition was not met in time"
-        await asyncio.sleep(0.01)
 
 
 async def collect(stream: Any) -> list[Any]:

@@ -9,11 +9,11 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
 
 import numpy as np
 import psutil
 import pytest
+from helpers import wait_until
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -39,13 +39,6 @@ def array(nbytes: int, value: int = 0) -> np.ndarray:
 
 def address(made: np.ndarray) -> int:
     return made.__array_interface__["data"][0]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, memory.POOLED_FROM - 1, memory.POOLED_FROM, 3 * MB + 1, 64_000_000])
@@ -171,9 +164,9 @@ def test_what_is_idle_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch):
         held = process.memory_info().rss
         del made
         assert idle_bytes() == 64 * MB
-        until(lambda: not idle_bytes())
-        until(lambda held=held: process.memory_info().rss < held - 60 * MB)
-        until(lambda: process.num_threads() <= threads)
+        wait_until(lambda: not idle_bytes())
+        wait_until(lambda held=held: process.memory_info().rss < held - 60 * MB)
+        wait_until(lambda: process.num_threads() <= threads)
 
 
 def test_the_longest_idle_go_first():

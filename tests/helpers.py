@@ -1,0 +1,51 @@
+"""What tests of several modules use."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from distributed import SchedulerPlugin
+
+from dask_serve.routing.store import stores
+
+
+async def until(condition: Callable[[], Any], timeout: float = 10.0) -> Any:
+    """Wait for a condition, which may be a coroutine function, and return what it found."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = condition()
+        if asyncio.iscoroutine(found):
+            found = await found
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"not met within {timeout:g} s: {condition}"
+        await asyncio.sleep(0.005)
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+    """Wait for a condition, in a thread, and return what it found."""
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"not met within {timeout:g} s: {condition}"
+        time.sleep(0.01)
+    return found
+
+
+def stored() -> int:
+    """Results in all stores of this process."""
+    return sum(len(store) for store in stores.values())
+
+
+class Graphs(SchedulerPlugin):
+    """Counts what was submitted."""
+
+    name = "graphs"
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def update_graph(self, scheduler: Any, **kwargs: Any) -> None:
+        self.count += 1
