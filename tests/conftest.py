@@ -1,13 +1,16 @@
-"""Fixtures of distributed's own test suite, for tests of ours that use ``gen_cluster``, ``cluster`` or a client."""
+"""Fixtures: those of distributed's own test suite that ours need, and a cluster that a module's tests share."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
+from distributed import Client
 from distributed.utils_test import (  # noqa: F401
     a,
     b,
     cleanup,
-    client,
     cluster_fixture,
     loop,
     loop_in_thread,
@@ -17,10 +20,41 @@ from distributed.utils_test import (  # noqa: F401
     tls_cluster,
 )
 
+from dask_serve.embedded import EmbeddedCluster
 from dask_serve.session.waiting import call_back
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections():
+    """What was imported stays: no garbage collection has to look at it, of which there are thousands."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def callback_thread():
     """Dask's thread for callbacks stays; it is there before a test counts threads."""
     call_back(lambda ref: None, None)
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator[str]:
+    """Two worker processes with one thread each, for all tests of a module: starting them takes 2 to 3 s."""
+    with EmbeddedCluster.start(n_workers=2, nthreads=1, dashboard_address=None) as cluster:
+        with Client(cluster.scheduler_address, set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=30)
+        yield cluster.scheduler_address
+
+
+@pytest.fixture
+def client(shared_cluster: str, loop) -> Iterator[Client]:  # noqa: F811
+    """A synchronous client of the shared cluster. What a test leaves on the cluster, the next one finds."""
+    with Client(shared_cluster, loop=loop) as client:
+        yield client
+
+
+@pytest.fixture
+def own_client(cluster_fixture, loop) -> Iterator[Client]:  # noqa: F811
+    """A synchronous client of a cluster that the test may harm."""
+    with Client(cluster_fixture[0]["address"], loop=loop) as client:
+        yield client

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 from distributed import SchedulerPlugin
 
 from dask_serve.routing.store import stores
@@ -32,6 +33,11 @@ def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
         assert time.monotonic() < deadline, f"not met within {timeout:g} s: {condition}"
         time.sleep(0.01)
     return found
+
+
+def http_client(url: str, **options: Any) -> httpx.Client:
+    """A client for HTTP without TLS: to load the system's certificates would take longer than most tests."""
+    return httpx.Client(**{"base_url": url, "timeout": 20, "trust_env": False, "verify": False, **options})
 
 
 def stored() -> int:

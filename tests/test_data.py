@@ -113,15 +113,24 @@ def held() -> int:
     return sum(store.nbytes for store in stores.values())
 
 
-def set_limit(limit: int | None) -> None:
-    """Change the limit of this process."""
+def set_limit(limit: int | None) -> int | None:
+    """Change the limit of this process, and return the one before."""
 
-    async def change(door: Any) -> None:
-        door.store.limit = limit
+    async def change(door: Any) -> int | None:
+        before, door.store.limit = door.store.limit, limit
         door.room.look()
+        return before
 
-    for door in ServeProcess.doors():
-        door.run(change(door)).result(5)
+    return max((door.run(change(door)).result(5) for door in ServeProcess.doors()), default=None)
+
+
+@contextlib.contextmanager
+def limited(client: Client, limit: int) -> Iterator[None]:
+    """Give all workers a limit for a while."""
+    before = client.run(set_limit, limit)
+    yield
+    for address, its in before.items():
+        client.run(set_limit, its, workers=[address])
 
 
 # -- arguments at any depth --------------------------------------------------------------------------------------------
@@ -494,18 +503,18 @@ async def test_results_wait_for_room_at_the_router(c, s, a, b):
 def test_results_wait_for_room_between_processes(two):
     client, handle = two
     limit = 10 * LARGE
-    client.run(set_limit, limit)
-    refs = [handle.large.remote() for _ in range(300)]
-    assert [len(ref.result(30)) for ref in refs] == [LARGE] * 300
-    # The first hundred of each replica were admitted before anybody knew how large results are.
-    assert sum(client.run(held).values()) <= limit
-    again = [handle.large.remote() for _ in range(300)]
-    wait_until(lambda: sum(client.run(held).values()) > limit)
-    time.sleep(0.3)
-    assert all(nbytes <= limit + 2 * LARGE for nbytes in client.run(held).values())
-    assert [len(ref.result(30)) for ref in again] == [LARGE] * 300
-    del refs, again
-    wait_until(lambda: not sum(client.run(held).values()))
+    with limited(client, limit):
+        refs = [handle.large.remote() for _ in range(300)]
+        assert [len(ref.result(30)) for ref in refs] == [LARGE] * 300
+        # The first hundred of each replica were admitted before anybody knew how large results are.
+        assert sum(client.run(held).values()) <= limit
+        again = [handle.large.remote() for _ in range(300)]
+        wait_until(lambda: sum(client.run(held).values()) > limit)
+        time.sleep(0.3)
+        assert all(nbytes <= limit + 2 * LARGE for nbytes in client.run(held).values())
+        assert [len(ref.result(30)) for ref in again] == [LARGE] * 300
+        del refs, again
+        wait_until(lambda: not sum(client.run(held).values()))
 
 
 @gen_cluster(client=True)
@@ -594,18 +603,18 @@ def test_http_is_not_refused(client):
     handle = serve.run(Caller.bind(Model.bind()), client=client)
     model = serve.get_deployment_handle("Model", "default", client=client)
     assert len(model.large.remote().result(10)) == LARGE
-    client.run(set_limit, LARGE)
-    refs = [model.large.remote(3 * LARGE) for _ in range(10)]
-    wait_until(lambda: any(ref.done() for ref in refs))
-    url = serve.status(client=client).url
-    for _ in range(5):
-        begun = time.monotonic()
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            assert answer.read() == str(LARGE).encode()
-        assert time.monotonic() - begun < 0.9
-    assert not all(ref.done() for ref in refs)
-    assert sum(len(ref.result(10)) for ref in refs) == 30 * LARGE
-    assert len(handle.both.remote(LARGE).result(10)) == 2 * LARGE
+    with limited(client, LARGE):
+        refs = [model.large.remote(3 * LARGE) for _ in range(10)]
+        wait_until(lambda: any(ref.done() for ref in refs))
+        url = serve.status(client=client).url
+        for _ in range(5):
+            begun = time.monotonic()
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                assert answer.read() == str(LARGE).encode()
+            assert time.monotonic() - begun < 0.9
+        assert not all(ref.done() for ref in refs)
+        assert sum(len(ref.result(10)) for ref in refs) == 30 * LARGE
+        assert len(handle.both.remote(LARGE).result(10)) == 2 * LARGE
     serve.shutdown(client=client)
 
 
@@ -793,11 +802,11 @@ async def test_the_end_of_a_replica_loses_no_result(c, s, a, b):
     ("left", "closed", "answered", "stays"),
     [(False, False, False, True), (True, False, True, False), (False, True, True, True), (False, True, False, False)],
 )
-def test_results_that_come_late_stay_only_for_those_who_know_of_them(client, left, closed, answered, stays):
+def test_results_that_come_late_stay_only_for_those_who_know_of_them(own_client, left, closed, answered, stays):
     """What a user thread hands over after its request was answered as cancelled, or its replica was stopped."""
     # The request that is put there never ends by itself.
     impatient = Model.options(graceful_shutdown_timeout_s=0.5)
-    handle = serve.run(impatient.bind(), route_prefix=None, client=client)
+    handle = serve.run(impatient.bind(), route_prefix=None, client=own_client)
     assert handle.remote(1).result(10) == 1
 
     def late() -> int | None:
@@ -818,8 +827,8 @@ def test_results_that_come_late_stay_only_for_those_who_know_of_them(client, lef
                 return door.run(on_mail(door, core)).result(5)
         return None
 
-    assert [count for count in client.run(late).values() if count is not None] == [stays]
-    serve.shutdown(client=client)
+    assert [count for count in own_client.run(late).values() if count is not None] == [stays]
+    serve.shutdown(client=own_client)
 
 
 def test_the_end_of_all_replicas_of_a_process_loses_no_result(two):

@@ -21,7 +21,7 @@ from typing import Any
 import httpx
 import pytest
 from distributed import Client
-from helpers import wait_until
+from helpers import http_client, wait_until
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -365,7 +365,7 @@ class Service:
     client: Client
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, trust_env=False, **options)
+        return http_client(self.url, **options)
 
     def deploy(self, target: Any, name: str, *args: Any, wait: bool = True, **options: Any) -> None:
         declared = serve.deployment(**options)(target) if options else serve.deployment(target)

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from distributed import Client
-from helpers import wait_until
+from helpers import http_client, wait_until
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -328,7 +328,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture
 def http(service: Service) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service.url, timeout=20, trust_env=False) as http:
+    with http_client(service.url) as http:
         yield http
 
 
@@ -736,7 +736,7 @@ def test_the_example(service):
     from examples.fastapi_app import app as example
 
     serve.run(example, name="rents", route_prefix="/rents", client=service.client, timeout=30)
-    with httpx.Client(base_url=f"{service.url}/rents", timeout=20, trust_env=False) as http:
+    with http_client(f"{service.url}/rents") as http:
         answer = http.post("/estimates", json={"rooms": 3, "area": 70})
         assert 800 < answer.json()["rent"] < 1000
         assert answer.json()["request_id"] == answer.headers["x-request-id"]

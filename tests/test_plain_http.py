@@ -19,6 +19,7 @@ import msgspec
 import numpy as np
 import pytest
 from distributed import Client
+from helpers import http_client
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -237,7 +238,7 @@ def http(directory: pathlib.Path) -> Iterator[httpx.Client]:
         ]:
             declared = serve.deployment(**options)(target)
             serve.run(declared.bind(*args), name=name, route_prefix=f"/{name}", client=client)
-        with httpx.Client(base_url=url, timeout=20, trust_env=False) as http:
+        with http_client(url) as http:
             yield http
 
 

@@ -227,57 +227,60 @@ async def test_promoted_and_forgotten_before_the_task_could_run(c, s, a):
 # -- holders -----------------------------------------------------------------------------------------------------------
 
 
-def test_holder_with_a_busy_thread(client, handle):
+def test_holder_with_a_busy_thread(own_client):
     """Work stealing moves the task within a moment, and the value comes through the door."""
-    holder = holder_of(client)
+    handle = serve.run(Model.bind(), route_prefix=None, client=own_client)
+    holder = holder_of(own_client)
     handle.remote(1).result()
     ref = handle.large.remote()
     wait(ref)
-    blocker = client.submit(time.sleep, 6, workers=[holder], pure=False)
-    wait_until(lambda: client.processing()[holder])
+    blocker = own_client.submit(time.sleep, 6, workers=[holder], pure=False)
+    wait_until(lambda: own_client.processing()[holder])
     begun = time.monotonic()
-    assert client.submit(len, ref).result(5) == LARGE
+    assert own_client.submit(len, ref).result(5) == LARGE
     took = time.monotonic() - begun
     assert took < 3, took
     assert not blocker.done()
     # It is a task of the other worker now, and the ref goes on.
-    (where,) = client.who_has([ref]).values()
+    (where,) = own_client.who_has([ref]).values()
     assert holder not in where
     assert len(ref.result()) == LARGE
-    wait_until(lambda: not stored_on(client))
+    wait_until(lambda: not stored_on(own_client))
 
 
-def test_paused_holder(client, handle):
-    holder = holder_of(client)
+def test_paused_holder(own_client):
+    handle = serve.run(Model.bind(), route_prefix=None, client=own_client)
+    holder = holder_of(own_client)
     refs = [handle.large.remote() for _ in range(2)]
     wait(refs)
 
     def pause(dask_worker: Any) -> None:
         dask_worker.status = Status.paused
 
-    client.run(pause, workers=[holder])
-    wait_until(lambda: client.scheduler_info(-1)["workers"][holder]["status"] == "paused")
+    own_client.run(pause, workers=[holder])
+    wait_until(lambda: own_client.scheduler_info(-1)["workers"][holder]["status"] == "paused")
     assert len(refs[0].result(5)) == LARGE
-    assert client.submit(len, refs[1]).result(5) == LARGE
+    assert own_client.submit(len, refs[1]).result(5) == LARGE
 
 
-def test_holder_killed(client, handle):
-    holder = holder_of(client)
-    pid = client.run(os.getpid, workers=[holder])[holder]
+def test_holder_killed(own_client):
+    handle = serve.run(Model.bind(), route_prefix=None, client=own_client)
+    holder = holder_of(own_client)
+    pid = own_client.run(os.getpid, workers=[holder])[holder]
     refs = [handle.large.remote() for _ in range(5)]
     running = [handle.gate.remote(1), handle.gate.remote(2)]
-    dependent = client.submit(inc, running[1])
+    dependent = own_client.submit(inc, running[1])
     wait(refs)
     # It belongs to Dask, and to the other worker, before the holder dies.
-    (elsewhere,) = others_of(client)
-    moved = client.submit(len, refs[4], workers=[elsewhere])
+    (elsewhere,) = others_of(own_client)
+    moved = own_client.submit(len, refs[4], workers=[elsewhere])
     assert moved.result(5) == LARGE
     os.kill(pid, signal.SIGKILL)
     begun = time.monotonic()
     for attempt in (
         lambda: refs[0].result(10),
-        lambda: client.gather([refs[1]]),
-        lambda: client.submit(len, refs[2]).result(10),
+        lambda: own_client.gather([refs[1]]),
+        lambda: own_client.submit(len, refs[2]).result(10),
         lambda: running[0].result(10),
         lambda: dependent.result(10),
     ):

@@ -26,7 +26,7 @@ import numpy as np
 import psutil
 import pytest
 from distributed import Client, Future, as_completed, wait
-from helpers import wait_until
+from helpers import http_client, wait_until
 from starlette.requests import Request
 
 import dask_serve as serve
@@ -179,7 +179,8 @@ class Service:
         return serve.run(app, name, f"/{name}", client=self.client, **options)
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=20, trust_env=False)
+        with http_client(self.url) as http:
+            return http.get(path)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import httpx
 import psutil
 import pytest
 from distributed import Client
+from helpers import http_client
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 
@@ -203,7 +204,7 @@ class Service:
         self.client = client
 
     def http(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60, trust_env=False, **options)
+        return http_client(self.url, **{"timeout": 60, **options})
 
     def deploy(self, target: Any, name: str, **options: Any) -> None:
         declared = serve.deployment(**options)(target) if options else serve.deployment(target)
