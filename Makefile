@@ -1,7 +1,8 @@
 # Every target sets up what it needs, once, in .venv. Python 3.10 or newer and make are enough.
 #
 #   make demo          start a cluster, serve a model, ask it, stop        (KEEP=1: stay up until Ctrl-C)
-#   make test          lint, types, import contracts and the quick tests   (ARGS="-k router": passed to pytest)
+#   make test          lint, types, import contracts and the quick tests   (ARGS="-k router": passed to pytest;
+#                                                                           JOBS=0: in one process, for --pdb)
 #   make test-all      the same with the slow tests
 #   make test-oldest   the tests with the oldest distributed that is promised, in .venv-oldest
 #   make bench         the benchmarks, several minutes                     (ARGS="--quick")
@@ -11,8 +12,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# A file's tests share a cluster, and run one after the other.
+PYTEST := -m pytest -n $(JOBS) --dist loadfile
 METADATA := setup.py pyproject.toml
 OLDEST := 2025.9.0
 PEERS := $(patsubst benchmarks/peers/requirements/%.txt,%,$(wildcard benchmarks/peers/requirements/*.txt))
@@ -27,14 +31,14 @@ demo: $(VENV)/.examples
 	@$(RUN) -m examples.demo $(if $(KEEP),--keep) $(ARGS)
 
 test: lint
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) $(PYTEST) $(ARGS)
 
 test-all: lint
-	$(RUN) -m pytest -m "" $(ARGS)
+	$(RUN) $(PYTEST) -m "" $(ARGS)
 
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/.oldest
-	.venv-oldest/bin/python -m pytest -m "" $(ARGS)
+	.venv-oldest/bin/python $(PYTEST) -m "" $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check

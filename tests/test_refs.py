@@ -675,7 +675,8 @@ def test_dask_functions_from_a_script(client, handle):
     assert [ref.status for ref, _ in found] == ["error", "finished"]
 
 
-def test_a_hundred_thousand_refs_come_and_go(client, handle):
+@pytest.mark.parametrize("count", [500, pytest.param(5000, marks=pytest.mark.slow)])
+def test_many_refs_come_and_go(client, handle, count):
     """The collector may run anywhere, also in a thread that holds one of our locks, or one of somebody else's."""
     session = handle._session or Session.of(client)
     handle.remote(1).result()
@@ -696,7 +697,7 @@ def test_a_hundred_thousand_refs_come_and_go(client, handle):
     gc.set_threshold(200, 5, 5)
     try:
         for number in range(20):
-            refs: list[Any] = [handle.remote(i) for i in range(5000)]
+            refs: list[Any] = [handle.remote(i) for i in range(count)]
             if number % 2:
                 wait(refs)
             if number % 3 == 0:
@@ -721,7 +722,7 @@ def test_a_hundred_thousand_refs_come_and_go(client, handle):
     while router.in_flight or router.queued:
         assert time.monotonic() < deadline, router
         time.sleep(0.01)
-    assert router.answered == 100_502
+    assert router.answered == 20 * count + 502
     assert not router.failed
     gc.collect()
     assert not [left for left in gc.get_objects() if isinstance(left, (serve.DeploymentResponse, RefState))]
