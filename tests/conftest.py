@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from distributed import Client
@@ -41,6 +44,7 @@ def callback_thread():
 def shared_cluster() -> Iterator[str]:
     """Two worker processes with one thread each, for all tests of a module: starting them takes 2 to 3 s."""
     with EmbeddedCluster.start(n_workers=2, nthreads=1, dashboard_address=None) as cluster:
+        # It is closed before others look for clients that are left.
         with Client(cluster.scheduler_address, set_as_default=False) as client:
             client.wait_for_workers(2, timeout=30)
         yield cluster.scheduler_address
@@ -58,3 +62,24 @@ def own_client(cluster_fixture, loop) -> Iterator[Client]:  # noqa: F811
     """A synchronous client of a cluster that the test may harm."""
     with Client(cluster_fixture[0]["address"], loop=loop) as client:
         yield client
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Callable[..., Any]:
+    """Return headers that name a marker file, or wait until a line stands in it."""
+    path = tmp_path / "marker"
+
+    def mark(until: str | None = None, deadline: float = 15.0) -> Any:
+        if until is None:
+            return {"x-marker": str(path)}
+        end = time.monotonic() + deadline
+        lines: list[str] = []
+        while time.monotonic() < end:
+            lines = path.read_text().splitlines() if path.exists() else []
+            for line in lines:
+                if line.startswith(until):
+                    return line
+            time.sleep(0.01)
+        raise AssertionError(f"no {until!r} in {lines[-20:]}")
+
+    return mark

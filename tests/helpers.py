@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
-from distributed import SchedulerPlugin
+from distributed import Client, SchedulerPlugin
 
+from dask_serve.embedded import EmbeddedCluster
 from dask_serve.routing.store import stores
 
 
@@ -33,6 +35,15 @@ def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
         assert time.monotonic() < deadline, f"not met within {timeout:g} s: {condition}"
         time.sleep(0.01)
     return found
+
+
+@contextlib.contextmanager
+def embedded_client(n_workers: int, nthreads: int) -> Iterator[Client]:
+    """Give a client of a cluster of so many worker processes, each with so many threads."""
+    cluster = EmbeddedCluster.start(n_workers=n_workers, nthreads=nthreads, dashboard_address=None)
+    with cluster, Client(cluster.scheduler_address, set_as_default=False) as client:
+        client.wait_for_workers(n_workers, timeout=30)
+        yield client
 
 
 def http_client(url: str, **options: Any) -> httpx.Client:

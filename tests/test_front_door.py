@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from distributed import Client, LocalCluster
 from distributed.security import Security
-from helpers import wait_until
+from helpers import embedded_client, wait_until
 from starlette.requests import Request
 
 import dask_serve as serve
@@ -627,9 +627,7 @@ def test_dask_serve_proxy_without_a_service(tmp_path):
 
 def test_when_the_scheduler_dies_requests_are_held_until_their_deadline():
     """Its workers leave with it; what waits then is told so at its deadline, or when the proxies end."""
-    cluster = EmbeddedCluster.start(n_workers=1, nthreads=1, dashboard_address=None)
-    with cluster, Client(cluster.scheduler_address, set_as_default=False) as client:
-        client.wait_for_workers(1, timeout=30)
+    with embedded_client(1, 1) as client:
         url = serve.start(port=0, client=client)
         serve.run(serve.deployment(Echo).bind(), name="echo", route_prefix="/echo", client=client)
         with httpx.Client(base_url=url, timeout=20) as http:

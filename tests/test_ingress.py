@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 from distributed import Client
-from helpers import http_client, wait_until
+from helpers import embedded_client, http_client, wait_until
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -27,7 +27,6 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 import dask_serve as serve
-from dask_serve.embedded import EmbeddedCluster
 from dask_serve.exceptions import ConfigError
 from dask_serve.ingress import ingress_of
 from dask_serve.shipping import code, graph
@@ -314,9 +313,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     directory = tmp_path_factory.mktemp("ingress")
     (directory / "a.txt").write_text("a static file")
     journal = directory / "journal"
-    cluster = EmbeddedCluster.start(n_workers=1, nthreads=2, dashboard_address=None)
-    with cluster, Client(cluster.scheduler_address, set_as_default=False) as client:
-        client.wait_for_workers(1, timeout=30)
+    with embedded_client(1, 2) as client:
         service = Service(serve.start(port=0, client=client), journal, client)
         shop = serve.deployment(serve.ingress(app)(Shop))
         service.run(shop, "shop", str(journal), serve.deployment(Doubler).bind())
@@ -516,9 +513,7 @@ def test_an_application_ends_with_its_replica(service, tmp_path):
 
 def test_applications_end_with_their_worker(tmp_path):
     journal = tmp_path / "journal"
-    cluster = EmbeddedCluster.start(n_workers=1, nthreads=1, dashboard_address=None)
-    with cluster, Client(cluster.scheduler_address, set_as_default=False) as client:
-        client.wait_for_workers(1, timeout=30)
+    with embedded_client(1, 1) as client:
         deployment = serve.deployment(serve.ingress(app)(type("Ends", (Shop,), {})))
         serve.run(deployment.bind(str(journal), None), route_prefix=None, client=client)
         assert journal.read_text() == "up\n"

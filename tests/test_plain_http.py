@@ -18,15 +18,13 @@ import httpx
 import msgspec
 import numpy as np
 import pytest
-from distributed import Client
-from helpers import http_client
+from helpers import embedded_client, http_client
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, StreamingResponse
 
 import dask_serve as serve
-from dask_serve.embedded import EmbeddedCluster
 from dask_serve.replica.jsonable import to_json
 
 
@@ -224,9 +222,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def http(directory: pathlib.Path) -> Iterator[httpx.Client]:
-    cluster = EmbeddedCluster.start(n_workers=1, nthreads=2, dashboard_address=None)
-    with cluster, Client(cluster.scheduler_address, set_as_default=False) as client:
-        client.wait_for_workers(1, timeout=30)
+    with embedded_client(1, 2) as client:
         url = serve.start(port=0, client=client)
         for name, target, options, args in [
             ("answers", Answers, {}, (str(directory),)),

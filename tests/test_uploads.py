@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ import httpx
 import psutil
 import pytest
 from distributed import Client
-from helpers import http_client
+from helpers import embedded_client, http_client
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 
 import dask_serve as serve
-from dask_serve.embedded import EmbeddedCluster
 
 MEGABYTE = 2**20
 LIMIT = 3 * 2**30
@@ -222,9 +221,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    cluster = EmbeddedCluster.start(n_workers=2, nthreads=1, dashboard_address=None)
-    with cluster, Client(cluster.scheduler_address, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=30)
+    with embedded_client(2, 1) as client:
         url = serve.start(port=0, body_limit=LIMIT, client=client)
         service = Service(url, client)
         service.deploy(Uploads, "up")
@@ -239,26 +236,6 @@ def service() -> Iterator[Service]:
 def http(service: Service) -> Iterator[httpx.Client]:
     with service.http() as client:
         yield client
-
-
-@pytest.fixture
-def mark(tmp_path: Path) -> Callable[..., Any]:
-    """Return headers that name a marker file, or wait until a line stands in it."""
-    path = tmp_path / "marker"
-
-    def mark(until: str | None = None, deadline: float = 15.0) -> Any:
-        if until is None:
-            return {"x-marker": str(path)}
-        end = time.monotonic() + deadline
-        while time.monotonic() < end:
-            lines = path.read_text().splitlines() if path.exists() else []
-            for line in lines:
-                if line.startswith(until):
-                    return line
-            time.sleep(0.01)
-        raise AssertionError(f"no {until!r} in {lines}")
-
-    return mark
 
 
 def pieces(total: int, size: int = 256 * 1024) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ import os
 import signal
 import socket as sockets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import psutil
 import pytest
 from distributed import Client
 from fastapi import FastAPI
+from helpers import embedded_client
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -26,7 +27,6 @@ from websockets.sync.client import ClientConnection, connect
 
 import dask_serve as serve
 from dask_serve.config import HTTPOptions
-from dask_serve.embedded import EmbeddedCluster
 
 MEGABYTE = 2**20
 
@@ -181,34 +181,11 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[Service]:
-    cluster = EmbeddedCluster.start(n_workers=2, nthreads=1, dashboard_address=None)
-    with cluster, Client(cluster.scheduler_address, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=30)
+    with embedded_client(2, 1) as client:
         service = Service(serve.start(port=0, client=client), client)
         service.deploy(Sockets, "ws", graceful_shutdown_timeout_s=0.5)
         service.deploy(Plain, "plain")
         yield service
-
-
-@pytest.fixture
-def mark(tmp_path: Path) -> Callable[..., Any]:
-    """Return headers that name a marker file, or wait until a line stands in it."""
-    path = tmp_path / "marker"
-
-    def mark(until: str | None = None, deadline: float = 15.0) -> Any:
-        if until is None:
-            return {"x-marker": str(path)}
-        end = time.monotonic() + deadline
-        lines: list[str] = []
-        while time.monotonic() < end:
-            lines = path.read_text().splitlines() if path.exists() else []
-            for line in lines:
-                if line.startswith(until):
-                    return line
-            time.sleep(0.01)
-        raise AssertionError(f"no {until!r} in {lines[-20:]}")
-
-    return mark
 
 
 def closed(socket: ClientConnection) -> tuple[int, str]:
