@@ -122,6 +122,8 @@ class HTTPOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         Seconds within which a head must have come; over it 408.
     body_timeout_s : float, default 30.0
         Seconds within which another KiB of a request's body, or its end, must have come; over it 408.
+    message_limit : int, default 16777216
+        Bytes that a WebSocket's client may send as one message; a larger one closes it with 1009.
     keep_alive_timeout_s : float, default 75.0
         Seconds a connection may stay open between two requests.
     max_connections : int, default 10000
@@ -162,6 +164,7 @@ class HTTPOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     max_headers: Annotated[int, Meta(ge=1, le=10_000)] = 128
     head_timeout_s: Seconds = 30.0
     body_timeout_s: Seconds = 30.0
+    message_limit: Count = 16 * 2**20
     keep_alive_timeout_s: Seconds = 75.0
     max_connections: Count = 10_000
     tls_certificate: Path | None = None

@@ -58,6 +58,8 @@ class RequestContext:
         The request lets online ones go first; so do the calls that it makes.
     cancelled : bool
         Nobody wants the answer any more. A ``def`` that computes for long may look at it.
+    trace : tuple of str or None
+        ``traceparent`` and ``tracestate`` together, as calls made onward carry them; None without a trace.
     """
 
     __slots__ = (
@@ -68,6 +70,7 @@ class RequestContext:
         "deadline",
         "multiplexed_model_id",
         "request_id",
+        "trace",
     )
 
     def __init__(
@@ -76,11 +79,13 @@ class RequestContext:
         deadline: float | None = None,
         multiplexed_model_id: str = "",
         background: bool = False,
+        trace: tuple[str, str] | None = None,
     ) -> None:
         self.request_id = request_id
         self.deadline = deadline
         self.multiplexed_model_id = multiplexed_model_id
         self.background = background
+        self.trace = trace
         self.cancelled = False
         self._refuses = False
         #: By what is under way: how it is cancelled. Made with the first call, since most requests make none.
@@ -93,6 +98,16 @@ class RequestContext:
     def request_class(self) -> str:
         """``"online"`` or ``"background"``."""
         return "background" if self.background else "online"
+
+    @property
+    def traceparent(self) -> str:
+        """The W3C trace context of the request, as its client sent it; "" without a valid one."""
+        return "" if self.trace is None else self.trace[0]
+
+    @property
+    def tracestate(self) -> str:
+        """What goes with `traceparent`, or ""."""
+        return "" if self.trace is None else self.trace[1]
 
     @property
     def refuses(self) -> bool:

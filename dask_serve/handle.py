@@ -264,11 +264,14 @@ class DeploymentHandle:
         background = self._background
         if context is None:
             request_id, timeout = self._request_id or _new_request_id(), self._timeout
+            trace = None
         else:
             request_id, timeout = self._request_id or context.request_id, self._remaining(context.deadline, session)
             background = context.background if background is None else background
+            trace = context.trace
         make_state, make_ref, assigned = self._kinds
         state = make_state(self._method, (), request_id)
+        state.trace = trace
         state.retries = self._retries
         if background:
             state.background = True

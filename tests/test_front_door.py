@@ -583,6 +583,9 @@ def proxy_command(service: Service, *options: str) -> Iterator[tuple[subprocess.
 def test_dask_serve_proxy(service):
     with proxy_command(service, "--num-proxies", "2", "--http", "max_headers=40") as (process, url):
         assert url != service.url
+        # The status of the service knows them.
+        wait_until(lambda: [row.get("url") for row in service.proxies()].count(url) == 2)
+        assert f"url {url}" in str(serve.status(client=service.client))
         assert httpx.get(url + "/echo/x").json()["path"] == "/echo/x"
         assert httpx.get(url + "/-/readyz").text == "ready"
         # It follows the table and the options of the service.
@@ -608,6 +611,7 @@ def test_dask_serve_proxy(service):
         load.goes_on(20)
         process.terminate()
         assert process.wait(30) == 0
+        wait_until(lambda: not [row for row in service.proxies() if "url" in row])
         load._stop.set()
         load.stop()
     assert all("refused" in failure.lower() for failure in load.failed), load.failed

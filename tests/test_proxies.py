@@ -20,7 +20,7 @@ from helpers import until
 
 import dask_serve
 from dask_serve.config import HTTPOptions
-from dask_serve.controller import process, proxies, sockets
+from dask_serve.controller import elsewhere, process, proxies, sockets
 from dask_serve.exceptions import ConfigError, ServeError
 
 ROOT = Path(dask_serve.__file__).parents[1]
@@ -536,3 +536,28 @@ def test_the_process_refuses_to_be_run_by_hand():
 def test_options_survive_the_lifeline():
     options = HTTPOptions(port=1, num_proxies=3)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(options), type=HTTPOptions) == options
+
+
+def test_nodes_that_fall_silent_are_forgotten(monkeypatch):
+    monkeypatch.setattr(elsewhere, "SILENT_AFTER", 0.1)
+
+    async def main():
+        changes = []
+        nodes = elsewhere.Elsewhere(lambda: changes.append(list(nodes.rows)))
+        one, other = {"slot": 0, "url": "http://one"}, {"slot": 0, "url": "http://other"}
+        nodes.heard("one", [one])
+        nodes.heard("one", [one])
+        nodes.heard("other", [other])
+        nodes.heard("one", [])
+        nodes.heard("one", [])
+        assert changes == [[one], [one, other], [other]]
+        deadline = time.monotonic() + 5
+        while nodes.rows:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        assert changes[3:] == [[]]
+        nodes.heard("one", [one])
+        nodes.close()
+        assert nodes.rows == []
+
+    asyncio.run(main())

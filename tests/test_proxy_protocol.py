@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dask_serve.proxy import complaints
 from dask_serve.proxy import lifeline as wire
 from dask_serve.proxy.protocol import CONNECTION, ProxyProtocol
 from dask_serve.proxy.server import ProxyServer, make_config
@@ -227,13 +228,97 @@ def test_a_second_head_without_end(run):
 def test_too_many_headers(run):
     async def main():
         async with serving() as bench:
-            for count, expected in ((128, 200), (129, 431)):
+            for count, expected in ((127, 200), (128, 431)):
                 reader, writer = await bench.connect()
-                writer.write(b"GET / HTTP/1.1\r\n" + b"a: b\r\n" * count + b"\r\n")
+                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * count + b"\r\n")
                 assert (await answer(reader))[0] == expected
                 writer.close()
 
     run(main)
+
+
+GOOD_HOSTS = [b"x", b"x:80", b"a_b.c-d.example:", b"127.0.0.1:8000", b"[::1]:8000", b"", b"ex%41mple"]
+BAD_HOSTS = [b"a b", b"a/b", b"a@b", b"x:port", b"x:80:80", b"::1", b"[::1", b"<x>", b"a,b?", b"\xe4"]
+
+
+@pytest.mark.parametrize("host", [*GOOD_HOSTS, *BAD_HOSTS])
+def test_hosts(run, host):
+    expected = 200 if host in GOOD_HOSTS else 400
+
+    async def main():
+        async with serving() as bench:
+            reader, writer = await bench.connect()
+            writer.write(GET % b"/")
+            assert (await answer(reader))[0] == 200
+            writer.write(b"GET / HTTP/1.1\r\nHost: %s\r\n\r\n" % host)
+            status, headers, body = await answer(reader)
+            assert status == expected
+            if expected == 400:
+                assert headers["connection"] == "close"
+                assert b"BadRequest" in body
+                assert b"Host" in body
+                assert await reader.read() == b""
+            assert len(bench.app.bodies) == (2 if expected == 200 else 1)
+            writer.close()
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (b"GET / HTTP/1.1\r\n", 400),
+        (b"GET / HTTP/1.0\r\n", 200),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n", 400),
+        (b"GET / HTTP/1.0\r\nhost: x\r\nA: b\r\nHOST: y\r\n", 400),
+        (b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: upgrade\r\n", 400),
+    ],
+)
+def test_one_host_header(run, head, expected):
+    async def main():
+        async with serving() as bench:
+            reader, writer = await bench.connect()
+            writer.write(head + b"\r\n")
+            assert (await answer(reader))[0] == expected
+            writer.close()
+
+    run(main)
+
+
+def test_strangers_do_not_fill_the_log(run, caplog, monkeypatch):
+    monkeypatch.setattr(complaints, "INTERVAL", 0.3)
+    upgrade = b"Host: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    bad = [
+        b"secret nonsense\r\n\r\n",
+        b"GET /secret HTTP/1.1\r\n\r\n",
+        # Without a key, and with a frame of an unknown kind, and text that is none.
+        b"GET / HTTP/1.1\r\n" + upgrade + b"\r\n",
+        b"GET / HTTP/1.1\r\n" + upgrade + b"Sec-WebSocket-Key: c2VjcmV0IHNlY3JldCBzZQ==\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + upgrade + b"Sec-WebSocket-Key: c2VjcmV0IHNlY3JldCBzZQ==\r\n\r\n",
+    ]
+    frames = [b"", b"", b"", b"\x8f\x80\0\0\0\0", b"\x81\x81\0\0\0\0\xff"]
+
+    async def main():
+        async with serving() as bench:
+            for _ in range(10):
+                for head, frame in zip(bad, frames, strict=True):
+                    reader, writer = await bench.connect()
+                    writer.write(head)
+                    await reader.readuntil(b"\r\n\r\n")
+                    writer.write(frame)
+                    await asyncio.wait_for(reader.read(), 5)
+                    writer.close()
+            await bench.until(lambda: total() == 30)
+
+    def total():
+        return sum(record.args[0] for record in caplog.records if record.name == "dask_serve.proxy")
+
+    began = time.monotonic()
+    run(main)
+    assert {record.name for record in caplog.records} == {"dask_serve.proxy"}
+    assert len(caplog.records) <= 2 + (time.monotonic() - began) / 0.3
+    assert "127.0.0.1" in caplog.text
+    assert "secret" not in caplog.text
 
 
 def test_a_slow_head_gets_408_and_silence_gets_nothing(run):

@@ -23,6 +23,7 @@ from ..logs import join_dask
 from ..policy.desired import ApplicationSpec
 from ..routing.table import Table, encode_table
 from .changes import Changes
+from .elsewhere import Elsewhere
 from .promises import Promises
 from .reconciler import Reconciler
 from .registry import Registry
@@ -94,6 +95,7 @@ class Controller(SchedulerPlugin):
         self.url = ""
         self._message = ""
         self._proxies: Any = None
+        self._elsewhere = Elsewhere(self._publish)
         self._starting_proxies = asyncio.Lock()
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
@@ -140,6 +142,7 @@ class Controller(SchedulerPlugin):
         self.promises.close()
         await self.tunnels.close()
         await self.reconciler.close()
+        self._elsewhere.close()
         if self._proxies is not None:
             await self._proxies.stop(CLOSE_DRAIN)
         if self._client is not None:
@@ -287,8 +290,12 @@ class Controller(SchedulerPlugin):
         """Answer when all proxies route by the present table, or after ``timeout`` seconds."""
         return {"routed": self._proxies is None or await self._proxies.until_applied(timeout)}
 
-    async def serve_proxy(self, epoch: str = "", since: int = 0, timeout: float = 2.0) -> dict[str, Any]:
-        """Return what a proxy on another node needs: options, and the table once it differs from the caller's."""
+    async def serve_proxy(
+        self, epoch: str = "", since: int = 0, timeout: float = 2.0, node: str = "", proxies: Any = ()
+    ) -> dict[str, Any]:
+        """Return what proxies on another node need: options, and the table once it differs from the caller's."""
+        if node:
+            self._elsewhere.heard(node, [dict(row) for row in proxies])
         answer = await self.serve_table(epoch, since, timeout)
         options = HTTPOptions() if self._proxies is None else self._proxies.options
         return {**answer, "options": msgspec.msgpack.encode(options)}
@@ -378,7 +385,8 @@ class Controller(SchedulerPlugin):
     def _describe_proxies(self) -> list[dict[str, Any]]:
         rows = [] if self._proxies is None else self._proxies.describe()
         # Statistics change all the time, and would wake everyone who watches the status.
-        return [{name: value for name, value in row.items() if name != "stats"} for row in rows]
+        rows = [{name: value for name, value in row.items() if name != "stats"} for row in rows]
+        return rows + self._elsewhere.rows
 
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,8 @@ logger = logging.getLogger("dask_serve.controller")
 POLL = 2.0
 #: Seconds beyond that until a scheduler that says nothing counts as away, and until it is asked again.
 PATIENCE, RETRY = 5.0, 0.5
+#: Seconds that saying goodbye may take.
+GOODBYE = 1.0
 #: Options that say where a node listens: each has its own.
 LOCAL = ("host", "port", "unix_socket", "num_proxies", "admin_host", "admin_port")
 
@@ -52,6 +56,8 @@ class RemoteProxies:
         self._scheduler: Any = rpc(address, connection_args=security.get_connection_args("client"))
         self._proxies = Proxies(heartbeat=False, security=security)
         self._known = ("", 0)
+        #: What the controller calls these proxies.
+        self._name = f"{socket.gethostname()}-{os.getpid()}"
         self._options: HTTPOptions | None = None
 
     async def start(self, timeout: float) -> str:
@@ -95,6 +101,8 @@ class RemoteProxies:
 
     async def stop(self) -> None:
         """Drain and end the proxies."""
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._scheduler.serve_proxy(timeout=0.0, node=self._name), GOODBYE)
         with contextlib.suppress(OSError):
             await self._scheduler.close_rpc()
         await self._proxies.stop()
@@ -104,10 +112,18 @@ class RemoteProxies:
         local = {name: getattr(defaults, name) for name in LOCAL}
         return change_options(options, {**local, **self._given}, "dask serve proxy")
 
+    def _rows(self) -> list[dict[str, Any]]:
+        """Describe the proxies for `serve.status()`."""
+        here = {"node": socket.gethostname(), "url": self._proxies.url}
+        rows = self._proxies.describe()
+        return [{**here, **{name: value for name, value in row.items() if name != "stats"}} for row in rows]
+
     async def _ask(self, timeout: float) -> HTTPOptions:
         """Pass on the latest table if it is new, and return the options."""
         epoch, since = self._known
-        answer = await self._scheduler.serve_proxy(epoch=epoch, since=since, timeout=timeout)
+        answer = await self._scheduler.serve_proxy(
+            epoch=epoch, since=since, timeout=timeout, node=self._name, proxies=self._rows()
+        )
         if not answer or "options" not in answer:
             raise NotRunningError(f"dask_serve does not run on the cluster at {self._address}")
         if answer["table"] is not None:

@@ -161,7 +161,7 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
     applications : dict
         `ApplicationStatus` by name.
     proxies : list of dict
-        The proxy processes: pid, slot and state.
+        The proxy processes: pid, slot and state; of those that ``dask serve proxy`` runs elsewhere also node and url.
     workers : list of WorkerStatus
         The workers that have or had replicas, and the results that they hold.
     url : str

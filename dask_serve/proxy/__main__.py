@@ -105,7 +105,11 @@ class Process:
         options = self._options
         app = self._service.app
         config = make_config(
-            app, protocol=limited(options), root_path=options.root_path, keep_alive=options.keep_alive_timeout_s
+            app,
+            protocol=limited(options),
+            root_path=options.root_path,
+            keep_alive=options.keep_alive_timeout_s,
+            message_limit=options.message_limit,
         )
         self._server = ProxyServer(
             config,

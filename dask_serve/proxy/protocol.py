@@ -7,15 +7,18 @@ drained. What is refused here, before any application has seen it, is answered i
 
 from __future__ import annotations
 
+import re
 from asyncio import Protocol, TimerHandle, Transport
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from ..config import HTTPOptions
+from .complaints import Complaints
 from .errors import error_answer, request_id_in
 
 __all__ = ["CONNECTION", "ProxyProtocol", "ProxyState", "limited"]
@@ -24,10 +27,14 @@ __all__ = ["CONNECTION", "ProxyProtocol", "ProxyState", "limited"]
 CONNECTION = "dask_serve.connection"
 
 # What happens for each request calls the base by name: before Python 3.12 super() makes an object each time.
-_feed = HttpToolsProtocol.data_received
 _message_begin = HttpToolsProtocol.on_message_begin
 _headers_complete = HttpToolsProtocol.on_headers_complete
 _response_complete = HttpToolsProtocol.on_response_complete
+
+# A name, an IPv4 address or one of IPv6 in brackets, and maybe a port; or nothing, where the target has no authority.
+_valid_host = re.compile(
+    rb"(\[[0-9A-Fa-f:.]+\]|([A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})+)(:[0-9]{0,5})?|"
+).fullmatch
 
 
 class ProxyState(ServerState):
@@ -39,9 +46,10 @@ class ProxyState(ServerState):
         self.draining = False
         #: What connections refused by themselves, by HTTP status.
         self.refused: Counter[int] = Counter()
+        self.complaints = Complaints()
 
 
-class HeadTooLargeError(Exception):
+class HeadRefusedError(Exception):
     """Ends the parser; never leaves this module."""
 
 
@@ -66,6 +74,7 @@ class ProxyProtocol(HttpToolsProtocol):
         "_head_at_most",
         "_head_bytes",
         "_head_timer",
+        "_host",
         "_in_head",
         "_refusal",
         "on_disconnect",
@@ -95,6 +104,8 @@ class ProxyProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_at_most = 0
         self._head_timer: TimerHandle | None = None
+        # Of an earlier request on this connection: most clients send the same again.
+        self._host = b""
         self._refusal: tuple[int, str, str] | None = None
         self._body_timer: TimerHandle | None = None
         self._body_bytes = 0
@@ -111,7 +122,17 @@ class ProxyProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._head_at_most = self._head_bytes + len(data)
-        _feed(self, data)
+        # uvicorn's own way writes a line of log for each request that is not valid.
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            self._refuse_invalid()
+        except httptools.HttpParserUpgrade:
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+            else:
+                self._unsupported_upgrade_warning()
         if self._in_head:
             self._head_incomplete()
         elif (cycle := self.cycle) is not None and cycle.more_body:
@@ -145,10 +166,12 @@ class ProxyProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._cancel_head_timer()
         if len(self.headers) > self.max_headers:
-            self._refuse_head(f"the request has more than {self.max_headers} headers (max_headers)")
+            text = f"the request has more than {self.max_headers} headers (max_headers)"
+            self._refuse_head(431, "HeadTooLarge", text)
         # Nearly always the whole read is smaller than the limit and nothing has to be added up.
         if self._head_at_most > self.max_head_bytes and self._head_size() > self.max_head_bytes:
-            self._refuse_head(self._too_large())
+            self._refuse_head(431, "HeadTooLarge", self._too_large())
+        self._check_host()
         _headers_complete(self)
         if self.server_state.draining:
             self.drain()
@@ -185,10 +208,25 @@ class ProxyProtocol(HttpToolsProtocol):
     def _too_large(self) -> str:
         return f"the request line and headers are larger than {self.max_head_bytes} bytes (head_limit)"
 
-    def _refuse_head(self, text: str) -> None:
-        # An exception is the only way to stop the parser; data_received turns it into send_400_response.
-        self._refusal = (431, "HeadTooLarge", text)
-        raise HeadTooLargeError
+    def _check_host(self) -> None:
+        host: bytes | None = None
+        for name, value in self.headers:
+            if name == b"host":
+                if host is not None:
+                    self._refuse_head(400, "BadRequest", "the request has more than one Host header")
+                host = value
+        if host is None:
+            if self.parser.get_http_version() == "1.1":
+                self._refuse_head(400, "BadRequest", "the request has no Host header, which HTTP/1.1 demands")
+        elif host != self._host:
+            if not _valid_host(host):
+                self._refuse_head(400, "BadRequest", "the Host header is no name or address, with or without a port")
+            self._host = host
+
+    def _refuse_head(self, status: int, kind: str, text: str) -> None:
+        # An exception is the only way to stop the parser.
+        self._refusal = (status, kind, text)
+        raise HeadRefusedError
 
     def _head_timed_out(self) -> None:
         self._head_timer = None
@@ -244,10 +282,9 @@ class ProxyProtocol(HttpToolsProtocol):
 
     # Refusals
 
-    def send_400_response(self, msg: str) -> None:
-        text = "this is not HTTP/1.1 as it should be"
-        status, kind, text = self._refusal or (400, "BadRequest", text)
-        self.refuse(status, kind, text)
+    def _refuse_invalid(self) -> None:
+        self.server_state.complaints.note(self.client[0] if self.client else "")
+        self.refuse(*(self._refusal or (400, "BadRequest", "this is not HTTP/1.1 as it should be")))
 
     def refuse(self, status: int, kind: str, text: str) -> None:
         """Answer with an error that no application has seen, and close the connection.

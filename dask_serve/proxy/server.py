@@ -41,6 +41,7 @@ def make_config(
     lifespan: Literal["on", "off"] = "on",
     root_path: str = "",
     keep_alive: float = 75.0,
+    message_limit: int = 16 * 2**20,
 ) -> uvicorn.Config:
     """Return uvicorn's settings for ``app``."""
     return uvicorn.Config(
@@ -53,6 +54,7 @@ def make_config(
         proxy_headers=False,  # one more coroutine for each request
         root_path=root_path,
         timeout_keep_alive=keep_alive,  # type: ignore[arg-type] # it is only ever added to the time
+        ws_max_size=message_limit,
     )
 
 
@@ -108,6 +110,7 @@ class ProxyServer(uvicorn.Server):
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        logging.getLogger("uvicorn.error").addFilter(self.server_state.complaints)
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             raise SystemExit(STARTUP_FAILURE)
@@ -156,6 +159,7 @@ class ProxyServer(uvicorn.Server):
         await self._cancel_rest()
         # 6. The application's own end.
         await self.lifespan.shutdown()
+        logging.getLogger("uvicorn.error").removeFilter(self.server_state.complaints)
 
     async def _stop_accepting(self, sockets: list[socket.socket]) -> None:
         loop = asyncio.get_running_loop()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from ..context import RequestContext
+from ..policy.tracing import Trace, read_trace
 from ..wire.frames import Buffer
 from ..wire.messages import Call
 
@@ -101,18 +102,29 @@ class Execution:
         context = self.user_context
         if context is None:
             call = self.call
-            model_id = call.model_id if call.http is None else _model_id(call.http.headers)
-            context = RequestContext(call.request_id, self.deadline, model_id, call.background)
+            model_id, trace = (call.model_id, call.trace) if call.http is None else _asked(call.http.headers)
+            context = RequestContext(call.request_id, self.deadline, model_id, call.background, trace)
             self.user_context = context
         return context
 
 
+def _asked(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, Trace | None]:
+    """Return the model that an HTTP request is for, and the trace it belongs to."""
+    for name, _ in headers:
+        if name in _ASKED:
+            return _model_id(headers), _trace(headers)
+    return "", None
+
+
 def _model_id(headers: Sequence[tuple[bytes, bytes]]) -> str:
-    for name, value in headers:
-        if name in _MODEL_ID:
-            return value.decode("latin-1")
-    return ""
+    return next((value.decode("latin-1") for name, value in headers if name in _MODEL_ID), "")
+
+
+def _trace(headers: Sequence[tuple[bytes, bytes]]) -> Trace | None:
+    parents = [value for name, value in headers if name == b"traceparent"]
+    return read_trace(parents, [value for name, value in headers if name == b"tracestate"])
 
 
 #: The second form passes gateways that drop headers with underscores.
 _MODEL_ID = (b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
+_ASKED = frozenset({*_MODEL_ID, b"traceparent", b"tracestate"})

@@ -29,6 +29,8 @@ class Outgoing:
         The model that it is for, or "".
     background : bool
         It lets others go first while it waits at the router.
+    trace : tuple of str or None
+        ``traceparent`` and ``tracestate`` of the request that makes the call.
     stream : bool
         The answer is a stream of Python objects.
     prefers : frozenset of str or None
@@ -56,6 +58,7 @@ class Outgoing:
         "since",
         "target",
         "timer",
+        "trace",
         "urgent",
     )
 
@@ -75,6 +78,7 @@ class Outgoing:
         self.retries = 0
         self.model_id = ""
         self.background = False
+        self.trace: tuple[str, str] | None = None
         self.prefers: frozenset[str] | None = None
         #: Admitted even where results have no room. What comes over HTTP leaves none.
         self.urgent = http is not None

@@ -206,6 +206,7 @@ class Link:
             call.stream,
             call.urgent,
             call.follows,
+            call.trace,
         )
         self._connection.send(Kind.CALL, number, encode(header), call.parts)
         under_way = len(self._calls)

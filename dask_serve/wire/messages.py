@@ -146,6 +146,8 @@ class Call(Struct, array_like=True, gc=False):
     urgent: bool = False
     #: The payload is only the first piece of the body; or this is a WebSocket, whose messages follow.
     more: bool = False
+    #: ``traceparent`` and ``tracestate`` of the request that makes a call from Python. Over HTTP they are headers.
+    trace: tuple[str, str] | None = None
 
 
 class Reply(Struct, array_like=True, gc=False):
