@@ -40,7 +40,12 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
+        # Clients that people use: tests/test_clients.py. curl and Chromium are used where they are installed.
+        "aiohttp>=3.10",
         "httpx>=0.27",
+        "requests>=2.32",
+        # Makes requests up from an OpenAPI document: tests/test_openapi.py.
+        "schemathesis>=4.1",
         "numpy>=1.26",
         "fastapi>=0.115.8",
         "cryptography>=42",  # temporary certificates

@@ -19,7 +19,8 @@ from typing import Any
 import httpx
 import pytest
 from web_service import LONG, MESSAGE_LIMIT, WebService, running, wait_until
-from websockets.sync.client import connect
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -34,8 +35,8 @@ pytestmark = [
 class Browser:
     """One page of a headless browser."""
 
-    def __init__(self, url: str) -> None:
-        self._socket = connect(url, max_size=None)
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
         self._numbers = itertools.count(1)
 
     def call(self, method: str, **parameters: Any) -> Any:
@@ -58,9 +59,8 @@ class Browser:
         return done["result"].get("value")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError, AssertionError):
+        with contextlib.suppress(ConnectionClosed):
             self.call("Browser.close")
-        self._socket.close()
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,10 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
             wait_until(lambda: told.exists() and "\n" in told.read_text(), 60)
             port = told.read_text().splitlines()[0]
             pages = [page for page in httpx.get(f"http://127.0.0.1:{port}/json/list").json() if page["type"] == "page"]
-            browser = Browser(pages[0]["webSocketDebuggerUrl"])
-            yield browser
-            browser.close()
+            with connect(pages[0]["webSocketDebuggerUrl"], max_size=None) as socket:
+                browser = Browser(socket)
+                yield browser
+                browser.close()
             process.wait(30)
         finally:
             process.kill()

@@ -33,9 +33,9 @@ def read_trace(parents: Sequence[bytes], states: Sequence[bytes]) -> Trace | Non
     """
     if len(parents) != 1:
         return None
-    parent = parents[0].decode("latin-1").strip()
+    parent = parents[0].strip(b" \t").decode("latin-1")
     found = _parent(parent)
     if found is None or (found[1] == "00" and found[2]):
         return None
-    state = ",".join(stripped for value in states if (stripped := value.decode("latin-1").strip()))
+    state = ",".join(stripped for value in states if (stripped := value.strip(b" \t").decode("latin-1")))
     return parent, state if len(state) <= MAX_STATE and _printable(state) else ""
