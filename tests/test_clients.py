@@ -219,6 +219,25 @@ def test_a_client_that_gives_up_cancels_its_request(http, service):
     wait_until(lambda: httpx.get(f"{service.url}/web/note/{name}").json() == ["began", "cancelled"])
 
 
+def test_http_10(service):
+    """No chunks, no leave to go on: what has no length ends with the connection."""
+    curl = Curl(service.url)
+    for options in ((), ("--header", "Connection: keep-alive")):
+        command = curl.command("--http1.0", "--include", "--raw", *options, service.url + "/web/events")
+        done = subprocess.run(command, capture_output=True, timeout=30)
+        head, _, body = done.stdout.partition(b"\r\n\r\n")
+        assert b"transfer-encoding" not in head.lower()
+        assert b"connection: close" in head.lower()
+        assert body.startswith(b"retry: 20\n\nid: 1\n")
+        assert body.endswith("id: 3\nevent: count\ndata: 3\ndata: ä\n\n".encode())
+    command = curl.command("--http1.0", "--include", "--data-binary", "@-", service.url + "/web/echo")
+    command += ["--header", "Expect: 100-continue", "--expect100-timeout", "0.1"]
+    done = subprocess.run(command, input=MEGABYTE * 2, capture_output=True, timeout=30)
+    assert done.stdout.startswith(b"HTTP/1.1 200")
+    assert f'"size":{len(MEGABYTE) * 2}'.encode() in done.stdout
+    assert b"content-length" in done.stdout
+
+
 # -- WebSockets --------------------------------------------------------------------------------------------------------
 
 
@@ -247,6 +266,13 @@ def test_websockets_of_aiohttp(service):
 
     asyncio.run(main())
     wait_until(lambda: httpx.get(f"{service.url}/web/note/{name}").json() == [[4001, "enough"]])
+
+
+def test_websockets_with_large_heads(service):
+    url = f"{service.url.replace('http', 'ws')}/web/socket"
+    with connect(url, additional_headers={"Cookie": "x" * 40_000}) as socket:
+        socket.send("hello")
+        assert socket.recv(timeout=20) == "HELLO"
 
 
 @pytest.mark.parametrize("kind", [bytes, str])

@@ -321,6 +321,38 @@ def test_strangers_do_not_fill_the_log(run, caplog, monkeypatch):
     assert "secret" not in caplog.text
 
 
+UPGRADE = (
+    b"Host: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: c2VjcmV0IHNlY3JldCBzZQ==\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST / HTTP/1.1\r\n" + UPGRADE,
+        b"POST / HTTP/1.1\r\nContent-Length: 3\r\n" + UPGRADE,
+        b"GET / HTTP/1.1\r\nContent-Length: 3\r\n" + UPGRADE,
+        b"GET / HTTP/1.1\r\nBig: %s\r\n" % (b"x" * 9000) + UPGRADE,
+    ],
+)
+def test_what_websockets_cannot_read_is_answered(run, head):
+    async def main():
+        async with serving() as bench:
+            reader, writer = await bench.connect()
+            writer.write(head + b"\r\nabc")
+            status, headers, body = await answer(reader)
+            # Some of them websockets answers itself.
+            assert status in {400, 405}
+            assert headers["connection"] == "close"
+            assert b"WebSocket" in body
+            assert await reader.read() == b""
+            writer.close()
+            await bench.until(lambda: not bench.server.server_state.connections)
+
+    run(main)
+
+
 def test_a_slow_head_gets_408_and_silence_gets_nothing(run):
     async def main():
         async with serving(QuickProtocol) as bench:

@@ -232,6 +232,9 @@ def run(
     """Serve until the lifeline or SIGTERM says stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _allow_many_files()
+    # Heads have our limits. websockets, which is imported later, has lower ones of its own.
+    os.environ.setdefault("WEBSOCKETS_MAX_LINE_LENGTH", str(2**21))
+    os.environ.setdefault("WEBSOCKETS_MAX_NUM_HEADERS", "10000")
     logging.basicConfig(format="%(asctime)s - %(name)s - %(levelname)s - %(message)s", level=logging.WARNING)
 
     async def serve() -> None:

@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 from ..config import HTTPOptions
 from .complaints import Complaints
 from .errors import error_answer, request_id_in
+from .http10 import restrain
 
 __all__ = ["CONNECTION", "ProxyProtocol", "ProxyState", "limited"]
 
@@ -173,6 +174,8 @@ class ProxyProtocol(HttpToolsProtocol):
             self._refuse_head(431, "HeadTooLarge", self._too_large())
         self._check_host()
         _headers_complete(self)
+        if self.scope["http_version"] != "1.1" and self.cycle is not None and self.cycle.scope is self.scope:
+            restrain(self.cycle)
         if self.server_state.draining:
             self.drain()
 
@@ -361,8 +364,16 @@ class ProxyProtocol(HttpToolsProtocol):
     def handle_websocket_upgrade(self) -> None:
         if self.server_state.draining:
             self.refuse(503, "Draining", "this proxy is stopping; connect again")
-        else:
-            super().handle_websocket_upgrade()
+            return
+        super().handle_websocket_upgrade()
+        taken: Any = self.transport.get_protocol()
+        if not getattr(taken, "handshake_initiated", True):
+            # websockets reads heads more strictly than we do, and then says nothing, for ever.
+            self.connections.discard(taken)
+            self.connections.add(self)
+            self.transport.set_protocol(self)
+            self._refusal = (400, "BadRequest", "this is no beginning of a WebSocket: its method, or a header")
+            self._refuse_invalid()
 
 
 class _Trailers(list[tuple[bytes, bytes]]):
