@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import shutil
 import subprocess
@@ -33,10 +34,18 @@ class Answer(NamedTuple):
         return json.loads(self.body)
 
 
+@functools.cache
+def _has_curl() -> bool:
+    if shutil.which("curl") is None:
+        return False
+    version = subprocess.run(["curl", "--version"], capture_output=True, text=True).stdout.split()[1]
+    return tuple(map(int, version.split(".")[:2])) >= (7, 83)
+
+
 class Curl:
     def __init__(self, url: str) -> None:
-        if shutil.which("curl") is None:
-            pytest.skip("curl is not installed")
+        if not _has_curl():
+            pytest.skip("needs curl 7.83 or newer")
         self._url = url
 
     def close(self) -> None:

@@ -314,17 +314,17 @@ def traced(service):
 
 def test_traces_go_on_with_calls(http, service, traced):
     answer = http.request("GET", "/traced", headers={"traceparent": TRACE, "tracestate": "a=1,b=2"}).json()
-    assert answer == {"header": TRACE, "told": [[TRACE, "a=1,b=2"]] * 2}
+    assert answer == {"header": TRACE, "told": [[TRACE, "a=1,b=2"]] * 3}
     answer = http.request("GET", "/traced").json()
-    assert answer == {"header": None, "told": [["", ""]] * 2}
+    assert answer == {"header": None, "told": [["", ""]] * 3}
     # What is no trace is a header like any other.
     bad = TRACE.replace("0af7651916cd43dd8448eb211c80319c", "0" * 32)
     answer = http.request("GET", "/traced", headers={"traceparent": bad, "tracestate": "a=1"}).json()
-    assert answer == {"header": bad, "told": [["", ""]] * 2}
+    assert answer == {"header": bad, "told": [["", ""]] * 3}
 
 
 def test_calls_from_a_session_have_no_trace(traced):
-    assert traced.tell.remote().result(timeout=20) == [["", ""]] * 2
+    assert traced.tell.remote().result(timeout=20) == [["", ""]] * 3
 
 
 # -- middleware in the proxies: from here on the service has it --------------------------------------------------------

@@ -106,7 +106,7 @@ def test_every_answer_conforms_to_the_document(url, session):
     schema = schemathesis.openapi.from_url(url + "/openapi.json")
     answers: Counter[tuple[str, str, int]] = Counter()
     quick = settings(
-        max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )
 
     def check(label: str, mode: Any, cases: Any) -> None:

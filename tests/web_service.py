@@ -170,10 +170,12 @@ class Context:
         mine = [context.traceparent, context.tracestate]
         if self.following is None:
             return [mine]
-        return [mine, *await self.following.tell.remote()]
+        streamed = [traces async for traces in self.following.options(stream=True).stream.remote()]
+        return [mine, *await self.following.tell.remote(), *streamed]
 
-    def __repr__(self) -> str:
-        return "Context"
+    def stream(self) -> Any:
+        context = serve.get_request_context()
+        yield [context.traceparent, context.tracestate]
 
 
 # -- the service -------------------------------------------------------------------------------------------------------
