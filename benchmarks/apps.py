@@ -14,6 +14,8 @@ from starlette.responses import PlainTextResponse
 
 import dask_serve as serve
 
+from . import web
+
 
 @serve.deployment
 class NoOp:
@@ -26,6 +28,18 @@ class NoOp:
     async def echo(self, value: Any) -> Any:
         """Do what ``dask_actor.Echo`` does."""
         return value
+
+
+@serve.deployment
+@serve.ingress(web.items)
+class Items:
+    """The FastAPI application in a replica."""
+
+
+@serve.deployment
+@serve.ingress(web.transfers)
+class Transfers:
+    """Large bodies and server-sent events in a replica."""
 
 
 @serve.deployment(max_ongoing_requests=1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 import statistics
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import urlsplit
 
+#: wrk's script for requests with a body, and the variable that has the body.
+POST, BODY = Path(__file__).parent / "post.lua", "BENCHMARK_BODY"
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
 
@@ -38,18 +41,32 @@ def generator() -> str:
     return "wrk" if shutil.which("wrk") else "benchmarks/load.py"
 
 
-def drive(url: str, connections: int, seconds: float) -> Load:
-    """Send GET requests as fast as they are answered, one at a time on each of ``connections``."""
+def drive(url: str, connections: int, seconds: float, body: str = "") -> Load:
+    """Send requests as fast as they are answered, one at a time on each of ``connections``.
+
+    GET, or POST with a body of JSON.
+
+    Raises
+    ------
+    RuntimeError
+        A request failed.
+    """
     if wrk := shutil.which("wrk"):
-        command = [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency", url]
-        return parse_wrk(run(command))
-    command = [sys.executable, str(Path(__file__)), url, str(connections), str(seconds)]
-    return Load(**json.loads(run(command)))
+        script = ["-s", str(POST)] if body else []
+        command = [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency", *script, url]
+        load = parse_wrk(run(command, body))
+    else:
+        command = [sys.executable, str(Path(__file__)), url, str(connections), str(seconds)]
+        load = Load(**json.loads(run(command, body)))
+    if load.failed:
+        raise RuntimeError(f"{load.failed} of {load.requests} requests to {url} failed")
+    return load
 
 
-def run(command: list[str]) -> str:
+def run(command: list[str], body: str = "") -> str:
     """Run a generator and return what it prints."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = {**os.environ, BODY: body}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr or done.stdout}")
     return done.stdout
@@ -114,7 +131,11 @@ class Connection(asyncio.Protocol):
 async def ask(url: str, connections: int, seconds: float) -> Load:
     """Be the generator."""
     parts = urlsplit(url)
-    request = f"GET {parts.path or '/'} HTTP/1.1\r\nhost: {parts.netloc}\r\n\r\n".encode()
+    body = os.environ.get(BODY, "").encode()
+    head = f"{'POST' if body else 'GET'} {parts.path or '/'} HTTP/1.1\r\nhost: {parts.netloc}\r\n"
+    if body:
+        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    request = f"{head}\r\n".encode() + body
     latencies: list[float] = []
     failures: list[str] = []
     loop = asyncio.get_running_loop()

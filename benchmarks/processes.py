@@ -65,6 +65,11 @@ class Cluster:
         children = self.scheduler.children(recursive=True)
         return [child for child in children if "dask_serve.proxy" in child.cmdline()]
 
+    def http(self) -> dict[str, psutil.Process]:
+        """Return who takes part in a request over HTTP, by the name in the table."""
+        numbered = {f"proxy {number}".removesuffix(" 0"): proxy for number, proxy in enumerate(self.proxies())}
+        return {"worker": self.worker, "scheduler": self.scheduler, **numbered}
+
 
 #: Names of workers, for ``workers=`` of deployments.
 NAMES = ("one", "two")
@@ -104,11 +109,11 @@ def wait_for_address(file: Path, process: subprocess.Popen[str]) -> str:
 
 
 @contextmanager
-def bare_uvicorn() -> Iterator[tuple[str, psutil.Process]]:
-    """Start the server without dask_serve; its address and process."""
+def bare_uvicorn(name: str) -> Iterator[tuple[str, psutil.Process]]:
+    """Start the server without dask_serve on an application of `web`; its address and process."""
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         port = listener.getsockname()[1]
-        process = spawn("-m", "benchmarks.bare_uvicorn", str(listener.fileno()), pass_fds=[listener.fileno()])
+        process = spawn("-m", "benchmarks.bare_uvicorn", str(listener.fileno()), name, pass_fds=[listener.fileno()])
     try:
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":
