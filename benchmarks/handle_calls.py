@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from functools import partial
@@ -14,6 +13,7 @@ from distributed import Client
 import dask_serve as serve
 
 from .apps import NoOp
+from .calling import keep_going
 from .dask_actor import Echo
 from .loops import Loop, connect
 from .processes import Clock, Cluster
@@ -40,17 +40,8 @@ def synchronous(call: Callable[[int], Any], in_flight: int, cluster: Cluster, se
 
 async def concurrent(call: Callable[[int], Awaitable[Any]], in_flight: int, cluster: Cluster, seconds: float) -> Sample:
     """Keep ``in_flight`` calls going, each from a coroutine that calls again when it is answered."""
-    clock, begun = watch(cluster), time.perf_counter()
-
-    async def caller() -> int:
-        count = 0
-        while time.perf_counter() - begun < seconds:
-            await call(count)
-            count += 1
-        return count
-
-    count = sum(await asyncio.gather(*[caller() for _ in range(in_flight)]))
-    took = time.perf_counter() - begun
+    clock = watch(cluster)
+    count, took = await keep_going(call, in_flight, seconds)
     return Sample(count / took, clock.per_request(count))
 
 

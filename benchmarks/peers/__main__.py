@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import psutil
 
+from ..command import run
+from ..load import drive
 from ..processes import ROOT, Clock
 from ..table import Row, Sample, interleave, page
-from . import ray_serve
-from .interface import Peer
+from .catalogue import PEERS
 from .running import Running, running
 
-PEERS = {"ray_serve": ray_serve.PEER}
 ENVIRONMENTS = ROOT / ".venv-peers"
 RESULTS = ROOT / "benchmarks" / "results-peers.md"
 
 IN_FLIGHT = 50
 BURST = 1000
+CONNECTIONS = 100
+BODY = json.dumps({"input": 1})
 
 
 def clock(system: Running) -> Clock:
@@ -47,77 +47,62 @@ def burst(system: Running, seconds: float) -> Sample:
     return Sample(BURST / statistics.median(took), watch.per_request(BURST * len(took)))
 
 
-CASES: dict[str, tuple[str, Callable[[Running, float], Sample]]] = {
-    "concurrent": (f"Handle in a replica, asyncio, {IN_FLIGHT} in flight", concurrent),
-    "burst": (f"Handle in the driver, synchronous, {BURST} refs and gather", burst),
+def http(system: Running, seconds: float, *, case: str, body: str = "") -> Sample:
+    """Return requests a second over HTTP."""
+    url = system.ask(case)
+    watch = clock(system)
+    load = drive(url, CONNECTIONS, seconds, body)
+    return Sample(load.rate, watch.per_request(load.requests))
+
+
+#: By the name of the method of `System`: what is measured, the unit, and how.
+CASES: dict[str, tuple[str, str, Callable[[Running, float], Sample]]] = {
+    "concurrent": (f"Handle in a replica, asyncio, {IN_FLIGHT} in flight", "calls/s", concurrent),
+    "burst": (f"Handle in the driver, synchronous, {BURST} refs and gather", "calls/s", burst),
+    "noop": (f"HTTP no-op, {CONNECTIONS} connections", "requests/s", partial(http, case="noop")),
+    "json": (
+        f"HTTP, small JSON in and out, {CONNECTIONS} connections",
+        "requests/s",
+        partial(http, case="json", body=BODY),
+    ),
 }
 
 
-def compare(ours: Running, name: str, settings: list[str], *, pairs: int, seconds: float) -> Iterator[tuple[str, Row]]:
-    """Measure all cases of a peer, mode by mode; rows come with their case."""
+def compare(ours: Running, name: str, settings: list[str], *, pairs: int, seconds: float) -> Iterator[Row]:
+    """Measure all cases of a peer, mode by mode."""
     peer = PEERS[name]
     for mode, variables in peer.modes.items():
-        cases = [case for case in CASES if case in peer.cases and mode in peer.cases[case].modes]
         python = str(ENVIRONMENTS / name / "bin" / "python")
         with running(f"benchmarks.peers.{name}", python, variables) as theirs:
             settings.append(f"{peer.title}, {mode}: {theirs.description}.")
-            for case in cases:
-                what, measure = CASES[case]
+            for case, (what, unit, measure) in CASES.items():
+                if mode not in peer.cases.get(case, {}):
+                    continue
                 for system in (ours, theirs):
                     measure(system, 0.5)
                 samples = interleave(pairs, partial(measure, ours, seconds), partial(measure, theirs, seconds))
-                yield case, Row(f"{what}, against {peer.title}, {mode}", "calls/s", *samples)
-
-
-def judged(rows: list[tuple[str, Row]], peer: Peer) -> Iterator[Row]:
-    """Ask what is asked of the row in which the peer is fastest."""
-    for case, row in rows:
-        best = max((other for name, other in rows if name == case), key=speed)
-        yield replace(row, least=peer.cases[case].least) if row is best else row
-
-
-def speed(row: Row) -> float:
-    """Return how fast the peer is."""
-    return statistics.median(sample.value for sample in row.theirs)
+                yield Row(f"{what}, against {peer.title}, {mode}", unit, *samples, least=peer.cases[case][mode])
 
 
 def main() -> int:
-    """Parse, measure, write; the exit code is 0 whatever the figures."""
-    parser = argparse.ArgumentParser(prog="benchmarks.peers", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one pair of a second each: does it work?")
-    parser.add_argument("--pairs", type=int, default=5, help="interleaved pairs (5)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement (2)")
-    parser.add_argument("--only", default=",".join(PEERS), help=f"some of {','.join(PEERS)}")
-    parser.add_argument(
-        "--output", type=Path, help="instead of benchmarks/results-peers.md; --quick and --only write none"
-    )
-    options = parser.parse_args()
-    names = options.only.split(",")
-    if unknown := set(names) - set(PEERS):
-        parser.error(f"no peer {', '.join(sorted(unknown))}; there are {', '.join(PEERS)}")
-    pairs, seconds = (1, 1.0) if options.quick else (options.pairs, options.seconds)
+    """Measure what the command line asks for."""
+    settings: list[str] = []
 
-    rows: list[Row] = []
-    with running("benchmarks.peers.ours") as ours:
-        settings = [f"{ours.description}."]
-        for name in names:
-            measured = []
-            for case, row in compare(ours, name, settings, pairs=pairs, seconds=seconds):
-                print(row.line(), file=sys.stderr, flush=True)
-                measured.append((case, row))
-            rows.extend(judged(measured, PEERS[name]))
-    method = (
-        f"{pairs} interleaved pair(s) of {seconds:g} s each; medians, and the range of the ratios. Both systems run "
-        "side by side on this machine, and one idles while the other is measured. A peer is measured in several modes; "
-        "what is asked counts for the one in which it is fastest. Ratios mean something, absolute figures only this "
-        "machine."
-    )
-    text = page(rows, title="Beside other servers", method=method, packages=["dask", "distributed"], notes=settings)
-    if output := options.output or (RESULTS if not options.quick and set(names) == set(PEERS) else None):
-        output.write_text(text, encoding="utf-8")
-        print(f"Written to {output}", file=sys.stderr)
-    print(text)
-    return 0
+    def measure(names: list[str], pairs: int, seconds: float) -> Iterator[Row]:
+        with running("benchmarks.peers.ours") as ours:
+            settings.append(f"{ours.description}.")
+            for name in names:
+                yield from compare(ours, name, settings, pairs=pairs, seconds=seconds)
+
+    def render(rows: list[Row], how: str) -> str:
+        method = (
+            f"{how} Both systems run side by side on this machine, and one idles while the other is measured. A peer "
+            "may have several modes. Ratios mean something, absolute figures only this machine."
+        )
+        packages = ["dask", "distributed"]
+        return page(rows, title="Beside other servers", method=method, packages=packages, notes=settings)
+
+    return run("benchmarks.peers", __doc__, [*PEERS], results=RESULTS, measure=measure, render=render)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,22 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-__all__ = ["Case", "Peer", "System", "answer"]
+__all__ = ["LIMIT", "Peer", "System", "answer", "timed"]
+
+#: ``max_ongoing_requests`` of the deployments, where a system has such a thing.
+LIMIT = 1000
 
 
 class System(Protocol):
-    """A system whose service runs: two deployments, the replica of one calls the other's.
+    """A system whose service runs.
 
-    A peer that cannot do one of these leaves it out, and the case out of its `Peer.cases`.
+    A peer that cannot do one of the cases leaves it out, here and in its `Peer.cases`.
     """
 
     def describe(self) -> str:
@@ -29,26 +33,16 @@ class System(Protocol):
         """Return the ids of what takes part, by the name in the table; what else it has started is "others" there."""
 
     def concurrent(self, in_flight: int, seconds: float) -> tuple[int, float]:
-        """Keep calls from an event loop in the replica of the caller going; return how many, and the seconds."""
+        """Keep calls from one replica to another's deployment going; return how many, and the seconds."""
 
     def burst(self, count: int) -> float:
         """Make that many calls from a plain thread of the driver, then gather all results; return the seconds."""
 
+    def noop(self) -> str:
+        """Return the address at which GET is answered by a word."""
 
-@dataclass(frozen=True)
-class Case:
-    """Where a case is measured, and what is asked.
-
-    Parameters
-    ----------
-    modes : sequence of str
-        The peer's modes; where there are several, what is asked counts for the one in which the peer is fastest.
-    least : float, optional
-        The asked ratio.
-    """
-
-    modes: Sequence[str]
-    least: float | None = None
+    def json(self) -> str:
+        """Return the address to which a small JSON object is posted; it is parsed, and the answer is JSON too."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +55,13 @@ class Peer:
         Its name in the table.
     modes : mapping of str to mapping
         Environment variables by mode; a mode is started, measured and stopped by itself.
-    cases : mapping of str to Case
-        By the name of the method of `System`.
+    cases : mapping of str to mapping
+        By the name of the method of `System`: the modes in which it is measured, each with the ratio that is asked.
     """
 
     title: str
     modes: Mapping[str, Mapping[str, str]]
-    cases: Mapping[str, Case] = field(default_factory=dict)
+    cases: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 def answer(opened: Callable[[], AbstractContextManager[System]]) -> None:
@@ -84,3 +78,12 @@ def answer(opened: Callable[[], AbstractContextManager[System]]) -> None:
         for line in sys.stdin:
             question = json.loads(line)
             reply(getattr(system, question["case"])(**question["arguments"]))
+
+
+def timed(call: Callable[[int], Any], gather: Callable[[list[Any]], Sequence[int]], count: int) -> float:
+    """Return the seconds of a burst: calls that return their argument are made, then all results are gathered."""
+    begun = time.perf_counter()
+    values = gather([call(number) for number in range(count)])
+    took = time.perf_counter() - begun
+    assert list(values) == list(range(count))
+    return took

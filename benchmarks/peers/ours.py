@@ -1,23 +1,22 @@
-"""dask_serve as one of the systems: two workers, a scheduler, a driver."""
+"""dask_serve as one of the systems: two workers, a scheduler with one proxy, a driver."""
 
 from __future__ import annotations
 
-import asyncio
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 from distributed import Client
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 
 import dask_serve as serve
 
+from ..calling import keep_going
 from ..processes import DEADLINE, Cluster, cluster
-from .interface import answer
-
-LIMIT = 1000
+from .interface import LIMIT, answer, timed
 
 
 @serve.deployment(max_ongoing_requests=LIMIT, workers=["two"])
@@ -37,18 +36,26 @@ class Caller:
         self.echo = callee.echo
 
     async def run(self, in_flight: int, seconds: float) -> tuple[int, float]:
-        """Keep that many calls going, each from a coroutine that calls again when it is answered."""
-        begun = time.perf_counter()
+        """Keep that many calls going."""
+        return await keep_going(self.echo.remote, in_flight, seconds)
 
-        async def caller() -> int:
-            count = 0
-            while time.perf_counter() - begun < seconds:
-                await self.echo.remote(count)
-                count += 1
-            return count
 
-        count = sum(await asyncio.gather(*[caller() for _ in range(in_flight)]))
-        return count, time.perf_counter() - begun
+@serve.deployment(max_ongoing_requests=LIMIT, workers=["one"])
+class NoOp:
+    """Answers with a word."""
+
+    async def __call__(self, request: Request) -> PlainTextResponse:
+        """Do nothing else."""
+        return PlainTextResponse("hello")
+
+
+@serve.deployment(max_ongoing_requests=LIMIT, workers=["one"])
+class Echo:
+    """Answers JSON with JSON."""
+
+    async def __call__(self, request: Request) -> dict[str, Any]:
+        """Parse, and answer."""
+        return {"output": (await request.json())["input"]}
 
 
 class DaskServe:
@@ -58,18 +65,22 @@ class DaskServe:
         self.cluster = running
         self.caller = serve.run(Caller.bind(Callee.bind()), name="peers", route_prefix="/peers", client=client)
         self.callee = serve.get_deployment_handle("Callee", "peers", client=client)
+        for deployment, name in [(NoOp, "noop"), (Echo, "json")]:
+            serve.run(deployment.bind(), name=name, route_prefix=f"/{name}", client=client)
+        self.url = serve.url(client=client)
 
     def describe(self) -> str:
         """Tell what runs where."""
         return (
             f"dask_serve {serve.__version__} on distributed {version('distributed')}, caller and callee in two worker "
-            f"processes, max_ongoing_requests={LIMIT}"
+            f"processes, one proxy, max_ongoing_requests={LIMIT}"
         )
 
     def processes(self) -> dict[str, int]:
-        """Return the driver and the workers."""
+        """Return the driver, the workers and the proxy."""
         caller, callee = self.cluster.workers
-        return {"driver": os.getpid(), "caller": caller.pid, "callee": callee.pid}
+        [proxy] = self.cluster.proxies()
+        return {"driver": os.getpid(), "caller": caller.pid, "callee": callee.pid, "proxy": proxy.pid}
 
     def concurrent(self, in_flight: int, seconds: float) -> tuple[int, float]:
         """Let the caller's replica call."""
@@ -78,12 +89,15 @@ class DaskServe:
 
     def burst(self, count: int) -> float:
         """Call from this thread."""
-        begun = time.perf_counter()
-        refs = [self.callee.echo.remote(number) for number in range(count)]
-        values = serve.gather(refs)
-        took = time.perf_counter() - begun
-        assert values == list(range(count))
-        return took
+        return timed(self.callee.echo.remote, serve.gather, count)
+
+    def noop(self) -> str:
+        """Return where a word is answered."""
+        return f"{self.url}/noop"
+
+    def json(self) -> str:
+        """Return where JSON is answered."""
+        return f"{self.url}/json"
 
 
 @contextmanager

@@ -2,48 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import shutil
+import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.peers.interface import Case, Peer, answer
+import ray
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
 
-LIMIT = 1000
-#: Read by this module: no line in the log for each request; which serialisation calls over gRPC use.
-QUIET, PICKLE = "BENCHMARK_QUIET", "BENCHMARK_PICKLE"
-THROUGHPUT = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1"}
-FEWER_METRICS = {
-    "RAY_SERVE_COLLECT_AUTOSCALING_METRICS_ON_HANDLE": "0",
-    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
-}
-
-PEER = Peer(
-    title="Ray Serve",
-    modes={
-        "default": {},
-        "throughput mode": THROUGHPUT,
-        "throughput mode, no access log": {**THROUGHPUT, QUIET: "1"},
-        "throughput mode, all else that helps": {**THROUGHPUT, **FEWER_METRICS, QUIET: "1", PICKLE: "1"},
-    },
-    cases={
-        "concurrent": Case(
-            (
-                "default",
-                "throughput mode",
-                "throughput mode, no access log",
-                "throughput mode, all else that helps",
-            ),
-            least=15.0,
-        ),
-        "burst": Case(("default",), least=40.0),
-    },
-)
+from benchmarks.calling import keep_going
+from benchmarks.peers.catalogue import HTTP, PICKLE, QUIET
+from benchmarks.peers.interface import LIMIT, answer, timed
 
 
 class Callee:
@@ -67,18 +42,20 @@ class Caller:
         self.echo = callee.echo
 
     async def run(self, in_flight: int, seconds: float) -> tuple[int, float]:
-        """Keep that many calls going, each from a coroutine that calls again when it is answered."""
-        begun = time.perf_counter()
+        """Keep that many calls going."""
+        return await keep_going(self.echo.remote, in_flight, seconds)
 
-        async def caller() -> int:
-            count = 0
-            while time.perf_counter() - begun < seconds:
-                await self.echo.remote(count)
-                count += 1
-            return count
+    async def pid(self) -> int:
+        """Tell which process this is."""
+        return os.getpid()
 
-        count = sum(await asyncio.gather(*[caller() for _ in range(in_flight)]))
-        return count, time.perf_counter() - begun
+
+class NoOp:
+    """Answers with a word."""
+
+    async def __call__(self, request: Request) -> PlainTextResponse:
+        """Do nothing else."""
+        return PlainTextResponse("hello")
 
     async def pid(self) -> int:
         """Tell which process this is."""
@@ -88,9 +65,7 @@ class Caller:
 class RayServe:
     """The running service; the driver is this process."""
 
-    def __init__(self) -> None:
-        from ray import serve
-
+    def __init__(self, port: int | None) -> None:
         quiet, pickle = QUIET in os.environ, PICKLE in os.environ
         options: dict[str, Any] = {"max_ongoing_requests": LIMIT}
         if quiet:
@@ -99,23 +74,27 @@ class RayServe:
         app = declare(Caller).bind(declare(Callee).bind(), "pickle" if pickle else None)
         self.caller = in_thread(serve.run(app, name="peers", route_prefix="/peers"))
         self.callee = in_thread(serve.get_deployment_handle("Callee", "peers"))
+        self.port = port
+        if port is not None:
+            self.web = in_thread(serve.run(declare(NoOp).bind(), name="noop", route_prefix="/noop"))
         self.gather = self.quickest()
 
     def describe(self) -> str:
         """Tell version and settings."""
-        import ray
-
         variables = [f"{name}={value}" for name, value in os.environ.items() if name.startswith("RAY_SERVE_")]
         settings = [f"max_ongoing_requests={LIMIT}", *variables]
         settings += ["enable_access_log=False"] if QUIET in os.environ else []
         settings += ['request_serialization=response_serialization="pickle"'] if PICKLE in os.environ else []
+        settings += ["no dashboard" if self.port else "no dashboard and no proxy"]
         how = "`[r.result() for r in responses]`" if self.gather is results else "`ray.get` of the object refs"
-        return f"Ray {ray.__version__}, {', '.join(settings)}, no dashboard and no proxy; a burst is gathered by {how}"
+        return f"Ray {ray.__version__}, {', '.join(settings)}; a burst is gathered by {how}"
 
     def processes(self) -> dict[str, int]:
         """Return the driver and the replicas."""
-        caller, callee = self.caller.pid.remote().result(), self.callee.pid.remote().result()
-        return {"driver": os.getpid(), "caller": caller, "callee": callee}
+        replicas = {"caller": self.caller, "callee": self.callee}
+        if self.port is not None:
+            replicas["replica"] = self.web
+        return {"driver": os.getpid(), **{name: handle.pid.remote().result() for name, handle in replicas.items()}}
 
     def concurrent(self, in_flight: int, seconds: float) -> tuple[int, float]:
         """Let the caller's replica call."""
@@ -124,22 +103,19 @@ class RayServe:
 
     def burst(self, count: int) -> float:
         """Call from this thread."""
-        return self.timed(self.gather, count)
+        return timed(self.callee.echo.remote, self.gather, count)
 
-    def timed(self, gather: Callable[[list[Any]], list[Any]], count: int) -> float:
-        """Return how long a burst takes."""
-        begun = time.perf_counter()
-        values = gather([self.callee.echo.remote(number) for number in range(count)])
-        took = time.perf_counter() - begun
-        assert values == list(range(count))
-        return took
+    def noop(self) -> str:
+        """Return where a word is answered."""
+        return f"http://127.0.0.1:{self.port}/noop"
 
     def quickest(self) -> Callable[[list[Any]], list[Any]]:
         """Try the ways to gather a burst."""
-        if any(name in os.environ for name in THROUGHPUT):
+        if "RAY_SERVE_THROUGHPUT_OPTIMIZED" in os.environ:
             # Responses by gRPC have no object refs.
             return results
-        return min((results, objects), key=lambda gather: min(self.timed(gather, 200) for _ in range(3)))
+        call = self.callee.echo.remote
+        return min((results, objects), key=lambda gather: min(timed(call, gather, 200) for _ in range(3)))
 
 
 def results(responses: list[Any]) -> list[Any]:
@@ -149,8 +125,6 @@ def results(responses: list[Any]) -> list[Any]:
 
 def objects(responses: list[Any]) -> list[Any]:
     """Let Ray's core wait for all."""
-    import ray
-
     values: list[Any] = ray.get([response._to_object_ref_sync() for response in responses])
     return values
 
@@ -162,16 +136,22 @@ def in_thread(handle: Any) -> Any:
     return handle
 
 
+def free_port() -> int:
+    """Return a port that nobody has at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
 @contextmanager
 def opened() -> Iterator[RayServe]:
     """Start Ray on this machine, and stop it."""
-    # It tells its makers of every start otherwise.
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
-    from ray import serve
-
     # Its sockets are in there, and their paths must be short.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    # It tells its makers of every start otherwise.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Only its end waits for this, half a minute.
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0"
+    port = free_port() if HTTP in os.environ else None
     try:
         ray.init(
             num_cpus=4,
@@ -182,8 +162,12 @@ def opened() -> Iterator[RayServe]:
             _temp_dir=folder,
         )
         try:
-            serve.start(proxy_location="Disabled")
-            yield RayServe()
+            if port is None:
+                serve.start(proxy_location="Disabled")
+            else:
+                # With HAProxy it listens on all interfaces whatever is said here.
+                serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+            yield RayServe(port)
         finally:
             serve.shutdown()
             ray.shutdown()
