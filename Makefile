@@ -6,7 +6,7 @@
 #   make test-all      the same with the slow tests
 #   make test-oldest   the tests with the oldest distributed that is promised, in .venv-oldest
 #   make bench         the benchmarks, several minutes                     (ARGS="--quick")
-#   make bench-peers   beside other servers, each in .venv-peers/<peer>; 10 minutes and 1 GB   (ARGS="--quick")
+#   make bench-peers   beside other servers, each in .venv-peers/<peer>; 15 minutes and 1 GB   (ARGS="--quick")
 #   make clean         remove environments and caches
 
 PYTHON ?= python3
