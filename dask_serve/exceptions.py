@@ -118,10 +118,20 @@ class DeploymentUnavailableError(RequestError):
 
 
 class BackPressureError(RequestError):
-    """Refused before it was executed, because too many requests wait already."""
+    """Refused before it was executed: too many requests wait already, or its deadline would have been missed.
+
+    Attributes
+    ----------
+    retry_after_s : float
+        Seconds after which trying again makes sense, as far as can be told.
+    """
 
     status = 503
     retryable = True
+
+    def __init__(self, message: str = "", retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
 
 
 class RequestTimeoutError(RequestError, TimeoutError):

@@ -23,6 +23,7 @@ from typing import Any
 
 from dask_serve.policy.admission import Admission
 from dask_serve.policy.dispatch import Dispatcher, Target
+from dask_serve.policy.forecast import Spread
 
 #: Seconds between two calls of `Dispatcher.remind`, as the fabric makes them.
 CHECK_EVERY = 0.5
@@ -38,9 +39,14 @@ class Request:
     background: bool = False
     prefers: frozenset[str] | None = None
     urgent: bool = False
+    deadline: float | None = None
+    sent: float = 0.0
+    found: int = 0
     #: Where it is: connection and target.
     place: Any = None
     outcomes: list[str] = field(default_factory=list)
+    #: How long it took, once it is answered.
+    seconds: float = 0.0
     on_end: Callable[[], None] | None = None
 
     def end(self, outcome: str) -> None:
@@ -71,6 +77,9 @@ class Execution:
     connection: Connection
     request: Request
     began: float | None = None
+    entered: float = 0.0
+    least: float = 0.0
+    found: int = 0
     ended: bool = False
 
 
@@ -80,7 +89,15 @@ class Replica:
     def __init__(self, simulation: Simulation, id: str, limit: int) -> None:
         self.sim = simulation
         self.id = id
-        self.admission = Admission(limit)
+        self.admission = Admission(limit, simulation.threads or 1)
+        #: How many times longer it takes than others.
+        self.times = 1.0
+        #: What waits for a thread, and what has one.
+        self.pool: deque[Execution] = deque()
+        self.executing = 0
+        self.takes = Spread()
+        #: Seconds that threads worked, and those of them that were for nobody.
+        self.worked = self.wasted = 0.0
         self.alive = True
         self.active = 0
         self.waiting: deque[Execution] = deque()
@@ -95,10 +112,11 @@ class Replica:
     # ------------------------------------------------------------------ what ReplicaCore does
 
     def on_call(self, connection: Connection, request: Request, credit: bool) -> None:
-        if not self.admission.admit(connection, credit):
+        if not self.admission.admit(connection, credit, background=request.background):
             self.reply(connection, "full", request, 0)
             return
         execution = connection.executions[request] = Execution(connection, request)
+        execution.found = self.admission.running - 1
         if self.active < self.admission.limit:
             self.begin(execution)
         else:
@@ -107,8 +125,39 @@ class Replica:
     def begin(self, execution: Execution) -> None:
         self.account()
         execution.began = self.sim.now
+        if self.active:
+            execution.least = self.takes.least
         self.active += 1
-        self.sim.after(self.sim.draw_service(), self.finish, execution)
+        if self.sim.threads and self.executing >= self.sim.threads:
+            self.pool.append(execution)
+        else:
+            self.enter(execution)
+
+    def enter(self, execution: Execution) -> None:
+        """User code begins, if it is not too late."""
+        execution.entered = now = self.sim.now
+        deadline = execution.request.deadline
+        if deadline is not None and now + execution.least >= deadline:
+            execution.entered = 0.0
+            self.finish(execution)
+            return
+        self.executing += 1
+        self.sim.after(self.sim.draw_service() * self.times, self.leave, execution)
+
+    def leave(self, execution: Execution) -> None:
+        """User code has ended."""
+        if not self.alive:
+            return
+        self.executing -= 1
+        seconds = self.sim.now - execution.entered
+        self.worked += seconds
+        if execution.ended or execution.request.dropped:
+            self.wasted += seconds
+        self.finish(execution)
+        while self.pool and self.executing < self.sim.threads:
+            waiting = self.pool.popleft()
+            if not waiting.ended:
+                self.enter(waiting)
 
     def finish(self, execution: Execution) -> None:
         if execution.ended or not self.alive:
@@ -118,6 +167,11 @@ class Replica:
         self.active -= 1
         assert execution.began is not None
         now = self.sim.now
+        if execution.entered:
+            seconds = now - execution.entered
+            self.takes.add(seconds)
+            delay = execution.entered - execution.began
+            self.admission.leftover.began(execution.found, delay, seconds, self.admission.limit)
         self.answer(execution, self.admission.finish(now - execution.began, now))
         while self.waiting and self.active < self.admission.limit:
             self.begin(self.waiting.popleft())
@@ -138,7 +192,7 @@ class Replica:
         del connection.executions[execution.request]
         credits = credited.count(connection)
         self.send_credits([other for other in credited if other is not connection])
-        self.reply(connection, "result", execution.request, credits)
+        self.reply(connection, "result" if execution.entered else "too late", execution.request, credits)
 
     def reply(self, connection: Connection, kind: str, request: Request, credits: int) -> None:
         load = self.admission.running, self.admission.wanted, credits
@@ -160,8 +214,8 @@ class Replica:
         if self.alive:
             self.send_credits(self.admission.lapse(self.sim.now))
 
-    def on_want(self, connection: Connection, count: int, oldest: float) -> None:
-        self.send_credits(self.admission.want(connection, count, oldest, self.sim.now))
+    def on_want(self, connection: Connection, count: int, online: int, oldest: float) -> None:
+        self.send_credits(self.admission.want(connection, count, oldest, self.sim.now, online=online))
 
     def on_return(self, connection: Connection) -> None:
         self.send_credits(self.admission.give_back(connection, self.sim.now))
@@ -234,10 +288,15 @@ class Router:
         connection.sent[call] = target
         self.sim.post(connection, 0, connection.replica.on_call, connection, call, credit)
 
-    def want(self, target: Target, count: int, oldest: float, urgent: bool) -> None:
+    def want(self, target: Target, count: int, online: int, oldest: float, urgent: bool) -> None:
         connection = self.connections.get(target)
         if connection is not None:
-            self.sim.post(connection, 0, connection.replica.on_want, connection, count, oldest)
+            self.sim.post(connection, 0, connection.replica.on_want, connection, count, online, oldest)
+
+    def too_late(self, call: Request, least: float) -> None:
+        self.backlog.discard(call)
+        call.dropped = True
+        call.end("too late")
 
     def give_back(self, target: Target) -> None:
         connection = self.connections[target]
@@ -245,15 +304,28 @@ class Router:
 
     # ------------------------------------------------------------------ requests
 
-    def submit(self, on_end: Callable[[], None] | None = None) -> Request:
-        background = self.sim.background > 0 and self.sim.random.random() < self.sim.background
-        request = Request(self.sim.now, self, background=background, on_end=on_end)
-        self.sim.requests.append(request)
+    def submit(self, on_end: Callable[[], None] | None = None, background: bool | None = None) -> Request:
+        sim = self.sim
+        if background is None:
+            background = sim.background > 0 and sim.random.random() < sim.background
+        deadline = None if sim.deadline is None or background else sim.now + sim.deadline
+        request = Request(sim.now, self, background=background, deadline=deadline, on_end=on_end)
+        sim.requests.append(request)
         self.backlog.add(request)
-        self.dispatcher.submit(request)
+        if deadline is not None:
+            sim.at(deadline, self.expire, request)
+        if self.dispatcher.submit(request) is not None:
+            self.backlog.discard(request)
+            request.dropped = True
+            request.end("refused")
         return request
 
-    def cancel(self, request: Request) -> None:
+    def expire(self, request: Request) -> None:
+        if not request.dropped and self.alive:
+            self.dispatcher.late()
+            self.cancel(request, "late")
+
+    def cancel(self, request: Request, outcome: str = "cancelled") -> None:
         if request.dropped or not self.alive:
             return
         request.dropped = True
@@ -263,7 +335,7 @@ class Router:
         else:
             connection = request.place
             self.sim.post(connection, 0, connection.replica.on_cancel, connection, request)
-        request.end("cancelled")
+        request.end(outcome)
 
     def on_reply(self, connection: Connection, kind: str, request: Request, reply: tuple[int, int, int]) -> None:
         target = connection.sent.pop(request)
@@ -274,12 +346,17 @@ class Router:
                 self.backlog.add(request)
             self.dispatcher.refused(target, request, running, wanted, self.sim.now)
             return
+        if kind == "too late" and not request.dropped:
+            self.dispatcher.late()
+        if kind == "result":
+            self.dispatcher.measure(target, request, self.sim.now)
         self.dispatcher.answered(target, running, wanted, credits, self.sim.now)
         if not request.dropped:
             request.dropped = True
-            self.served += 1
-            self.waits.append(self.sim.now - request.since)
-            request.end("result")
+            self.served += kind == "result"
+            request.seconds = self.sim.now - request.since
+            self.waits.append(request.seconds)
+            request.end(kind)
 
     def on_credit(self, connection: Connection) -> None:
         assert connection.target is not None
@@ -341,6 +418,10 @@ class Simulation:
         Share of the requests that let others go first.
     delay, jitter : float
         Seconds that a frame takes, and by which share it varies.
+    threads : int
+        Requests that a replica works on at once, however many it admits; 0: all that it admits.
+    deadline : float or None
+        Seconds within which requests that are no background ones have to be answered.
     reminding : bool
         Routers call `Dispatcher.remind`, as the fabric lets them.
     """
@@ -360,6 +441,8 @@ class Simulation:
         delay: float = 1.2e-4,
         jitter: float = 0.0,
         constant: bool = False,
+        threads: int = 0,
+        deadline: float | None = None,
         reminding: bool = True,
         seed: int = 0,
     ) -> None:
@@ -367,6 +450,8 @@ class Simulation:
         self.random = random.Random(seed)
         self.dead: list[Replica] = []
         self.limit = limit
+        self.threads = threads
+        self.deadline = deadline
         self.service = service
         self.cancelled = cancelled
         self.background = background
@@ -388,7 +473,7 @@ class Simulation:
         weights = [skew if i == 0 else 1.0 for i in range(routers)]
         for router, weight in zip(self.routers, weights, strict=True):
             if load:
-                rate = load * replicas * limit / service * weight / sum(weights)
+                rate = load * replicas * (threads or limit) / service * weight / sum(weights)
                 self.after(self.random.expovariate(rate), self._arrive, router, rate)
             if reminding:
                 self.after(CHECK_EVERY * self.random.random(), self._remind, router)

@@ -317,7 +317,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     @rule(router=ROUTERS, count=st.integers(0, 5), oldest=st.floats(0, 10), urgent=st.booleans())
     def want(self, router: str, count: int, oldest: float, urgent: bool) -> None:
-        self.granted(self.admission.want(router, count, oldest, self.now, urgent))
+        self.granted(self.admission.want(router, count, oldest, self.now, urgent=urgent))
 
     @rule(router=ROUTERS)
     def give_back(self, router: str) -> None:

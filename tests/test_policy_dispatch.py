@@ -22,6 +22,9 @@ class Call:
     background: bool = False
     prefers: frozenset[str] | None = None
     urgent: bool = False
+    deadline: float | None = None
+    sent: float = 0.0
+    found: int = 0
 
 
 class Port:
@@ -36,7 +39,7 @@ class Port:
     def send(self, target: Target, call: Call, credit: bool) -> None:
         self.sent.append((target, call, credit))
 
-    def want(self, target: Target, count: int, oldest: float, urgent: bool) -> None:
+    def want(self, target: Target, count: int, online: int, oldest: float, urgent: bool) -> None:
         self.wants.append((target.id, count, oldest))
         self.urgent.append(urgent)
 
@@ -214,10 +217,14 @@ def test_no_chatter_around_a_level():
     assert port.wants == []
 
 
-def test_no_more_is_asked_than_a_replica_can_hold():
+def test_all_that_waits_is_told():
+    """However few of it the replica can hold: the sum over all routers is what `max_queued_requests` is about."""
     dispatcher, port, _ = make(1, limit=2)
     submit(dispatcher, 20)
-    assert port.wants[-1] == ("r0", 3, 0.0)
+    assert port.wants[-1] == ("r0", 16, 0.0)
+    dispatcher.step = 2
+    submit(dispatcher, 1)
+    assert port.wants[-1] == ("r0", 19, 0.0)
 
 
 @pytest.mark.parametrize("queued", [1, 3, 7, 40])
@@ -343,9 +350,14 @@ def test_new_replicas_are_asked_at_once():
     fill_up(dispatcher)
     submit(dispatcher, 20)
     port.take_wants()
-    for i in range(3):
-        dispatcher.add(Target(f"new{i}", 4), 1.0)
-    assert {name: count for name, count, _ in port.wants if name.startswith("new")} == {"new0": 5, "new1": 5, "new2": 5}
+    names = [f"new{i}" for i in range(3)]
+    for name in names:
+        dispatcher.add(Target(name, 4), 1.0)
+    assert {name: count for name, count, _ in port.wants if name.startswith("new")} == {
+        "new0": 20,
+        "new1": 20,
+        "new2": 20,
+    }
 
 
 def test_the_first_replica_is_asked_for_what_waited():
@@ -432,12 +444,26 @@ def test_refused_background_requests_keep_their_place():
     first, second = (Call(background=True, number=i) for i in range(2))
     for call in (first, second):
         dispatcher.submit(call)
-    dispatcher.refused(target, second, 2, 0, 1.0)
     dispatcher.refused(target, first, 2, 0, 1.0)
     dispatcher.submit(online := Call(1.0))
-    for _ in range(3):
+    for _ in range(2):
         dispatcher.credited(target, 1.0)
-    assert [call for _, call, credit in port.sent if credit] == [online, first, second]
+    assert [call for _, call, _ in port.sent] == [first, online, first, second]
+
+
+def test_background_requests_do_not_go_unasked_to_where_others_run():
+    dispatcher, port, (target,) = make(1, limit=10)
+    online = submit(dispatcher)[0]
+    dispatcher.submit(behind := Call(background=True))
+    assert [call for _, call, _ in port.sent] == [online]
+    # Online ones do not wait for it.
+    others = submit(dispatcher, 2)
+    assert [call for _, call, _ in port.sent] == [online, *others]
+    dispatcher.answered(target, 2, 0, 0, 0.1)
+    assert dispatcher.queued == 1
+    dispatcher.answered(target, 1, 0, 0, 0.2)
+    dispatcher.answered(target, 0, 0, 0, 0.3)
+    assert port.sent[-1] == (target, behind, False)
 
 
 def test_the_oldest_of_both_classes_is_told():
@@ -445,10 +471,21 @@ def test_the_oldest_of_both_classes_is_told():
     fill_up(dispatcher)
     dispatcher.submit(Call(1.0, background=True))
     submit(dispatcher, 3, now=3.0)
-    assert port.wants[-1] == ("r0", 2, 2.0)
+    assert port.wants[-1] == ("r0", 3, 2.0)
     port.take_wants()
     dispatcher.remind(5.0)
     assert port.wants[-1][2] == 4.0
+
+
+def test_others_backlogs_are_known_from_answers():
+    dispatcher, _, (target,) = make(1)
+    submit(dispatcher, 4)
+    assert dispatcher.everywhere(0.0) == 3
+    # Of the 10 that wait for the replica 2 were told by this router.
+    assert dispatcher.queued == 3
+    dispatcher.answered(target, 1, 10, 0, 1.0)
+    assert dispatcher.everywhere(1.0) == 3 + 10 - 2
+    assert dispatcher.everywhere(1.0 + 2 * STALE_AFTER) == 3
 
 
 # -- every method in every order
@@ -469,6 +506,8 @@ class DispatchMachine(RuleBasedStateMachine):
         self.passed = 0
         self.count = 0
         self.submitting = False
+        #: What is sent now does not come out of the backlog.
+        self.direct = False
         self.expected: bool | None = None
         self.wants: dict[Target, int] = {}
         self.told: dict[Target, bool] = {}
@@ -477,7 +516,9 @@ class DispatchMachine(RuleBasedStateMachine):
     def send(self, target: Target, call: Call, credit: bool) -> None:
         assert not call.dropped
         assert target in self.targets
-        if call in self.waiting:
+        if self.direct:
+            self.waiting.remove(call)
+        elif call in self.waiting:
             urgent, online, background = self.classes()
             assert call is (background if call.background else urgent or online)[0], "out of turn"
             if any(other.background != call.background for other in self.waiting):
@@ -493,8 +534,8 @@ class DispatchMachine(RuleBasedStateMachine):
             assert not near or target in near
         self.sent.append((target, call))
 
-    def want(self, target: Target, count: int, oldest: float, urgent: bool) -> None:
-        assert count <= target.limit + 1
+    def want(self, target: Target, count: int, online: int, oldest: float, urgent: bool) -> None:
+        assert 0 <= online <= count
         assert oldest >= 0
         self.wants[target] = count
         self.told[target] = urgent
@@ -537,10 +578,10 @@ class DispatchMachine(RuleBasedStateMachine):
     def submit(self, background: bool, urgent: bool, prefers: frozenset[str] | None) -> None:
         call = Call(self.now, background=background, urgent=urgent, prefers=prefers)
         self.waiting.append(call)
-        waited = len(self.waiting) > 1
-        self.submitting = True
+        waited = any(background or not other.background for other in self.waiting[:-1])
+        self.submitting = self.direct = True
         self.dispatcher.submit(call)
-        self.submitting = False
+        self.submitting = self.direct = False
         assert not waited or call in self.waiting
 
     def back(self, call: Call) -> None:
@@ -600,7 +641,9 @@ class DispatchMachine(RuleBasedStateMachine):
             target.mine -= 1
             if again:
                 self.back(call)
+                self.direct = True
                 self.dispatcher.put_back(call, self.now)
+                self.direct = False
         self.returned = False
         self.dispatcher.credited(target, self.now)
         assert self.returned

@@ -12,6 +12,9 @@ waited longest. Of the calls that may leave a large result in the process's stor
 *urgent* one (HTTP, made by a running request, or the first to take a stored result) is none of them, and a want says
 whether the router's next request is urgent.
 
+*Background* requests take what online ones leave: they are admitted while few enough run (`leftover`) and no online one
+waits, but for one of ten.
+
 A router that let a credit lapse is granted no more until it is heard of. It will be, if it lives: the
 frames of a connection arrive in order, so each credit is answered by a call, a return, or the loss of the connection.
 
@@ -23,6 +26,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Hashable
 
+from .backlog import BACKGROUND_EVERY
+from .leftover import Leftover
+
 __all__ = ["CREDIT_LIFETIME", "Admission"]
 
 #: Seconds after which an unused credit lapses: its router is silent, or the message was lost with it.
@@ -32,15 +38,19 @@ CREDIT_LIFETIME = 0.25
 #: not idle for the round trip of a credit (a 1 ms service would for 19 % of the time).
 AHEAD_BELOW = 0.02
 
+#: The same for a background request ahead, which an online one that comes now has to wait for.
+BACKGROUND_AHEAD_BELOW = 0.004
+
 #: Weight of the newest sample in the moving mean of the service time.
 _SMOOTHING = 0.1
 
 
 class _Want:
-    __slots__ = ("count", "since", "urgent")
+    __slots__ = ("count", "online", "since", "urgent")
 
-    def __init__(self, count: int, since: float, urgent: bool) -> None:
+    def __init__(self, count: int, online: int, since: float, urgent: bool) -> None:
         self.count = count
+        self.online = online
         self.since = since
         self.urgent = urgent
 
@@ -52,9 +62,13 @@ class Admission:
     ----------
     limit : int
         ``max_ongoing_requests``.
+    threads : int
+        How many ``def`` methods run at once.
 
     Attributes
     ----------
+    leftover : Leftover
+        How many requests may run for another background one to be admitted.
     running : int
         Requests admitted and not finished, those included that wait for a slot (at most ``ahead``).
     granted : int
@@ -72,10 +86,12 @@ class Admission:
     __slots__ = (
         "_credits",
         "_lapses",
+        "_passed",
         "_silent",
         "_wants",
         "ahead",
         "granted",
+        "leftover",
         "limit",
         "most",
         "running",
@@ -83,8 +99,9 @@ class Admission:
         "storing",
     )
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, threads: int = 1) -> None:
         self.limit = limit
+        self.leftover = Leftover(threads)
         self.running = 0
         self.granted = 0
         self.ahead = 0
@@ -97,6 +114,8 @@ class Admission:
         self._credits: dict[Hashable, int] = {}
         # When each credit lapses, oldest first. Used and returned ones leave a stale entry, counted off when it is due.
         self._lapses: deque[tuple[float, Hashable]] = deque()
+        #: Online requests that were admitted since a background one was granted a slot, while some waited.
+        self._passed = 0
 
     @property
     def wanted(self) -> int:
@@ -108,10 +127,14 @@ class Admission:
         """Requests wait that are not admitted, whatever slots are free."""
         return self._is_held_back() and any(not want.urgent for want in self._wants.values())
 
-    def admit(self, router: Hashable, credit: bool, urgent: bool = False) -> bool:
+    def admit(self, router: Hashable, credit: bool, urgent: bool = False, background: bool = False) -> bool:
         """Decide on a call; an unasked one is admitted only while nobody waits who could be admitted."""
         if not credit:
-            if (self._wants and self._anybody_waits(urgent)) or self.running + self.granted >= self.limit + self.ahead:
+            if background and self.running + self.granted >= self._leftover():
+                return False
+            if (
+                self._wants and self._anybody_waits(urgent, background)
+            ) or self.running + self.granted >= self.limit + self.ahead:
                 return False
             if not urgent and self.most is not None and self._is_held_back():
                 return False
@@ -130,13 +153,21 @@ class Admission:
         self.running += 1
         if not urgent:
             self.storing += 1
+        if self._wants and not background:
+            self._passed += 1
         return True
+
+    def _leftover(self) -> int:
+        return self.leftover.most + (self.service < BACKGROUND_AHEAD_BELOW)
 
     def _is_held_back(self) -> bool:
         return self.most is not None and self.storing + self.granted >= self.most
 
-    def _anybody_waits(self, urgent: bool) -> bool:
-        return self.most is None or not urgent or any(want.urgent for want in self._wants.values())
+    def _anybody_waits(self, urgent: bool, background: bool) -> bool:
+        """Whether somebody waits who comes before such a request: online ones do not wait for background ones."""
+        if self.most is not None and urgent:
+            return any(want.urgent for want in self._wants.values())
+        return background or any(want.online for want in self._wants.values())
 
     def finish(self, service: float, now: float, urgent: bool = False) -> list[Hashable]:
         """A request ended after ``service`` seconds; return the routers that get a credit each."""
@@ -155,13 +186,22 @@ class Admission:
             self.storing -= 1
         return self._grant(now)
 
-    def want(self, router: Hashable, count: int, oldest: float, now: float, urgent: bool = False) -> list[Hashable]:
-        """A router says how many wait there and for how many seconds the oldest has."""
+    def want(
+        self,
+        router: Hashable,
+        count: int,
+        oldest: float,
+        now: float,
+        *,
+        urgent: bool = False,
+        online: int | None = None,
+    ) -> list[Hashable]:
+        """A router says how many wait there, how many of them are online (None: all), and for how long the oldest has."""
         self._silent.pop(router, None)
         if count <= 0:
             self._wants.pop(router, None)
         else:
-            self._wants[router] = _Want(count, now - oldest, urgent)
+            self._wants[router] = _Want(count, count if online is None else online, now - oldest, urgent)
         return self._grant(now)
 
     def resize(self, limit: int, now: float) -> list[Hashable]:
@@ -227,12 +267,7 @@ class Admission:
     def _grant(self, now: float) -> list[Hashable]:
         granted: list[Hashable] = []
         while self._wants and self.running + self.granted < self.limit + self.ahead:
-            best: Hashable = None
-            since = float("inf")
-            open_to_all = self.most is None or not self._is_held_back()
-            for router, want in self._wants.items():
-                if want.since < since and (open_to_all or want.urgent) and want.count > self._credits.get(router, 0):
-                    best, since = router, want.since
+            best = self._next()
             if best is None:
                 break
             # Its next request is younger: without this one router with an old backlog would take every slot.
@@ -242,3 +277,27 @@ class Admission:
             self._lapses.append((now + CREDIT_LIFETIME, best))
             granted.append(best)
         return granted
+
+    def _next(self) -> Hashable:
+        """Return the router whose next request is to come: the oldest online one, or else background."""
+        online = behind = None
+        since = behind_since = float("inf")
+        open_to_all = self.most is None or not self._is_held_back()
+        for router, want in self._wants.items():
+            credits = self._credits.get(router, 0)
+            if not (open_to_all or want.urgent) or want.count <= credits:
+                continue
+            if want.online <= credits:
+                if want.since < behind_since:
+                    behind, behind_since = router, want.since
+            elif want.since < since:
+                online, since = router, want.since
+        if behind is None:
+            return online
+        starves = self._passed >= BACKGROUND_EVERY - 1
+        if online is not None and not starves:
+            return online
+        if not starves and self.running + self.granted >= self._leftover():
+            return None
+        self._passed = 0
+        return behind

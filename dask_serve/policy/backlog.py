@@ -66,6 +66,13 @@ class Backlog:
         background = _live(self._background)
         return bool(_live(self._urgent) or (background and background[0].urgent))
 
+    @property
+    def background(self) -> bool:
+        """The next request is a background one; False also where none waits."""
+        return bool(_live(self._background)) and (
+            self._passed >= BACKGROUND_EVERY - 1 or not (_live(self._urgent) or _live(self._online))
+        )
+
     def pop(self) -> Any:
         """Return the next request that was not given up; there must be one."""
         online, background = _live(self._urgent) or _live(self._online), _live(self._background)

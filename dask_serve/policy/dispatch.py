@@ -5,6 +5,10 @@ those where its largest argument is, else power of two choices on own requests i
 of others. Everything else waits in the backlog, where it can still be cancelled, and leaves it on a credit, or unasked
 to a replica that just answered and said that nobody waits for it.
 
+A call with a deadline that will most likely not be met is refused when it comes; one whose deadline cannot be met any
+more when its turn has come is not sent. A replica that has nothing to do gets every call: what is known of it may be
+out of date. A replica that takes much longer than others at the same load counts as that much more loaded.
+
 While the backlog is not empty a want stands at some replicas: at least at `ASKED_AT_LEAST` and at one for each request
 that waits, where there are so many; at all once a request has waited for long. While it is empty no want stands.
 
@@ -17,6 +21,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from .backlog import Backlog
+from .forecast import APART, SAFE, Caution, Forecast, Pace, Spread
 
 __all__ = ["Dispatcher", "Port", "Queued", "Target"]
 
@@ -27,6 +32,13 @@ STALE_AFTER = 0.1
 ASKED_AT_LEAST = 4
 #: A backlog whose oldest request has waited for this many seconds asks all of them.
 PATIENCE = 0.1
+
+#: A replica is slow that takes more than this many times as long as the fastest one would at the same load.
+SLOW = 2.0
+#: A slow replica without requests gets one after this many seconds: it may have recovered.
+PROBE_AFTER = 5.0
+#: Most seconds that a refused request is told to stay away.
+LONGEST_STAY = 60.0
 
 
 class Queued(Protocol):
@@ -42,6 +54,11 @@ class Queued(Protocol):
     prefers: frozenset[str] | None
     #: It is admitted even where results have no room; it goes before others.
     urgent: bool
+    #: When it has to be answered; None: whenever.
+    deadline: float | None
+    #: Set when it is sent: the time, and how many others are at the replica, as far as is known.
+    sent: float
+    found: int
 
 
 class Target:
@@ -63,9 +80,29 @@ class Target:
         A want of this router stands there.
     usable : bool
         False while its door is silent: no new requests go there.
+    forecast : Forecast
+        How long requests take there.
+    worst : float
+        Seconds that hardly any request exceeds there, whatever the load.
+    handicap : float
+        1.0, or for a slow replica how many times longer it takes than the fastest one. 0.0: try it again.
     """
 
-    __slots__ = ("asked", "heard", "id", "limit", "link", "mine", "others", "places", "usable", "wanted")
+    __slots__ = (
+        "asked",
+        "forecast",
+        "handicap",
+        "heard",
+        "id",
+        "limit",
+        "link",
+        "mine",
+        "others",
+        "places",
+        "usable",
+        "wanted",
+        "worst",
+    )
 
     def __init__(self, id: str, limit: int, link: Any = None, places: frozenset[str] = frozenset()) -> None:
         self.id = id
@@ -78,6 +115,9 @@ class Target:
         self.wanted = 0
         self.asked = False
         self.usable = True
+        self.forecast = Forecast()
+        self.worst = 0.0
+        self.handicap = 1.0
 
     def load(self, now: float) -> int:
         """Requests there, as far as is known: own ones for certain, those of others by the last answer."""
@@ -93,11 +133,14 @@ class Port(Protocol):
     def send(self, target: Target, call: Any, credit: bool) -> None:
         """Send the call now."""
 
-    def want(self, target: Target, count: int, oldest: float, urgent: bool) -> None:
-        """Tell the replica how many wait here, since when the oldest does, and whether the next one is urgent."""
+    def want(self, target: Target, count: int, online: int, oldest: float, urgent: bool) -> None:
+        """Tell the replica how many wait here, how many of them are online ones, and for how long the oldest has."""
 
     def give_back(self, target: Target) -> None:
         """Return a credit."""
+
+    def too_late(self, call: Any, least: float) -> None:
+        """The call will not be sent: its deadline comes before the ``least`` seconds have passed that it would take."""
 
 
 class Dispatcher:
@@ -110,37 +153,124 @@ class Dispatcher:
         Returns a float in [0, 1).
     """
 
-    __slots__ = ("_announced", "_announced_urgent", "_backlog", "_order", "_port", "_random", "queued", "targets")
+    __slots__ = (
+        "_announced",
+        "_announced_online",
+        "_announced_urgent",
+        "_backlog",
+        "_caution",
+        "_elsewhere",
+        "_elsewhere_heard",
+        "_order",
+        "_pace",
+        "_port",
+        "_random",
+        "_taken",
+        "online",
+        "queued",
+        "step",
+        "targets",
+    )
 
     def __init__(self, port: Port, random: Callable[[], float]) -> None:
         self.targets: dict[str, Target] = {}
-        #: Live requests in the backlog.
+        #: Live requests in the backlog, and how many of them are online ones.
         self.queued = 0
+        self.online = 0
         self._order: list[Target] = []
         self._backlog = Backlog()
         self._port = port
         self._random = random
         self._announced = 0
+        self._announced_online = 0
         self._announced_urgent = False
+        #: By how much the backlog may differ from what was told of it, beside doubling and halving.
+        self.step = 1 << 62
+        #: How many wait at other routers, and when that was heard.
+        self._elsewhere = 0
+        self._elsewhere_heard = 0.0
+        self._pace = Pace()
+        #: Seconds that requests take once they are sent.
+        self._taken = Spread()
+        self._caution = Caution()
 
     # ------------------------------------------------------------------ requests
 
-    def submit(self, call: Queued) -> None:
-        """Take a new request: send it, or let it wait."""
-        if not self.queued:
-            target = self._choose(call.since, call.prefers)
-            if target is not None:
-                # Reserved in the step that chooses, so that the next choice sees it.
-                target.mine += 1
-                self._port.send(target, call, False)
-                return
+    def submit(self, call: Queued) -> float | None:
+        """Take a new request: send it, or let it wait.
+
+        Returns
+        -------
+        float or None
+            None: it was taken. Else it was refused, since its deadline would most likely be missed: the seconds after
+            which another like it would be in time.
+        """
+        now = call.since
+        if not (self.queued if call.background else self.online):
+            target = self._choose(now, call.prefers)
+            # A background one does not come unasked to where others run.
+            if target is not None and not (call.background and target.mine + target.others):
+                if call.deadline is not None and target.worst > call.deadline - now:
+                    target = self._in_time(target, call.deadline - now, now)
+                    if target is None:
+                        return self._stay_away(call.deadline - now, now)
+                self._send(target, call, False, now)
+                return None
+        if call.deadline is not None and self._order:
+            late = self.wait() - (call.deadline - now)
+            if late > 0:
+                return min(late, LONGEST_STAY)
         self._backlog.append(call)
-        self.queued += 1
-        self._announce(call.since)
+        self._count(call, 1)
+        self._announce(now)
+        return None
+
+    def _in_time(self, first: Target, slack: float, now: float) -> Target | None:
+        """Return a replica that answers within ``slack`` seconds, or has nothing to do: ``first``, or the fastest."""
+        if self._at_most(first, now) <= slack:
+            return first
+        free = [target for target in self._order if target.mine < target.limit and target.usable]
+        best = min(free, key=lambda target: self._at_most(target, now))
+        return best if self._at_most(best, now) <= slack else None
+
+    def _at_most(self, target: Target, now: float) -> float:
+        """Return the seconds that a request will hardly exceed there; 0.0 where it finds nobody."""
+        # With answers outstanding what was heard last of others may be old, and is the best that there is.
+        load = target.mine + target.others if target.mine else target.load(now)
+        return target.forecast.at_most(load, self._caution.factor) if load else 0.0
+
+    def _stay_away(self, slack: float, now: float) -> float:
+        """Return the seconds until a replica will answer within ``slack``, as far as can be told."""
+        soonest = min(self._at_most(target, now) for target in self._order if target.usable)
+        return min(max(soonest - slack, 0.0), LONGEST_STAY)
+
+    def wait(self) -> float:
+        """Return the seconds until a request that joins the backlog now is hardly not answered yet."""
+        taken = self._taken
+        if not taken.samples:
+            return 0.0
+        caution = self._caution.factor
+        ahead = self._pace.wait(self.queued + 1, caution)
+        if ahead is None:
+            # As many leave as are answered.
+            slots = sum(target.limit for target in self._order if target.usable)
+            ahead = (self.queued + 1) * taken.mean / slots if slots else 0.0
+        return ahead + taken.mean + min(caution * SAFE * taken.deviation, taken.mean)
+
+    def late(self) -> None:
+        """A request that was taken in missed its deadline."""
+        self._caution.late()
+
+    def _send(self, target: Target, call: Queued, credit: bool, now: float) -> None:
+        call.sent = now
+        call.found = target.mine + target.others
+        # Reserved in the step that chooses, so that the next choice sees it.
+        target.mine += 1
+        self._port.send(target, call, credit)
 
     def cancelled(self, call: Queued, now: float) -> None:
         """A request in the backlog was given up (its ``dropped`` is set)."""
-        self.queued -= 1
+        self._count(call, -1)
         if len(self._backlog) > 2 * self.queued:
             # Those behind one that waits for long would pile up.
             self._backlog.prune()
@@ -152,20 +282,31 @@ class Dispatcher:
         self._remember(target, running, wanted, now)
         if not call.dropped:
             self._backlog.put_back(call)
-            self.queued += 1
+            self._count(call, 1)
         self._announce(now)
 
     def put_back(self, call: Queued, now: float) -> None:
         """A request whose replica went away is to be sent again: at once, or from the head of the backlog."""
-        if not self.queued:
+        if not (self.queued if call.background else self.online):
             target = self._choose(now, call.prefers)
-            if target is not None:
-                target.mine += 1
-                self._port.send(target, call, False)
+            if target is not None and not (call.background and target.mine + target.others):
+                self._send(target, call, False, now)
                 return
         self._backlog.put_back(call)
-        self.queued += 1
+        self._count(call, 1)
         self._announce(now)
+
+    def measure(self, target: Target, call: Queued, now: float) -> None:
+        """Learn how long a request took, or a streamed one until its first item; not of one that failed."""
+        forecast = target.forecast
+        if now - forecast.sampled < APART:
+            return
+        seconds = now - call.sent
+        forecast.add(call.found, seconds, now)
+        target.worst = forecast.at_most(target.limit, Caution.MOST)
+        self._taken.add(seconds)
+        if call.deadline is not None:
+            self._caution.in_time()
 
     def answered(self, target: Target, running: int, wanted: int, credits: int, now: float) -> None:
         """A replica answered a request and told its load; use the credits that came with it."""
@@ -179,6 +320,7 @@ class Dispatcher:
             and target.usable
             and target.mine + target.others < target.limit
             and self.targets.get(target.id) is target
+            and not (target.mine + target.others and self._backlog.background)
         ):
             self._send_head(target, False, now)
 
@@ -187,6 +329,11 @@ class Dispatcher:
         target.others = others if others > 0 else 0
         target.wanted = wanted
         target.heard = now
+        elsewhere = wanted - self._announced if target.asked else wanted
+        if elsewhere >= self._elsewhere or now - self._elsewhere_heard > STALE_AFTER:
+            # Not all replicas are asked by all routers.
+            self._elsewhere = max(elsewhere, 0)
+            self._elsewhere_heard = now
 
     def credited(self, target: Target, now: float) -> None:
         """A credit came: use it at once, or return it."""
@@ -196,11 +343,30 @@ class Dispatcher:
             self._port.give_back(target)
 
     def _send_head(self, target: Target, credit: bool, now: float) -> None:
-        call = self._backlog.pop()
-        self.queued -= 1
-        target.mine += 1
-        self._port.send(target, call, credit)
+        least = target.forecast.least if target.mine else 0.0
+        while self.queued:
+            call = self._backlog.pop()
+            self._count(call, -1)
+            self._pace.left(now, self.queued > 0)
+            if call.deadline is None or now + least <= call.deadline:
+                self._send(target, call, credit, now)
+                break
+            self._caution.late()
+            self._port.too_late(call, least)
+        else:
+            if credit:
+                self._port.give_back(target)
         self._announce(now)
+
+    def _count(self, call: Queued, change: int) -> None:
+        self.queued += change
+        if not call.background:
+            self.online += change
+
+    def everywhere(self, now: float) -> int:
+        """Return how many requests wait at all routers, as far as is known here."""
+        heard = now - self._elsewhere_heard <= STALE_AFTER
+        return self.queued + (self._elsewhere if heard else 0)
 
     def waiting(self) -> list[Any]:
         """Return the live requests of the backlog."""
@@ -210,7 +376,7 @@ class Dispatcher:
         """Empty the backlog and return its live requests: nothing will ever answer them."""
         calls = self.waiting()
         self._backlog.clear()
-        self.queued = 0
+        self.queued = self.online = 0
         self._announce(0.0)
         return calls
 
@@ -246,8 +412,25 @@ class Dispatcher:
 
     def remind(self, now: float) -> None:
         """To be called about twice a second: what has waited for long is asked of all replicas, and asked again."""
+        if len(self._order) > 1:
+            self._compare(now)
         if self.queued and now - self._backlog.since() >= PATIENCE:
             self._ask(now, len(self._order))
+
+    def _compare(self, now: float) -> None:
+        """Find the replicas that are slow."""
+        known = [target for target in self._order if target.forecast.known]
+        if not known:
+            return
+        usual = sum(target.load(now) for target in known) // len(known)
+        fastest = min((target.forecast for target in known), key=lambda forecast: forecast.expected(usual))
+        for target in known:
+            load = target.load(now)
+            least = fastest.expected(load)
+            times = target.forecast.expected(load) / least if least > 0.0 else 1.0
+            target.handicap = times if times > SLOW else 1.0
+            if times > SLOW and not target.mine and now - target.forecast.sampled > PROBE_AFTER:
+                target.handicap = 0.0
 
     def _choose(self, now: float, prefers: frozenset[str] | None) -> Target | None:
         order = self._order
@@ -271,35 +454,45 @@ class Dispatcher:
         if second >= first:
             second += 1
         best, other = order[first], order[second]
-        if other.load(now) < best.load(now):
+        if (other.load(now) + 1) * other.handicap < (best.load(now) + 1) * best.handicap:
             best = other
         if best.mine < best.limit and best.usable:
+            if not best.handicap:
+                # One request shall tell.
+                best.handicap = SLOW * best.limit
             return best
         free = [target for target in order if target.mine < target.limit and target.usable]
-        return min(free, key=lambda target: target.load(now)) if free else None
+        return min(free, key=lambda target: (target.load(now) + 1) * target.handicap) if free else None
 
     # ------------------------------------------------------------------ wants
 
     def _announce(self, now: float) -> None:
         """Tell the level of the backlog when it left or reached 0, doubled or halved."""
         queued, told = self.queued, self._announced
-        if (queued == told or told < 2 * queued < 4 * told) and self._announced_urgent == self._backlog.urgent:
+        if (
+            (queued == told or (told < 2 * queued < 4 * told and abs(queued - told) < self.step))
+            and (self.online == self._announced_online or _is_near(self.online, self._announced_online))
+            and self._announced_urgent == self._backlog.urgent
+        ):
             return
         if queued:
             self._ask(now, queued)
             return
         self._announced = 0
+        self._announced_online = 0
         self._announced_urgent = False
+        self._pace.stopped()
         self._backlog.clear()
         for target in self._order:
             if target.asked:
                 target.asked = False
-                self._port.want(target, 0, 0.0, False)
+                self._port.want(target, 0, 0, 0.0, False)
 
     def _ask(self, now: float, enough: int) -> None:
         """Tell ``enough`` replicas how many wait: those that know of it already, and the least loaded others."""
         self._announced = self.queued
         self._announced_urgent = urgent = self._backlog.urgent
+        self._announced_online = self.online
         asked = [target for target in self._order if target.asked]
         missing = max(enough, ASKED_AT_LEAST) - len(asked)
         if missing > 0:
@@ -310,4 +503,9 @@ class Dispatcher:
         oldest = max(0.0, now - self._backlog.since())
         for target in asked:
             target.asked = True
-            self._port.want(target, min(self.queued, target.limit + 1), oldest, urgent)
+            self._port.want(target, self.queued, self.online, oldest, urgent)
+
+
+def _is_near(level: int, told: int) -> bool:
+    """It has neither doubled nor halved since it was told."""
+    return told < 2 * level < 4 * told

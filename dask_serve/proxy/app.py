@@ -141,5 +141,4 @@ class ProxyApp:
 
     def stats(self) -> dict[str, Any]:
         """Counts for the controller; called once a second."""
-        self._forwarder.tick()
         return {"statuses": {str(status): count for status, count in self._forwarder.statuses.items()}}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from .. import exceptions
-from ..exceptions import ReplicaLostError, RequestCancelledError, RequestError
+from ..exceptions import BackPressureError, ReplicaLostError, RequestCancelledError, RequestError
 from ..routing.calls import Outgoing
 from ..wire.frames import Buffer
 from ..wire.messages import Chunk, Failure, HttpHead, Reply
@@ -20,7 +21,7 @@ __all__ = ["FollowedCall", "HttpCall"]
 class HttpCall(Outgoing):
     """A request on its way, and what has come of its answer."""
 
-    __slots__ = ("_loop", "chunks", "ended", "error", "head", "status", "waiter", "whole")
+    __slots__ = ("_loop", "chunks", "ended", "error", "head", "retry_after", "status", "waiter", "whole")
 
     def __init__(self, parts: Sequence[Buffer], request_id: str, head: HttpHead, loop: Any) -> None:
         super().__init__("__call__", parts, request_id, head)
@@ -33,6 +34,8 @@ class HttpCall(Outgoing):
         self.ended = False
         #: What went wrong.
         self.error: Refusal | None = None
+        #: Seconds after which trying again makes sense, where it was refused.
+        self.retry_after = 1
         self.waiter: asyncio.Future[None] = loop.create_future()
 
     async def more(self, timeout: float | None) -> None:
@@ -82,6 +85,8 @@ class HttpCall(Outgoing):
             self._end(500, "InternalServerError", "the deployment raised an exception")
 
     def fail(self, error: RequestError) -> None:
+        if isinstance(error, BackPressureError):
+            self.retry_after = max(1, math.ceil(error.retry_after_s))
         self._end(error.status, type(error).__name__, str(error))
 
     def _end(self, status: int, name: str, text: str) -> None:
@@ -115,6 +120,8 @@ class FollowedCall(HttpCall):
 
     def on_window(self, nbytes: int) -> None:
         self.accepted = True
+        # How long it takes is its client's doing.
+        self.sent = 0.0
         self.parts = ()
         if self._by is not self.target:
             self._by = self.target

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -10,16 +9,12 @@ from itertools import count
 
 import msgspec
 
-__all__ = ["ID_HEADER", "Headers", "Pace", "Refusal", "error_answer", "make_id", "request_id_in"]
+__all__ = ["ID_HEADER", "Headers", "Refusal", "error_answer", "make_id", "request_id_in"]
 
 Headers = Sequence[tuple[bytes, bytes]]
 #: Status, type and text of an error of ours.
 Refusal = tuple[int, str, str]
 
-#: Longest that a client is told to wait, in seconds.
-LONGEST_WAIT = 60
-#: Weight of the newest second in the pace of a deployment.
-_SMOOTHING = 0.3
 
 ID_HEADER = b"x-request-id"
 _valid_id = re.compile(rb"[!-~]{1,128}").fullmatch
@@ -100,25 +95,3 @@ def _weight(parameters: Iterable[bytes]) -> float:
             except ValueError:
                 return 0.0
     return 1.0
-
-
-class Pace:
-    """How fast one deployment answers the requests of this proxy, for ``Retry-After``."""
-
-    __slots__ = ("_answered", "_rate")
-
-    def __init__(self, answered: int) -> None:
-        self._answered = answered
-        self._rate: float | None = None
-
-    def tick(self, answered: int) -> None:
-        """Take note of the count of answers; called once a second."""
-        new = answered - self._answered
-        self._answered = answered
-        self._rate = new if self._rate is None else self._rate + _SMOOTHING * (new - self._rate)
-
-    def wait(self, queued: int) -> int:
-        """Return the seconds after which half of what waits now will have been answered, as far as can be told."""
-        if not self._rate:
-            return 1
-        return max(1, min(LONGEST_WAIT, math.ceil(queued / 2 / self._rate)))

@@ -28,7 +28,7 @@ from ..routing.table import RouteEntry, Table
 from ..wire.messages import HttpHead
 from .answers import respond, write_whole
 from .calls import HttpCall
-from .errors import ID_HEADER, Pace, Refusal, error_answer
+from .errors import ID_HEADER, Refusal, error_answer
 from .forwarded import is_local
 from .protocol import CONNECTION, ProxyProtocol
 from .stream import cut_off, pass_on
@@ -72,7 +72,6 @@ class Forwarder:
         self._routes: Routes[RouteEntry] = Routes()
         self._id_prefix = f"{os.urandom(6).hex()}-"
         self._numbers = itertools.count()
-        self._paces: dict[str, Pace] = {}
 
     @property
     def routes(self) -> Routes[RouteEntry]:
@@ -167,7 +166,7 @@ class Forwarder:
     async def _answer(self, call: HttpCall, router: Router, scope: Scope, send: Send, began: float) -> None:
         """Pass on what the replica answered, or why there is nothing."""
         if call.error is not None:
-            await self._refuse(scope, send, began, call.request_id, call.error, router=router)
+            await self._refuse(scope, send, began, call.request_id, call.error, retry_after=call.retry_after)
             return
         headers = call.head
         if ID_HEADER not in [name for name, _ in headers]:
@@ -246,14 +245,12 @@ class Forwarder:
         request_id: str,
         refusal: Refusal,
         *,
-        router: Router | None = None,
+        retry_after: int = 1,
     ) -> None:
         """Answer with an error of ours."""
         status = refusal[0]
         self.count(status, began)
-        pace = None if router is None else self._paces.get(router.id)
-        wait = 1 if pace is None or router is None else pace.wait(router.queued)
-        headers, body = error_answer(refusal, request_id, scope["headers"], wait)
+        headers, body = error_answer(refusal, request_id, scope["headers"], retry_after)
         if not write_whole(send.__self__, status, headers, body):  # type: ignore[attr-defined]
             await respond(send, status, headers, body)
 
@@ -268,15 +265,6 @@ class Forwarder:
             return said
         known = ", ".join(sorted(entry.prefix for entry in self.routes.entries)) or "none yet"
         return f"{said}; known route prefixes: {known}"
-
-    def tick(self) -> None:
-        """Take note of how fast deployments answer; called once a second."""
-        for router in self._fabric.routers.values():
-            pace = self._paces.get(router.id)
-            if pace is None:
-                self._paces[router.id] = Pace(router.answered)
-            else:
-                pace.tick(router.answered)
 
     def count(self, status: int, began: float) -> None:
         seconds = monotonic() - began

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..policy.admission import Admission
+from ..policy.forecast import APART, Spread
 from ..policy.results import ResultSize
 from ..wire.frames import Buffer, Frame, encode_frame
 from ..wire.messages import Call, Failure, Kind, ReplicaName, Reply, Want, encode
@@ -49,7 +50,7 @@ class ReplicaCore:
         settle: Callable[[], object],
     ) -> None:
         self.id = id
-        self.admission = Admission(limit)
+        self.admission = Admission(limit, user.threads)
         self.result_size = ResultSize()
         #: Set when the door opens for it.
         self.room: Room | None = None
@@ -63,6 +64,10 @@ class ReplicaCore:
         self.seconds_wasted = 0.0
         #: Where admitted requests run.
         self.user = user
+        #: Seconds that nearly every request takes from the moment that user code begins.
+        self.least = 0.0
+        self._takes = Spread()
+        self._sampled = 0.0
         self._settle = settle
         self._books_are_due = False
         self._loop = loop
@@ -79,13 +84,14 @@ class ReplicaCore:
         if self.draining:
             connection.send(Kind.DRAINING, frame.request, encode(Reply(admission.running, admission.wanted)))
             return
-        if not admission.admit(connection, call.credit, call.urgent):
+        if not admission.admit(connection, call.credit, call.urgent, call.background):
             connection.send(Kind.FULL, frame.request, encode(Reply(admission.running, admission.wanted)))
             if admission.most is not None:
                 self._held_back(call)
             return
         execution = Execution(self, connection, frame.request, call, frame.parts, time.monotonic())
         connection.executions[frame.request] = execution
+        execution.found = admission.running - 1
         if call.more:
             execution.inflow = Inflow(self.user, execution)
         if self._active < admission.limit:
@@ -142,7 +148,9 @@ class ReplicaCore:
             # It came to the door after the replica had told everybody.
             connection.send(Kind.DRAINING, 0, encode(ReplicaName(self.id)))
             return
-        self._send_credits(self.admission.want(connection, want.count, want.oldest, time.monotonic(), want.urgent))
+        now = time.monotonic()
+        credited = self.admission.want(connection, want.count, want.oldest, now, urgent=want.urgent, online=want.online)
+        self._send_credits(credited)
         if self.room is not None and self.admission.held_back:
             self.room.refused()
         self._settle()
@@ -165,6 +173,9 @@ class ReplicaCore:
             return
         execution.began = now
         execution.running = True
+        if self._active:
+            # An idle replica tries all: what is known of it may be out of date.
+            execution.least = self.least
         self._active += 1
         self.user.begin(execution)
 
@@ -188,6 +199,8 @@ class ReplicaCore:
         if answer.stored or self.result_size.mean:
             # Before somebody gets the slot.
             self._measure(execution, answer)
+        if execution.entered and now - self._sampled > APART:
+            self._sample(execution, kind == Kind.RESULT, now)
         credited = self.admission.finish(now - execution.began, now, execution.call.urgent)
         if execution.answered:
             connection.executions.pop(execution.request, None)
@@ -197,6 +210,16 @@ class ReplicaCore:
         self._begin_more()
         if self._idle and not self.admission.running:
             self._tell_idle()
+
+    def _sample(self, execution: Execution, whole: bool, now: float) -> None:
+        """Learn how long requests wait for user code to begin, and how long that takes."""
+        self._sampled = now
+        seconds = now - execution.entered
+        delay = execution.entered - execution.began
+        self.admission.leftover.began(execution.found, delay, seconds, self.admission.limit)
+        if whole:
+            self._takes.add(seconds)
+            self.least = self._takes.least
 
     def _begin_more(self) -> None:
         waiting = self._waiting

@@ -53,7 +53,10 @@ class Execution:
         "connection",
         "core",
         "deadline",
+        "entered",
+        "found",
         "inflow",
+        "least",
         "left",
         "on_cancel",
         "outflow",
@@ -75,6 +78,12 @@ class Execution:
         self.parts = parts
         self.deadline = None if call.remaining is None else now + call.remaining
         self.began = now
+        #: When user code began; 0.0: not yet.
+        self.entered = 0.0
+        #: Requests that were in the replica when it came.
+        self.found = 0
+        #: Seconds that it takes at least; 0.0 where the replica has nothing else to do.
+        self.least = 0.0
         #: Left the waiting line: user code has it.
         self.running = False
         #: User code runs, or did. Set before it looks at ``cancelled``, which is set before the door looks at this.

@@ -86,6 +86,7 @@ class UserCode:
         self.id = id
         #: ``app/deployment``.
         self.deployment = id.rsplit("/", 1)[0]
+        self.threads = threads
         self.loop = new_event_loop()
         self.instance: Any = None
         self.methods = Methods(self)
@@ -324,9 +325,11 @@ class UserCode:
         # Who cancels sets the flag first and then looks at what was set here: one of the two sees the other.
         if execution.cancelled:
             raise asyncio.CancelledError
-        if execution.deadline is not None and time.monotonic() >= execution.deadline:
+        execution.entered = now = time.monotonic()
+        if execution.deadline is not None and now + execution.least >= execution.deadline:
             raise RequestTimeoutError(
-                f"the deadline passed while the request waited in replica {self.id}; it was not executed"
+                f"the request waited in replica {self.id} until too little was left to its deadline "
+                f"({execution.deadline - now:.2g} s of at least {execution.least:.2g} s); it was not executed"
             )
         request_context.set(context)
 

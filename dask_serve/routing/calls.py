@@ -47,6 +47,7 @@ class Outgoing:
         "background",
         "deadline",
         "dropped",
+        "found",
         "http",
         "method",
         "model_id",
@@ -55,6 +56,7 @@ class Outgoing:
         "prefers",
         "request_id",
         "retries",
+        "sent",
         "since",
         "target",
         "timer",
@@ -83,6 +85,9 @@ class Outgoing:
         #: Admitted even where results have no room. What comes over HTTP leaves none.
         self.urgent = http is not None
         self.since = 0.0
+        #: When it was sent, and how many others were at its replica; 0.0: not, or what it took is noted already.
+        self.sent = 0.0
+        self.found = 0
         #: Monotonic time; None: no deadline.
         self.deadline: float | None = None
         self.timer: asyncio.TimerHandle | None = None

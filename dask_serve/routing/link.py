@@ -226,8 +226,8 @@ class Link:
         """Tell that a part of a streamed answer was consumed."""
         self._connection.send(Kind.WINDOW, number, encode(Window(nbytes)))
 
-    def want(self, replica: str, count: int, oldest: float, urgent: bool) -> None:
-        self._connection.send(Kind.WANT, 0, encode(Want(replica, count, oldest, urgent)))
+    def want(self, replica: str, count: int, online: int, oldest: float, urgent: bool) -> None:
+        self._connection.send(Kind.WANT, 0, encode(Want(replica, count, oldest, urgent, online)))
 
     def send_body(self, number: int, piece: Buffer) -> None:
         """Send another piece of a request's body."""

@@ -27,6 +27,9 @@ from .table import DeploymentEntry
 
 __all__ = ["Router"]
 
+#: Routers tell each other of their backlogs, through the replicas, in steps of this part of ``max_queued_requests``.
+STEPS = 16
+
 
 class Router:
     """Routes the requests of one event loop to one deployment.
@@ -101,16 +104,26 @@ class Router:
         if timeout is not None:
             call.deadline = now + timeout
             call.timer = self._loop.call_later(timeout, self._on_deadline, call)
-        dispatcher.submit(call)
-        if limit is not None and dispatcher.queued > limit and call.target is None:
-            self.refused += 1
-            self._give_up(call)
-            call.fail(
-                BackPressureError(
-                    f"{dispatcher.queued} requests wait for deployment {self.id!r} already, and {limit} may "
-                    "(max_queued_requests); try again later"
-                )
-            )
+        late = dispatcher.submit(call)
+        if late is not None:
+            self._refuse(call, f"it would have been answered {late:.2g} s after its deadline", late)
+            return
+        if limit is not None and dispatcher.queued and call.target is None:
+            dispatcher.step = max(1, limit // STEPS)
+            waiting = dispatcher.everywhere(now)
+            if waiting > limit:
+                call.dropped = True
+                dispatcher.cancelled(call, now)
+                why = f"{waiting - 1} others wait already, and {limit} may (max_queued_requests)"
+                self._refuse(call, why, dispatcher.wait())
+
+    def _refuse(self, call: Outgoing, why: str, wait: float) -> None:
+        """It is not taken in."""
+        self.refused += 1
+        self._settled(call)
+        call.fail(
+            BackPressureError(f"deployment {self.id!r} refused request {call.request_id}: {why}", retry_after_s=wait)
+        )
 
     def cancel(self, call: Outgoing) -> None:
         """The caller does not want the answer any more: end the request wherever it is."""
@@ -127,6 +140,7 @@ class Router:
             where += f" (deployment {self.id!r} has no ready replica)"
         waited = monotonic() - call.since
         self.failed += 1
+        self._dispatcher.late()
         self._give_up(call)
         call.fail(RequestTimeoutError(f"request {call.request_id} reached its deadline after {waited:.3g} s, {where}"))
 
@@ -147,16 +161,30 @@ class Router:
         self.sent += 1
         target.link.call(self, target, call, credit, remaining)
 
-    def want(self, target: Target, count: int, oldest: float, urgent: bool) -> None:
-        target.link.want(target.id, count, oldest, urgent)
+    def want(self, target: Target, count: int, online: int, oldest: float, urgent: bool) -> None:
+        target.link.want(target.id, count, online, oldest, urgent)
 
     def give_back(self, target: Target) -> None:
         target.link.give_back(target.id)
 
+    def too_late(self, call: Outgoing, least: float) -> None:
+        self.failed += 1
+        self._settled(call)
+        left = max(call.deadline - monotonic(), 0.0) if call.deadline is not None else 0.0
+        call.fail(
+            RequestTimeoutError(
+                f"request {call.request_id} waited at the router until only {left:.2g} s were left to its deadline; "
+                f"as it takes at least {least:.2g} s, it was not executed"
+            )
+        )
+
     # ------------------------------------------------------------------ what links tell
 
     def on_result(self, target: Target, call: Outgoing, reply: Reply, parts: Sequence[Buffer]) -> None:
-        self._dispatcher.answered(target, reply.running, reply.wanted, reply.credits, monotonic())
+        now = monotonic()
+        if call.sent:
+            self._dispatcher.measure(target, call, now)
+        self._dispatcher.answered(target, reply.running, reply.wanted, reply.credits, now)
         if call.dropped:
             if reply.stored:
                 target.link.release(reply.stored)
@@ -166,6 +194,10 @@ class Router:
         call.on_result(reply, parts)
 
     def on_chunk(self, call: Outgoing, chunk: Chunk, parts: Sequence[Buffer]) -> None:
+        if call.sent:
+            # From here on it takes as long as it likes.
+            self._dispatcher.measure(call.target[1], call, monotonic())
+            call.sent = 0.0
         if not call.dropped:
             call.on_chunk(chunk, parts)
 
@@ -178,6 +210,8 @@ class Router:
             call.target = None
             self._dispatcher.put_back(call, monotonic())
             return
+        if failure.error == "RequestTimeoutError":
+            self._dispatcher.late()
         self.failed += 1
         self._settled(call)
         call.on_error(failure, parts)

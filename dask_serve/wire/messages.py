@@ -227,6 +227,8 @@ class Want(Struct, array_like=True, gc=False):
     oldest: float
     #: The next one is urgent.
     urgent: bool = False
+    #: How many of them are online ones; None: all.
+    online: int | None = None
 
 
 class ReplicaName(Struct, array_like=True, gc=False):
