@@ -196,7 +196,7 @@ class Admission:
         urgent: bool = False,
         online: int | None = None,
     ) -> list[Hashable]:
-        """A router says how many wait there, how many of them are online (None: all), and for how long the oldest has."""
+        """A router says how many wait there (``online`` of them, or all), and for how many seconds the oldest has."""
         self._silent.pop(router, None)
         if count <= 0:
             self._wants.pop(router, None)
