@@ -35,7 +35,7 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Size of the thread pool that runs a replica's ``def`` methods (``async def`` methods share one
         event loop). Counted softly against the worker's ``nthreads`` when replicas are placed.
     max_queued_requests : int or None, default None
-        How many requests may wait at one router before more are refused with ``BackPressureError``. None:
+        How many requests may wait, at all routers together, before more are refused with ``BackPressureError``. None:
         10,000 over HTTP, unbounded for handles.
     user_config : JSON-able, default None
         Handed to the replica's ``reconfigure(user_config)`` before it is ready.
@@ -218,8 +218,8 @@ class CallOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         The model that the call is for: `get_multiplexed_model_id` returns it in the replica. Not passed on to the calls
         that the request makes in turn.
     request_class : "online", "background" or None, default None
-        Where requests wait at a router, background ones let online ones go first (but for one of ten). None: as the
-        request that makes the call, else online.
+        Background requests take what online ones leave (and one of ten in any case). None: as the request that makes
+        the call, else online.
     stream : bool, default False
         True: the method is a generator, and ``remote`` returns a stream of what it yields, a
         `DeploymentResponseGenerator`.

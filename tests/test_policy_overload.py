@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dask_serve.policy.forecast import Caution, Forecast, Pace, Spread
 from dask_serve.policy.leftover import Leftover
+from dask_serve.policy.retries import RESERVE, WINDOW, RetryBudget
 
 SECONDS = st.floats(1e-5, 100.0)
 
@@ -92,6 +93,20 @@ def test_caution_is_bounded(late: list[bool]):
     for each in late:
         caution.late() if each else caution.in_time()
         assert 1.0 <= caution.factor <= Caution.MOST
+
+
+# -- retries
+
+
+def test_retries_have_a_budget():
+    budget = RetryBudget()
+    granted = sum(budget.take(10_000, 1.0) for _ in range(5000))
+    assert granted == RESERVE
+    # A tenth of what is sent meanwhile.
+    granted = sum(budget.take(30_000, 2.0) for _ in range(5000))
+    assert granted == 2000
+    # Another window.
+    assert budget.take(30_000, 1.0 + 2 * WINDOW)
 
 
 # -- what is left for background requests

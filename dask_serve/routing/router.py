@@ -19,6 +19,7 @@ from ..exceptions import (
     RequestTimeoutError,
 )
 from ..policy.dispatch import Dispatcher, Target
+from ..policy.retries import RetryBudget
 from ..wire.frames import Buffer
 from ..wire.messages import Chunk, Failure, Reply
 from .calls import Outgoing
@@ -51,6 +52,7 @@ class Router:
         self.sent = self.answered = self.failed = self.refused = self.lost = self.cancelled = 0
         self._loop = asyncio.get_running_loop()
         self._dispatcher = Dispatcher(self, random.random)
+        self._retries = RetryBudget()
         #: Replicas that the table may still list: those that said they drain, and those that cannot be reached.
         self._draining: set[str] = set()
         self._unreachable: set[str] = set()
@@ -205,8 +207,7 @@ class Router:
         self._dispatcher.answered(target, failure.running, failure.wanted, failure.credits, monotonic())
         if call.dropped:
             return
-        if failure.error == "ReplicaLostError" and call.retries > 0 and not failure.started:
-            call.retries -= 1
+        if failure.error == "ReplicaLostError" and not failure.started and self._may_retry(call):
             call.target = None
             self._dispatcher.put_back(call, monotonic())
             return
@@ -232,8 +233,7 @@ class Router:
         target.mine -= 1
         if call.dropped:
             return
-        if not executed or call.retries > 0:
-            call.retries -= executed
+        if not executed or self._may_retry(call):
             call.target = None
             self._dispatcher.put_back(call, monotonic())
             return
@@ -246,6 +246,12 @@ class Router:
                 f"process {target.link.door} broke"
             )
         )
+
+    def _may_retry(self, call: Outgoing) -> bool:
+        if call.retries <= 0 or not self._retries.take(self.sent, monotonic()):
+            return False
+        call.retries -= 1
+        return True
 
     def _settled(self, call: Outgoing) -> None:
         call.dropped = True
