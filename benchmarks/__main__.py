@@ -19,6 +19,7 @@ from . import (
     http_fastapi,
     http_noop,
     memory,
+    overload,
     proxies,
     soak,
     streams,
@@ -37,7 +38,7 @@ SHARED = {
     "handle": handle_calls,
     "streams": streams,
 }
-PARTS = (*SHARED, "proxies", "refs", "memory", "door", "soak")
+PARTS = (*SHARED, "proxies", "refs", "memory", "door", "overload", "soak")
 PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
 
@@ -61,6 +62,8 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
     if "door" in parts:
         with cluster() as running, Client(running.address, set_as_default=False) as client:
             yield from door.rows(client, pairs, seconds)
+    if "overload" in parts:
+        yield from overload.rows(pairs, seconds)
     if "soak" in parts:
         yield from soak.rows()
 
@@ -76,4 +79,6 @@ def render(rows: list[Row], how: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run("benchmarks", __doc__, PARTS, results=RESULTS, measure=measure, render=render, slow=["soak"]))
+    sys.exit(
+        run("benchmarks", __doc__, PARTS, results=RESULTS, measure=measure, render=render, slow=["overload", "soak"])
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -99,6 +100,34 @@ class Taker:
     async def size(self, array: np.ndarray) -> int:
         """Return its bytes."""
         return array.nbytes
+
+
+@serve.deployment
+class Sleeper:
+    """Takes its time."""
+
+    def __init__(self, service: float) -> None:
+        self.service = service
+        self.worked = 0.0
+
+    def __call__(self) -> str:
+        """Keep a thread."""
+        time.sleep(self.service)
+        return "done"
+
+    async def rest(self) -> None:
+        """Keep nothing but a slot."""
+        begun = time.perf_counter()
+        await asyncio.sleep(self.service)
+        self.worked += time.perf_counter() - begun
+
+    async def busy(self) -> float:
+        """Return the seconds that `rest` has taken."""
+        return self.worked
+
+    async def slow_down(self, times: float) -> None:
+        """Take so many times as long from now on."""
+        self.service *= times
 
 
 def spin() -> None:

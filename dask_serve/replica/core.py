@@ -195,7 +195,8 @@ class ReplicaCore:
             self.answered += 1
         if execution.cancelled:
             self.dropped += 1
-            self.seconds_wasted += now - execution.began
+            # From the moment that user code began; what it waited for cost nobody anything.
+            self.seconds_wasted += now - (execution.entered or now)
         if answer.stored or self.result_size.mean:
             # Before somebody gets the slot.
             self._measure(execution, answer)
