@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 #: wrk's script for requests with a body, and the variable that has the body.
 POST, BODY = Path(__file__).parent / "post.lua", "BENCHMARK_BODY"
+#: wrk counts an answer as failed after 2 seconds otherwise; a busy machine may take as long.
+PATIENCE = ["--timeout", "10s"]
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
 
@@ -29,6 +31,8 @@ class Load:
     seconds: float
     median_s: float
     failed: int
+    #: The generator's own words.
+    why: str = ""
 
     @property
     def rate(self) -> float:
@@ -53,13 +57,13 @@ def drive(url: str, connections: int, seconds: float, body: str = "") -> Load:
     """
     if wrk := shutil.which("wrk"):
         script = ["-s", str(POST)] if body else []
-        command = [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency", *script, url]
+        command = [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency", *PATIENCE, *script, url]
         load = parse_wrk(run(command, body))
     else:
         command = [sys.executable, str(Path(__file__)), url, str(connections), str(seconds)]
         load = Load(**json.loads(run(command, body)))
     if load.failed:
-        raise RuntimeError(f"{load.failed} of {load.requests} requests to {url} failed")
+        raise RuntimeError(f"{load.failed} of {load.requests} requests to {url} failed: {load.why}")
     return load
 
 
@@ -78,10 +82,9 @@ def parse_wrk(text: str) -> Load:
     median = re.search(r"50%\s+([\d.]+)(us|ms|s|m)", text)
     if total is None or median is None:
         raise RuntimeError(f"wrk said something else than expected: {text}")
-    failed = sum(map(int, re.findall(r"Non-2xx or 3xx responses: (\d+)", text)))
-    for line in re.findall(r"Socket errors: (.*)", text):
-        failed += sum(map(int, re.findall(r"\d+", line)))
-    return Load(int(total[1]), float(total[2]) * UNITS[total[3]], float(median[1]) * UNITS[median[2]], failed)
+    why = "; ".join(re.findall(r"(Non-2xx or 3xx responses: .*|Socket errors: .*)", text))
+    failed = sum(map(int, re.findall(r"(?<= )\d+", why.replace("Non-2xx or 3xx", ""))))
+    return Load(int(total[1]), float(total[2]) * UNITS[total[3]], float(median[1]) * UNITS[median[2]], failed, why)
 
 
 class Connection(asyncio.Protocol):
@@ -151,7 +154,8 @@ async def ask(url: str, connections: int, seconds: float) -> Load:
     for protocol in protocols:
         if protocol.transport is not None:
             protocol.transport.abort()
-    return Load(len(done), took, statistics.median(done) if done else float("inf"), failed)
+    why = "; ".join(sorted(set(failures))[:3])
+    return Load(len(done), took, statistics.median(done) if done else float("inf"), failed, why)
 
 
 def main() -> None:
