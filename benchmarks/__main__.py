@@ -8,6 +8,8 @@ from pathlib import Path
 
 from distributed import Client
 
+import dask_serve as serve
+
 from . import (
     arrays,
     chain,
@@ -47,6 +49,8 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
     """Measure one part after the other."""
     if {*SHARED} & {*parts}:
         with cluster() as running, Client(running.address, set_as_default=False) as client:
+            # A port that nobody else on this machine has, or will have.
+            serve.start(port=0, client=client)
             for name, part in SHARED.items():
                 if name in parts:
                     yield from part.rows(running, client, pairs, seconds)

@@ -25,7 +25,7 @@ def rows(pairs: int, seconds: float) -> Iterator[Row]:
         for proxies in (2, 1):
             running = stack.enter_context(cluster())
             client = stack.enter_context(Client(running.address, set_as_default=False))
-            serve.start(num_proxies=proxies, client=client)
+            serve.start(port=0, num_proxies=proxies, client=client)
             serve.run(NoOp.bind(), client=client)
             stack.callback(serve.shutdown, client=client)
             measures.append(partial(measure, serve.url(client=client) + "/", running.http(), CONNECTIONS))

@@ -22,6 +22,7 @@ SLICE = 5.0
 def rows() -> Iterator[Row]:
     """Measure once."""
     with cluster() as running, Client(running.address, set_as_default=False) as client:
+        serve.start(port=0, client=client)
         serve.run(NoOp.bind(), client=client)
         url = serve.url(client=client) + "/"
         [proxy] = running.proxies()

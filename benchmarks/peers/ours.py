@@ -63,6 +63,7 @@ class DaskServe:
 
     def __init__(self, running: Cluster, client: Client) -> None:
         self.cluster = running
+        serve.start(port=0, client=client)
         self.caller = serve.run(Caller.bind(Callee.bind()), name="peers", route_prefix="/peers", client=client)
         self.callee = serve.get_deployment_handle("Callee", "peers", client=client)
         for deployment, name in [(NoOp, "noop"), (Echo, "json")]:
