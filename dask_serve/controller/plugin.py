@@ -18,15 +18,25 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from ..config import HTTPOptions
-from ..exceptions import ConfigError, DeploymentUnavailableError, ServeError
+from ..exceptions import (
+    ApplicationNotFoundError,
+    ConfigError,
+    DeploymentUnavailableError,
+    ServeError,
+)
 from ..logs import join_dask
 from ..policy.desired import ApplicationSpec
+from ..policy.history import By
 from ..routing.table import Table, encode_table
 from .changes import Changes
+from .editor import Editor
+from .history import History, encode_history
 from .promises import Promises
 from .reconciler import Reconciler
 from .registry import Registry
+from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, WorkerStatus, encode_status
+from .store import HTTP, Store
 from .tunnel import Tunnels
 
 if TYPE_CHECKING:
@@ -72,14 +82,19 @@ class Controller(SchedulerPlugin):
         Start proxies with these at once, rather than with the first application.
     explicit : list of str, default []
         Names of those options that a person gave, for which there is no way round.
+    state : StateFile, optional
+        Where the desired state is saved; by default where the scheduler's configuration says, if it does.
     """
 
     name = "dask-serve"
     idempotent = True
 
-    def __init__(self, http: HTTPOptions | None = None, explicit: list[str] | None = None) -> None:
+    def __init__(
+        self, http: HTTPOptions | None = None, explicit: list[str] | None = None, state: StateFile | None = None
+    ) -> None:
         self._http_at_start = http
-        self._explicit = list(explicit or ())
+        self._explicit = set(explicit or ())
+        self._state = state
 
     async def start(self, scheduler: Scheduler) -> None:
         """Install the operations. Never waits, so that two registrations cannot overlap."""
@@ -87,8 +102,9 @@ class Controller(SchedulerPlugin):
         self.scheduler = scheduler
         self.epoch = uuid.uuid4().hex
         self.secret = secrets.token_bytes(32)
-        self.registry = Registry()
+        self.registry = Registry(History(history_length()))
         self.reconciler = Reconciler(scheduler, self.registry, self._publish)
+        self.editor = Editor(self.registry, self.reconciler.wake)
         self.promises = Promises()
         self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
         self.url = ""
@@ -101,12 +117,17 @@ class Controller(SchedulerPlugin):
         self._status = ServeStatus()
         self._statuses = Changes()
         self._client: Client | None = None
+        self._restoring_proxies: asyncio.Task[None] | None = None
         self._not_idle = PeriodicCallback(self._keep_awake, NOT_IDLE * 1000)
         for name in OPERATIONS:
             scheduler.handlers[name] = getattr(self, name)
         self._adaptive_before = scheduler.adaptive_target
         # Both names are used: Dask's own Adaptive asks over the wire, dashboards and gateways call the method.
         scheduler.adaptive_target = scheduler.handlers["adaptive_target"] = self._adaptive_target
+        # Before anybody is answered: nobody may see the service empty, and take that for its state.
+        self._state = self._state or configured()
+        http = self.editor.open(Store(self._state.path)) if self._state.path is not None else None
+        self._http_at_start, self._explicit = _at_start(self._http_at_start, self._explicit, http)
         self._publish()
         self._main = asyncio.get_running_loop().create_task(self._run())
 
@@ -123,7 +144,9 @@ class Controller(SchedulerPlugin):
                 name="dask-serve-controller",
             )
             if self._http_at_start is not None:
-                await self._proxies_at_start(self._http_at_start)
+                # Replicas need not wait until the proxies of a scheduler that died have left the port.
+                starting = self._proxies_at_start(self._http_at_start)
+                self._restoring_proxies = asyncio.get_running_loop().create_task(starting)
             await self.reconciler.run(self._client)
         except Exception:
             logger.exception("the controller of dask_serve ended")
@@ -132,9 +155,11 @@ class Controller(SchedulerPlugin):
     async def before_close(self) -> None:
         """End with the scheduler."""
         self._not_idle.stop()
-        self._main.cancel()
-        with suppress(asyncio.CancelledError, Exception):
-            await self._main
+        for task in (self._main, self._restoring_proxies):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
         self._tables.close()
         self._statuses.close()
         self.promises.close()
@@ -144,6 +169,7 @@ class Controller(SchedulerPlugin):
             await self._proxies.stop(CLOSE_DRAIN)
         if self._client is not None:
             await self._client.close()
+        await self.editor.close(remove=self._state is not None and self._state.for_crashes)
 
     # -- hooks of the scheduler
 
@@ -192,52 +218,72 @@ class Controller(SchedulerPlugin):
 
     async def serve_missing(self, revisions: list[str]) -> dict[str, Any]:
         """Return those revisions whose code is not here."""
-        return {"missing": [revision for revision in revisions if revision not in self.registry.code]}
+        return {"missing": self.editor.lacks(revisions)}
 
     @_op
-    async def serve_deploy(self, application: bytes, code: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Make an application run as it is given."""
+    async def serve_deploy(
+        self, application: bytes, code: dict[str, Any] | None = None, owner: str = "", client: str = ""
+    ) -> dict[str, Any]:
+        """Make an application run as it is given; answer once that is saved, with the number of its version."""
         try:
             spec = msgspec.msgpack.decode(application, type=ApplicationSpec)
         except msgspec.ValidationError as error:
             raise ConfigError(f"the scheduler's dask_serve does not understand this application: {error}") from None
-        self.registry.deploy(spec, code or {})
-        self.reconciler.wake()
+        missing = self.editor.lacks([deployment.revision for deployment in spec.deployments], code)
+        if missing:
+            # Another session deleted meanwhile what had the same code.
+            return {"missing": missing}
+        version = await self.editor.deploy(spec, code or {}, By(owner, client))
         if spec.route_prefix is not None and not self.url:
             await self._start_proxies(HTTPOptions(), set())
-        return {"known": sorted(self.registry.code)}
+        return {"version": version}
+
+    @_op
+    async def serve_rollback(
+        self, app: str, version: int | None = None, owner: str = "", client: str = ""
+    ) -> dict[str, Any]:
+        """Make an application again what it was; answer with the number of the version that this is."""
+        by = By(owner, client)
+        return {"version": await self.editor.rollback(app, version, by, self.scheduler.tasks.__contains__)}
+
+    @_op
+    async def serve_history(self, app: str) -> dict[str, Any]:
+        """Return what an application was, and what became of it."""
+        return {"history": encode_history(self.registry.history.answer(app)), "told": self.editor.not_found(app)}
 
     @_op
     async def serve_code(self, revision: str) -> dict[str, Any]:
         """Return a revision's code, as it came, and the cluster's secret."""
-        if revision not in self.registry.code:
+        code = await self.editor.code(revision)
+        if code is None:
             raise DeploymentUnavailableError(f"revision {revision} is not deployed any more")
-        return {"code": self.registry.code[revision], "secret": self.secret}
+        return {"code": code, "secret": self.secret}
 
     @_op
-    async def serve_delete(self, app: str) -> dict[str, Any]:
-        """Take an application away; answer when its replicas have ended."""
-        await self._delete(app)
-        return {"deleted": True}
+    async def serve_delete(self, app: str, owner: str = "", client: str = "", own: bool = False) -> dict[str, Any]:
+        """Take an application away (``own``: if this client deployed it); answer when its replicas have ended."""
+        return {"deleted": await self.editor.delete(app, By(owner, client), own=own)}
 
     @_op
-    async def serve_shutdown(self) -> dict[str, Any]:
+    async def serve_shutdown(self, owner: str = "", client: str = "") -> dict[str, Any]:
         """Take everything away; the controller stays and can be used again."""
         names = [name for name, app in self.registry.applications.items() if not app.deleting]
-        await asyncio.gather(*(self._delete(name) for name in names))
+        by = By(owner, client)
+        deleting = (self.editor.delete(name, by) for name in names)
+        errors = await asyncio.gather(*deleting, return_exceptions=True)
         async with self._starting_proxies:
             self.url = self._message = ""
             self._publish()
             if self._proxies is not None:
                 await self._proxies.stop()
                 self._proxies = None
+            await self.editor.save_http(None)
         self._publish()
+        for error in errors:
+            # Another session may have been faster.
+            if isinstance(error, BaseException) and not isinstance(error, ApplicationNotFoundError):
+                raise error
         return {}
-
-    async def _delete(self, app: str) -> None:
-        replicas = self.registry.delete(app)
-        self.reconciler.wake()
-        await asyncio.gather(*(replica.ended.wait() for replica in replicas))
 
     # -- operations: replicas
 
@@ -316,12 +362,21 @@ class Controller(SchedulerPlugin):
             finally:
                 self.url = self._proxies.url
                 self._publish()
+            self._explicit |= explicit
+            await self.editor.save_http(self._proxies.fixed_options, sorted(self._explicit))
             return self.url
 
     async def _proxies_at_start(self, options: HTTPOptions) -> None:
+        explicit = set(self._explicit)
         try:
             # The proxies of a scheduler that died may hold the port while they drain.
-            await self._start_proxies(options, set(self._explicit), retry=REBIND if options.port else 0.0)
+            try:
+                await self._start_proxies(options, explicit, retry=REBIND if options.port else 0.0)
+            except ConfigError:
+                if options.port is None or "port" in explicit:
+                    raise
+                # Nobody asked for the port that the last scheduler's proxies had.
+                await self._start_proxies(msgspec.structs.replace(options, port=None), explicit)
         except Exception:
             # Told by the status too; the first application that needs them tries again.
             logger.exception("the proxies could not be started")
@@ -334,6 +389,7 @@ class Controller(SchedulerPlugin):
 
     def _publish(self, *_: Any) -> None:
         """Make table and status anew, and tell those who wait when they changed."""
+        self.editor.flush()
         registry = self.registry
         table = Table(
             epoch=self.epoch,
@@ -356,7 +412,7 @@ class Controller(SchedulerPlugin):
             applications=registry.statuses(),
             proxies=self._describe_proxies(),
             url=self.url,
-            message=self._message,
+            message="\n".join(text for text in (self._message, *self.editor.trouble) if text),
         )
         if status != self._status or not status.version:
             self._status = msgspec.structs.replace(status, version=self._status.version + 1)
@@ -386,6 +442,16 @@ class Controller(SchedulerPlugin):
 
     def _adaptive_target(self, target_duration: float | None = None) -> int:
         return max(int(self._adaptive_before(target_duration)), self.reconciler.wanted_workers())
+
+
+def _at_start(given: HTTPOptions | None, explicit: set[str], saved: HTTP | None) -> tuple[HTTPOptions | None, set[str]]:
+    """Return the options of the first proxies: what ran before, but for what was given now."""
+    if saved is None:
+        return given, explicit
+    if given is None:
+        return saved.options, set(saved.explicit)
+    named = {name: getattr(given, name) for name in explicit}
+    return msgspec.structs.replace(saved.options, **named), explicit | set(saved.explicit)
 
 
 #: The operations that the controller adds to the scheduler's handlers.

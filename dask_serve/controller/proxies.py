@@ -190,6 +190,12 @@ class Proxies:
         return wanted.host != running.host or wanted.port not in {None, 0, self._port}
 
     @property
+    def fixed_options(self) -> HTTPOptions:
+        """The options, with the port that was found."""
+        port = self._port if self._slots else None
+        return self.options if port is None else msgspec.structs.replace(self.options, port=port)
+
+    @property
     def _port(self) -> int | None:
         name = self._slots[0].sock.getsockname()
         return int(name[1]) if isinstance(name, tuple) else None
