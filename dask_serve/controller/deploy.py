@@ -13,10 +13,9 @@ import msgspec
 from distributed.protocol import to_serialize
 
 from ..exceptions import ConfigError, ConflictError, DeploymentFailedError, NotRunningError, StartTimeoutError
-from ..policy.desired import ApplicationSpec, deployment_id
+from ..policy.desired import ApplicationSpec
 from ..policy.history import CONTROLLER
 from ..routing.session import Session
-from ..routing.table import Table
 from ..session.peers import ask, probe
 from .history import decode_history, when
 from .progress import Progress
@@ -81,6 +80,7 @@ async def roll_back(
             await _wait_running(client, name, answer["version"], deadline=deadline, timeout=timeout, say=say)
         finally:
             say.end()
+        await _wait_known(client, routed=True)
     return int(answer["version"])
 
 
@@ -136,7 +136,7 @@ async def deploy(
             await _wait_running(client, spec.name, version, deadline=deadline, timeout=timeout, say=say)
         finally:
             say.end()
-        await _wait_known(client, spec)
+        await _wait_known(client, spec.route_prefix is not None)
         route = spec.route_prefix
         where = f" at {address}{route.rstrip('/')}/" if address and route else ""
         say(f"application {spec.name!r} is running{where}")
@@ -167,18 +167,14 @@ async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | 
                 ) from state.exception
 
 
-async def _wait_known(client: Client, spec: ApplicationSpec) -> None:
-    """Wait until the proxies and this session know the application's replicas: the next call finds all of them."""
-    if spec.route_prefix is not None:
-        await probe(client.scheduler, "serve_routed", timeout=KNOWN_WITHIN)
-    ingress = deployment_id(spec.name, spec.ingress)
-    target = next(one for one in spec.deployments if one.name == spec.ingress).options.num_replicas
-
-    def known(table: Table) -> bool:
-        entry = table.deployments.get(ingress)
-        return entry is not None and len(entry.replicas) >= target
-
-    await Session.of(client).until(known, KNOWN_WITHIN)
+async def _wait_known(client: Client, routed: bool) -> None:
+    """Wait until proxies and this session have the present table: the next call finds the replicas that are ready."""
+    answer = await ask(client.scheduler, "serve_routed", timeout=KNOWN_WITHIN if routed else 0.0)
+    present = answer["epoch"], answer["version"]
+    # Of a later epoch, another controller has taken over.
+    await Session.of(client).until(
+        lambda table: (table.epoch, table.version) >= present or table.epoch != present[0], KNOWN_WITHIN
+    )
 
 
 async def _send(client: Client, built: Built) -> int:

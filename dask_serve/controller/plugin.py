@@ -330,8 +330,10 @@ class Controller(SchedulerPlugin):
     # -- operations: proxies
 
     async def serve_routed(self, timeout: float = 2.0) -> dict[str, Any]:
-        """Answer when all proxies route by the present table, or after ``timeout`` seconds."""
-        return {"routed": self._proxies is None or await self._proxies.until_applied(timeout)}
+        """Answer when all proxies route by the present table, or after ``timeout`` seconds; and which table that is."""
+        version = self._table.version
+        routed = self._proxies is None or await self._proxies.until_applied(timeout)
+        return {"routed": routed, "epoch": self.epoch, "version": version}
 
     async def serve_proxy(self, epoch: str = "", since: int = 0, timeout: float = 2.0) -> dict[str, Any]:
         """Return what a proxy on another node needs: options, and the table once it differs from the caller's."""
