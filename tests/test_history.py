@@ -262,7 +262,9 @@ def shared():
         LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address=None) as cluster,
         contextlib.ExitStack() as stack,
     ):
-        yield [stack.enter_context(Client(cluster, set_as_default=False, name=name)) for name in ("ann", "bob", "eve")]
+        clients = [stack.enter_context(Client(cluster, set_as_default=False, name=name)) for name in ("ann", "bob", "eve")]
+        clients[0].register_plugin(Controller())
+        yield clients
 
 
 def run(client: Client, app: Any, name: str, **options: Any) -> Any:
@@ -406,7 +408,7 @@ def _outcome(future: Any) -> Any:
 def test_many_at_once(shared) -> None:
     """Three sessions deploy, roll back and delete the same application: the end is one of them as a whole."""
     chance = random.Random(5)
-    plans = [[chance.choice("rrrbd") for _ in range(6)] for _ in shared]
+    plans = [[chance.choice("rrrbd") for _ in range(10)] for _ in shared]
 
     def session(number: int) -> list[Any]:
         client, outcomes = shared[number], []

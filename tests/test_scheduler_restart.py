@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -133,11 +134,17 @@ def supervisor(tmp_path: Path) -> Iterator[Supervisor]:
         supervisor.close()
 
 
-def model(answer: str) -> Any:
-    @serve.deployment(num_replicas=2)
+def model(answer: Any, num_replicas: int = 2) -> Any:
+    @serve.deployment(num_replicas=num_replicas)
     class Model:
+        def __init__(self, weights: str = "") -> None:
+            self.weights = weights
+
         async def __call__(self, request: Any) -> str:
             return f"{answer} {os.getpid()}"
+
+        def answer(self) -> Any:
+            return answer
 
         def pid(self) -> int:
             return os.getpid()
@@ -185,3 +192,64 @@ def test_the_service_comes_back_by_itself(supervisor: Supervisor) -> None:
         assert supervisor.get().startswith("three")
         assert serve.rollback("default", client=client) == 3
         until(lambda: supervisor.get().startswith("one"))
+
+
+def test_what_was_acknowledged_is_there_whenever_the_scheduler_is_killed(supervisor: Supervisor) -> None:
+    """One session deploys all the time, while the scheduler is killed and started again."""
+    state = supervisor.directory / "state.sqlite"
+    chance = random.Random(os.getpid())
+    supervisor.scheduler("--no-serve-http", "--serve-state", str(state))
+    stop = threading.Event()
+    acknowledged = [0]
+
+    with Client(supervisor.address) as client:
+
+        def deploy() -> None:
+            number = 0
+            while not stop.is_set():
+                number += 1
+                app = model(number, num_replicas=1).bind("x" * chance.randrange(300_000))
+                while not stop.is_set():
+                    try:
+                        serve.run(app, route_prefix=None, wait=False, client=client)
+                    except (OSError, serve.ServeError):
+                        stop.wait(0.05)
+                    else:
+                        acknowledged[0] = number
+                        break
+
+        thread = threading.Thread(target=deploy)
+        thread.start()
+        try:
+            for _ in range(3):
+                before = acknowledged[0]
+                until(lambda before=before: acknowledged[0] >= before + 3)
+                time.sleep(chance.uniform(0, 0.1))
+                supervisor.kill("scheduler")
+        finally:
+            stop.set()
+            thread.join()
+    killed = acknowledged[0]
+    until(lambda: supervisor.log().count("are restored from") == 3)
+    supervisor.worker("a")
+    with Client(supervisor.address) as client:
+        handle = serve.get_app_handle(client=client)
+        assert handle.answer.remote().result(timeout=20) in (killed, killed + 1)
+        history = serve.history("default", client=client)
+        assert len(history) == 10
+        assert [r.version for r in history] == list(range(history[0].version, history[0].version + 10))
+        # A clean end changes nothing for a file that was asked for.
+        supervisor.end("scheduler")
+    assert "could not be used" not in supervisor.log()
+    assert [file.name for file in supervisor.directory.glob("state.sqlite*")] == ["state.sqlite"]
+
+
+def test_a_clean_end_is_the_end_unless_a_file_was_asked_for(supervisor: Supervisor) -> None:
+    supervisor.scheduler("--no-serve-http")
+    with Client(supervisor.address) as client:
+        serve.run(model(1).bind(), route_prefix=None, wait=False, client=client)
+        [directory] = (supervisor.directory / "state").iterdir()
+        [file] = directory.glob("*.sqlite")
+        assert file.name.endswith(f"-{supervisor.port}.sqlite")
+        supervisor.end("scheduler")
+    assert list(directory.iterdir()) == []
