@@ -330,7 +330,7 @@ async def test_errors_are_data(c, s, a):
 @gen_cluster(client=True, nthreads=ONE)
 async def test_one_route_for_one_application(c, s, a):
     serve = await service(c)
-    s.plugins["dask-serve"].url = "http://nowhere"  # as if proxies were running
+    s.plugins["dask-serve"].front.url = "http://nowhere"  # as if proxies were running
     await serve.deploy(spec(app="one", route="/x"))
     kind, message = (await serve.deploy(spec(app="two", route="/x")))["error"]
     assert kind == "ConfigError"

@@ -26,8 +26,9 @@ import dask_serve as serve
 from dask_serve.config import DeploymentOptions, HTTPOptions
 from dask_serve.controller import history as history_module
 from dask_serve.controller import progress
+from dask_serve.controller.front import first_options
 from dask_serve.controller.history import History
-from dask_serve.controller.plugin import Controller, _at_start
+from dask_serve.controller.plugin import Controller
 from dask_serve.controller.progress import Progress, draw
 from dask_serve.controller.state_file import StateFile
 from dask_serve.controller.status import ApplicationStatus, DeploymentStatus, decode_status
@@ -108,10 +109,10 @@ def test_code_in_memory_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options_of_the_first_proxies() -> None:
     given = HTTPOptions(port=80, host="0.0.0.0")
     saved = HTTP(HTTPOptions(port=8001, host="1.2.3.4", num_proxies=3), ["host", "num_proxies"])
-    assert _at_start(None, set(), None) == (None, set())
-    assert _at_start(given, {"port"}, None) == (given, {"port"})
-    assert _at_start(None, set(), saved) == (saved.options, {"host", "num_proxies"})
-    merged, explicit = _at_start(given, {"port"}, saved)
+    assert first_options(None, set(), None) == (None, set())
+    assert first_options(given, {"port"}, None) == (given, {"port"})
+    assert first_options(None, set(), saved) == (saved.options, {"host", "num_proxies"})
+    merged, explicit = first_options(given, {"port"}, saved)
     assert (merged.port, merged.host, merged.num_proxies) == (80, "1.2.3.4", 3)
     assert explicit == {"port", "host", "num_proxies"}
 
@@ -262,7 +263,9 @@ def shared():
         LocalCluster(n_workers=1, threads_per_worker=4, processes=False, dashboard_address=None) as cluster,
         contextlib.ExitStack() as stack,
     ):
-        clients = [stack.enter_context(Client(cluster, set_as_default=False, name=name)) for name in ("ann", "bob", "eve")]
+        clients = [
+            stack.enter_context(Client(cluster, set_as_default=False, name=name)) for name in ("ann", "bob", "eve")
+        ]
         clients[0].register_plugin(Controller())
         yield clients
 

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,24 @@ def test_the_service_comes_back_by_itself(supervisor: Supervisor) -> None:
         until(lambda: supervisor.get().startswith("one"))
 
 
+def test_a_session_waits_over_a_restart(supervisor: Supervisor, tmp_path: Path) -> None:
+    """What it deployed was saved before it began to wait; HTTP on a Unix socket with an admin port comes back too."""
+    path, admin = str(tmp_path / "http"), free_port()
+    http = [f"--serve-http=unix_socket={path}", f"--serve-http=admin_port={admin}"]
+    supervisor.scheduler(*http)
+    with Client(supervisor.address) as client, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(serve.run, model(5, num_replicas=1).bind(), client=client)
+        until(lambda: "default" in serve.status(client=client).applications)
+        until(lambda: serve.status(client=client).url)
+        supervisor.kill("scheduler")
+        supervisor.worker("a")
+        assert waiting.result(40).answer.remote().result(timeout=20) == 5
+        assert until(lambda: serve.status(client=client).url) == f"unix:{path}"
+        with socket.create_connection(("127.0.0.1", admin), timeout=5):
+            pass
+
+
+@pytest.mark.slow
 def test_what_was_acknowledged_is_there_whenever_the_scheduler_is_killed(supervisor: Supervisor) -> None:
     """One session deploys all the time, while the scheduler is killed and started again."""
     state = supervisor.directory / "state.sqlite"

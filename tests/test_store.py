@@ -359,7 +359,7 @@ def test_kill_9_at_any_moment(path: Path) -> None:
     acknowledged = path.with_name("acknowledged")
     path.parent.mkdir()
     number = 0
-    for _ in range(25):
+    for _ in range(16):
         acknowledged.write_text(str(number))
         pid = os.fork()
         if not pid:
@@ -374,7 +374,11 @@ def test_kill_9_at_any_moment(path: Path) -> None:
                     os.write(descriptor, str(one).encode())
                     os.close(descriptor)
             os._exit(1)
-        time.sleep(rounds.uniform(0.0, 0.12))
+        if rounds.random() < 0.6:
+            deadline = time.monotonic() + 10
+            while int(acknowledged.read_text() or number) == number:
+                assert time.monotonic() < deadline
+        time.sleep(rounds.uniform(0.0, 0.06))
         os.kill(pid, signal.SIGKILL)
         assert os.waitpid(pid, 0)[1] == signal.SIGKILL
         done = int(acknowledged.read_text())
@@ -389,7 +393,7 @@ def test_kill_9_at_any_moment(path: Path) -> None:
                 for one in entries:
                     for spec in one.spec.deployments:
                         assert set(file.load(spec.revision)) <= {(one.version - 1) % 256}
-    assert number > 25
+    assert number > 3
     assert list(path.parent.glob("*unusable*")) == []
 
 

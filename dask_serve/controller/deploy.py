@@ -19,7 +19,7 @@ from ..routing.session import Session
 from ..session.peers import ask, probe
 from .history import decode_history, when
 from .progress import Progress
-from .status import ApplicationStatus, decode_status
+from .status import ApplicationStatus, ServeStatus, decode_status
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -33,6 +33,8 @@ __all__ = ["deploy", "ensure_controller", "roll_back", "signature", "start_proxi
 POLL = 30.0
 #: Seconds that the news of a running application may take to the proxies and to this session.
 KNOWN_WITHIN = 2.0
+#: Seconds that a scheduler may be away while a session waits, as for Dask's own clients, and between two tries.
+AWAY, RETRY = 30.0, 0.2
 #: How often code is sent again that another session's deletion took away meanwhile.
 SEND_TRIES = 5
 
@@ -195,8 +197,10 @@ async def _wait_running(
     client: Client, name: str, version: int, *, deadline: float | None, timeout: float | None, say: Progress
 ) -> None:
     """Wait until a version runs; raise where it fails, or is no longer what is desired."""
-    found = decode_status((await ask(client.scheduler, "serve_status"))["status"])
+    found = ServeStatus()
     while True:
+        left = POLL if deadline is None else max(min(POLL, deadline - time.monotonic()), 0.0)
+        found = await _next_status(client, found.version, left)
         application = found.applications.get(name)
         if application is None or application.status == "deleting" or application.version != version:
             raise await _overtaken(client, name, version, application)
@@ -206,15 +210,29 @@ async def _wait_running(
         if application.status == "failed":
             raise DeploymentFailedError(f"application {name!r} could not be started: {application.message}")
         say.replicas(_describe(name, application), application, _is_stuck(application))
-        left = POLL if deadline is None else min(POLL, deadline - time.monotonic())
-        if left <= 0:
+        if deadline is not None and time.monotonic() >= deadline:
             raise StartTimeoutError(
                 f"application {name!r} is not running after {timeout:g} s: {application}\n"
                 "It stays deployed, and starts once what is missing is there; serve.delete() takes it back. Workers "
                 "are added with `dask worker SCHEDULER`, with resources by `--resources GPU=1`."
             )
-        answer = await ask(client.scheduler, "serve_watch", since=found.version, timeout=left)
-        found = decode_status(answer["status"])
+
+
+async def _next_status(client: Client, since: int, timeout: float) -> ServeStatus:
+    """Return the status once it is newer; a scheduler that is away may come back, with what it has saved."""
+    away_since = None
+    while True:
+        try:
+            # At first the present one will do, and after a restart versions count anew.
+            answer = await ask(client.scheduler, "serve_watch", since=since, timeout=timeout)
+            return decode_status(answer["status"])
+        except OSError:
+            now = time.monotonic()
+            away_since = away_since or now
+            if client.status in ("closing", "closed") or now - away_since > AWAY:
+                raise
+            since = 0
+            await asyncio.sleep(RETRY)
 
 
 async def _overtaken(client: Client, name: str, version: int, now: ApplicationStatus | None) -> DeploymentFailedError:
@@ -227,7 +245,7 @@ async def _overtaken(client: Client, name: str, version: int, now: ApplicationSt
         return ConflictError(f"{what} {change} by {_who(now.owner, now.client)} at {when(now.deployed_at)}")
     gone = decode_history((await ask(client.scheduler, "serve_history", app=name))["history"]).deleted
     if gone is None:
-        return ConflictError(f"{what} was deleted")
+        return ConflictError(f"{what} is not known any more: the scheduler was started again, and had not saved it")
     return ConflictError(f"{what} was deleted by {_who(gone.by.owner, gone.by.client)} at {when(gone.time)}")
 
 

@@ -15,7 +15,7 @@ from ..exceptions import ApplicationNotFoundError, ConfigError
 from ..policy.desired import ApplicationSpec, deployment_id
 from ..policy.history import By, Entry, earlier
 from ..policy.reconcile import ATTEMPTS, Attempts
-from .history import when
+from .history import signed
 from .registry import Registry
 from .store import HTTP, Store, StoreError
 
@@ -254,15 +254,20 @@ class Editor:
         """Say what became of an application, by whom and when."""
         entry = self.history.current(app)
         if entry is not None:
-            return f"version {entry.version}, {entry.reason} by {entry.by.owner or 'unknown'} at {when(entry.time)}"
+            return f"version {entry.version}, {signed(entry.reason, entry.by.owner, entry.time)}"
         gone = self.history.answer(app).deleted
-        return "" if gone is None else f"it was deleted by {gone.by.owner or 'unknown'} at {when(gone.time)}"
+        return "" if gone is None else signed("it was deleted", gone.by.owner, gone.time)
 
     def not_found(self, app: str) -> str:
         """Say that there is no such application, and why where that is known."""
         known = ", ".join(map(repr, sorted(self.registry.applications))) or "none"
         told = self.told(app)
         return f"there is no application {app!r}{f' ({told})' if told else ''}; applications: {known}"
+
+    def taken_back(self, app: str, spec: ApplicationSpec, why: str) -> None:
+        """Note that the controller gave up ``spec``, and that the application is again what the registry has now."""
+        if self.history.current(app) is not None:
+            self.history.note(self.registry.applications[app].spec, f"automatic rollback: {why}")
 
     # -- code
 

@@ -13,7 +13,7 @@ from msgspec import Struct
 from ..policy.desired import ApplicationSpec
 from ..policy.history import CONTROLLER, By, Entry, extend, prove
 
-__all__ = ["Deletion", "History", "Revision", "decode_history", "encode_history", "told_of", "when"]
+__all__ = ["Deletion", "History", "Revision", "decode_history", "encode_history", "signed", "told_of", "when"]
 
 #: Deletions that are remembered, for those who waited for what was deleted.
 DELETIONS = 100
@@ -55,9 +55,8 @@ class Revision(Struct, frozen=True, kw_only=True):
 
     def __str__(self) -> str:
         state = ", the present one" if self.current else ""
-        return f"version {self.version}{state}: {self.reason} by {self.owner or 'unknown'} at {when(self.time)}" + (
-            "" if self.ran else ", never ran fully"
-        )
+        ran = "" if self.ran else ", never ran fully"
+        return f"version {self.version}{state}: {signed(self.reason, self.owner, self.time)}{ran}"
 
 
 class Deletion(Struct, frozen=True):
@@ -93,6 +92,14 @@ def told_of(entry: Entry) -> dict[str, Any]:
 def when(moment: float) -> str:
     """Return a moment as local date and time."""
     return datetime.fromtimestamp(moment).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def signed(reason: str, owner: str, moment: float) -> str:
+    """Say in one line what was done, by whom and when."""
+    # Of a traceback the last line says most.
+    first, *rest = reason.strip().splitlines() or [""]
+    brief = f"{first} ... {rest[-1].strip()}" if rest else first
+    return f"{brief} by {owner or 'unknown'} at {when(moment)}"
 
 
 class History:

@@ -30,13 +30,14 @@ from ..policy.history import By
 from ..routing.table import Table, encode_table
 from .changes import Changes
 from .editor import Editor
+from .front import Front, first_options
 from .history import History, encode_history
 from .promises import Promises
 from .reconciler import Reconciler
 from .registry import Registry
 from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, WorkerStatus, encode_status
-from .store import HTTP, Store
+from .store import Store
 from .tunnel import Tunnels
 
 if TYPE_CHECKING:
@@ -49,10 +50,6 @@ logger = logging.getLogger("dask_serve.controller")
 
 #: Seconds between two reminders to the scheduler that it is not idle; it looks every 0.25 s.
 NOT_IDLE = 0.1
-#: Seconds that a closing scheduler waits for its proxies; what is still in flight then, they finish as orphans.
-CLOSE_DRAIN = 2.0
-#: Seconds that proxies wait for a port at the start of a scheduler.
-REBIND = 10.0
 
 Op = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
 
@@ -107,17 +104,13 @@ class Controller(SchedulerPlugin):
         self.editor = Editor(self.registry, self.reconciler.wake)
         self.promises = Promises()
         self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
-        self.url = ""
-        self._message = ""
-        self._proxies: Any = None
-        self._starting_proxies = asyncio.Lock()
+        self.front = Front(scheduler.security, self.editor, self._publish)
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
         self._tables = Changes()
         self._status = ServeStatus()
         self._statuses = Changes()
         self._client: Client | None = None
-        self._restoring_proxies: asyncio.Task[None] | None = None
         self._not_idle = PeriodicCallback(self._keep_awake, NOT_IDLE * 1000)
         for name in OPERATIONS:
             scheduler.handlers[name] = getattr(self, name)
@@ -127,7 +120,7 @@ class Controller(SchedulerPlugin):
         # Before anybody is answered: nobody may see the service empty, and take that for its state.
         self._state = self._state or configured()
         http = self.editor.open(Store(self._state.path)) if self._state.path is not None else None
-        self._http_at_start, self._explicit = _at_start(self._http_at_start, self._explicit, http)
+        self._http_at_start, self._explicit = first_options(self._http_at_start, self._explicit, http)
         self._publish()
         self._main = asyncio.get_running_loop().create_task(self._run())
 
@@ -144,9 +137,7 @@ class Controller(SchedulerPlugin):
                 name="dask-serve-controller",
             )
             if self._http_at_start is not None:
-                # Replicas need not wait until the proxies of a scheduler that died have left the port.
-                starting = self._proxies_at_start(self._http_at_start)
-                self._restoring_proxies = asyncio.get_running_loop().create_task(starting)
+                self.front.begin(self._http_at_start, self._explicit)
             await self.reconciler.run(self._client)
         except Exception:
             logger.exception("the controller of dask_serve ended")
@@ -155,18 +146,15 @@ class Controller(SchedulerPlugin):
     async def before_close(self) -> None:
         """End with the scheduler."""
         self._not_idle.stop()
-        for task in (self._main, self._restoring_proxies):
-            if task is not None:
-                task.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await task
+        self._main.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await self._main
         self._tables.close()
         self._statuses.close()
         self.promises.close()
         await self.tunnels.close()
         await self.reconciler.close()
-        if self._proxies is not None:
-            await self._proxies.stop(CLOSE_DRAIN)
+        await self.front.close()
         if self._client is not None:
             await self._client.close()
         await self.editor.close(remove=self._state is not None and self._state.for_crashes)
@@ -234,8 +222,8 @@ class Controller(SchedulerPlugin):
             # Another session deleted meanwhile what had the same code.
             return {"missing": missing}
         version = await self.editor.deploy(spec, code or {}, By(owner, client))
-        if spec.route_prefix is not None and not self.url:
-            await self._start_proxies(HTTPOptions(), set())
+        if spec.route_prefix is not None and not self.front.url:
+            await self.front.start(HTTPOptions(), set())
         return {"version": version}
 
     @_op
@@ -271,13 +259,7 @@ class Controller(SchedulerPlugin):
         by = By(owner, client)
         deleting = (self.editor.delete(name, by) for name in names)
         errors = await asyncio.gather(*deleting, return_exceptions=True)
-        async with self._starting_proxies:
-            self.url = self._message = ""
-            self._publish()
-            if self._proxies is not None:
-                await self._proxies.stop()
-                self._proxies = None
-            await self.editor.save_http(None)
+        await self.front.stop()
         self._publish()
         for error in errors:
             # Another session may have been faster.
@@ -332,60 +314,19 @@ class Controller(SchedulerPlugin):
     async def serve_routed(self, timeout: float = 2.0) -> dict[str, Any]:
         """Answer when all proxies route by the present table, or after ``timeout`` seconds; and which table that is."""
         version = self._table.version
-        routed = self._proxies is None or await self._proxies.until_applied(timeout)
+        routed = await self.front.until_applied(timeout)
         return {"routed": routed, "epoch": self.epoch, "version": version}
 
     async def serve_proxy(self, epoch: str = "", since: int = 0, timeout: float = 2.0) -> dict[str, Any]:
         """Return what a proxy on another node needs: options, and the table once it differs from the caller's."""
         answer = await self.serve_table(epoch, since, timeout)
-        options = HTTPOptions() if self._proxies is None else self._proxies.options
-        return {**answer, "options": msgspec.msgpack.encode(options)}
+        return {**answer, "options": msgspec.msgpack.encode(self.front.options)}
 
     @_op
     async def serve_start(self, options: bytes = b"", explicit: list[str] | None = None) -> dict[str, Any]:
         """Start the proxies, or change what can be changed; answer when they accept requests."""
         given = msgspec.msgpack.decode(options, type=HTTPOptions) if options else HTTPOptions()
-        return {"url": await self._start_proxies(given, set(explicit or ()))}
-
-    async def _start_proxies(self, options: HTTPOptions, explicit: set[str], retry: float = 0.0) -> str:
-        async with self._starting_proxies:
-            if self._proxies is None:
-                from .proxies import Proxies
-
-                self._proxies = Proxies(self._on_proxy, security=self.scheduler.security)
-                # They accept nothing before they have a table.
-                self._proxies.publish(self._table_bytes)
-            self._message = ""
-            try:
-                await self._proxies.start(options, explicit, retry=retry)
-            except Exception as error:
-                self._message = f"the proxies could not be started: {error}"
-                raise
-            finally:
-                self.url = self._proxies.url
-                self._publish()
-            self._explicit |= explicit
-            await self.editor.save_http(self._proxies.fixed_options, sorted(self._explicit))
-            return self.url
-
-    async def _proxies_at_start(self, options: HTTPOptions) -> None:
-        explicit = set(self._explicit)
-        try:
-            # The proxies of a scheduler that died may hold the port while they drain.
-            try:
-                await self._start_proxies(options, explicit, retry=REBIND if options.port else 0.0)
-            except ConfigError:
-                if options.port is None or "port" in explicit:
-                    raise
-                # Nobody asked for the port that the last scheduler's proxies had.
-                await self._start_proxies(msgspec.structs.replace(options, port=None), explicit)
-        except Exception:
-            # Told by the status too; the first application that needs them tries again.
-            logger.exception("the proxies could not be started")
-
-    def _on_proxy(self, slot: int, event: str, details: dict[str, Any]) -> None:
-        if event != "stats":
-            self._publish()
+        return {"url": await self.front.start(given, set(explicit or ()))}
 
     # -- inside
 
@@ -400,21 +341,20 @@ class Controller(SchedulerPlugin):
             deployments=registry.table_deployments(),
             routes=registry.table_routes(),
             applications=registry.table_applications(),
-            url=self.url,
+            url=self.front.url,
             cluster=self.scheduler.id,
         )
         if table != self._table or not table.version:
             self._table = msgspec.structs.replace(table, version=self._table.version + 1)
             self._table_bytes = encode_table(self._table)
-            if self._proxies is not None:
-                self._proxies.publish(self._table_bytes)
+            self.front.publish(self._table_bytes)
             self._tables.happened()
         status = ServeStatus(
             version=self._status.version,
             applications=registry.statuses(),
-            proxies=self._describe_proxies(),
-            url=self.url,
-            message="\n".join(text for text in (self._message, *self.editor.trouble) if text),
+            proxies=self.front.describe(),
+            url=self.front.url,
+            message="\n".join(text for text in (self.front.message, *self.editor.trouble) if text),
         )
         if status != self._status or not status.version:
             self._status = msgspec.structs.replace(status, version=self._status.version + 1)
@@ -433,27 +373,12 @@ class Controller(SchedulerPlugin):
         ]
         return msgspec.structs.replace(self._status, workers=workers)
 
-    def _describe_proxies(self) -> list[dict[str, Any]]:
-        rows = [] if self._proxies is None else self._proxies.describe()
-        # Statistics change all the time, and would wake everyone who watches the status.
-        return [{name: value for name, value in row.items() if name != "stats"} for row in rows]
-
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.
         self.scheduler.idle_since = None
 
     def _adaptive_target(self, target_duration: float | None = None) -> int:
         return max(int(self._adaptive_before(target_duration)), self.reconciler.wanted_workers())
-
-
-def _at_start(given: HTTPOptions | None, explicit: set[str], saved: HTTP | None) -> tuple[HTTPOptions | None, set[str]]:
-    """Return the options of the first proxies: what ran before, but for what was given now."""
-    if saved is None:
-        return given, explicit
-    if given is None:
-        return saved.options, set(saved.explicit)
-    named = {name: getattr(given, name) for name in explicit}
-    return msgspec.structs.replace(saved.options, **named), explicit | set(saved.explicit)
 
 
 #: The operations that the controller adds to the scheduler's handlers.

@@ -8,7 +8,7 @@ import msgspec
 from dask.utils import format_bytes
 from msgspec import Struct
 
-from .history import when
+from .history import signed
 
 __all__ = [
     "ApplicationStatus",
@@ -123,7 +123,7 @@ class ApplicationStatus(Struct, frozen=True, kw_only=True):
         route = f" at {self.route_prefix}" if self.route_prefix else ""
         lines = [f"{self.status}{route}"]
         if self.version:
-            lines.append(f"  version {self.version}, {self.reason} by {self.owner} at {when(self.deployed_at)}")
+            lines.append(f"  version {self.version}, {signed(self.reason, self.owner, self.deployed_at)}")
         for name, deployment in self.deployments.items():
             first, *rest = str(deployment).splitlines()
             lines += [f"  {name}: {first}", *(f"  {line}" for line in rest)]
