@@ -480,15 +480,19 @@ def application(**deployments: tuple[int, dict[str, int]]) -> ApplicationStatus:
 
 
 def test_the_bar() -> None:
-    assert draw(application(m=(4, {})), 200) == "m " + "·" * 40 + " 0/4 ready"
+    assert draw(application(m=(4, {})), 200) == "m " + "·" * 20 + " 0/4 ready"
     some = draw(application(m=(4, {"ready": 1, "starting": 2})), 200)
-    assert some == "m " + "█" * 10 + "▒" * 20 + "·" * 10 + " 1/4 ready, 2 starting"
+    assert some == "m " + "█" * 5 + "▒" * 10 + "·" * 5 + " 1/4 ready, 2 starting"
     more = draw(application(m=(4, {"ready": 4, "draining": 4})), 200)
-    assert more == "m " + "█" * 20 + "░" * 20 + " 4/4 ready, 4 draining"
+    assert more == "m " + "█" * 10 + "░" * 10 + " 4/4 ready, 4 draining"
     two = draw(application(a=(1, {"ready": 1}), b=(2, {"starting": 1})), 200)
-    assert two == f"a {'█' * 20} 1/1 ready | b {'▒' * 10}{'·' * 10} 0/2 ready, 1 starting"
+    assert two == f"a {'█' * 10} 1/1 ready | b {'▒' * 5}{'·' * 5} 0/2 ready, 1 starting"
     assert draw(application(m=(0, {})), 200).endswith("0/0 ready")
     assert len(draw(application(m=(4, {})), 20)) == 20
+    amiss = application(m=(1, {"starting": 1}))
+    one = msgspec.structs.replace(amiss.deployments["m"], message="first\nits constructor runs")
+    amiss = msgspec.structs.replace(amiss, deployments={"m": one})
+    assert draw(amiss, 200).endswith("0/1 ready, 1 starting (its constructor runs)")
 
 
 class Terminal(io.StringIO):

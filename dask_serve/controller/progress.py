@@ -14,21 +14,22 @@ __all__ = ["Progress", "draw"]
 logger = logging.getLogger("dask_serve")
 
 #: Cells of a bar, of all deployments together.
-CELLS = 40
+CELLS = 20
 #: States of replicas in the order in which they are drawn, and how; what is missing is drawn as MISSING.
 DRAWN = {"ready": "█", "starting": "▒", "draining": "░"}
 MISSING = "·"
 
 
 def draw(application: ApplicationStatus, width: int) -> str:
-    """Return one line of at most ``width`` characters: for each deployment a bar, and its replicas by state."""
+    """Return one line of at most ``width`` characters: for each deployment a bar, its replicas by state, and why."""
     cells = max(CELLS // max(len(application.deployments), 1), 4)
     parts = []
     for name, deployment in application.deployments.items():
         counts, target = deployment.counts, deployment.target
         told = [f"{counts.get('ready', 0)}/{target} ready"]
         told += [f"{number} {state}" for state, number in counts.items() if state != "ready" and number]
-        parts.append(f"{name} {_bar(counts, target, cells)} {', '.join(told)}")
+        message = deployment.message.strip().splitlines()
+        parts.append(f"{name} {_bar(counts, target, cells)} {', '.join(told)}{f' ({message[-1]})' if message else ''}")
     line = " | ".join(parts)
     return line if len(line) <= width else line[: max(width - 1, 0)] + "…"
 
