@@ -206,6 +206,30 @@ async def test_what_comes_back_and_what_cannot(tmp_path: Path) -> None:
 
 
 @gen_test()
+async def test_what_the_controller_does_by_itself_is_saved(tmp_path: Path) -> None:
+    state = StateFile(tmp_path / "state")
+    async with cluster(state) as (scheduler, _, client):
+        await serve.run(model(1), route_prefix=None, client=client)
+        handle = await serve.run(model(2), route_prefix=None, client=client)
+        controller = scheduler.plugins["dask-serve"]
+        first, second = controller.registry.history.of("default")
+        controller.registry.deploy(first.spec, {})
+        controller.editor.taken_back("default", second.spec, "replica x failed:\nTraceback\nValueError: broken")
+        controller.reconciler.wake()
+        while await handle.remote() != 1:
+            await asyncio.sleep(0.02)
+    async with cluster(state) as (_, _, client):
+        application = await running(client, "default")
+        assert (application.version, application.owner) == (3, "dask_serve")
+        assert application.reason.startswith("automatic rollback: replica x failed:")
+        assert "version 3, automatic rollback: replica x failed: ... ValueError: broken by dask_serve at" in str(
+            application
+        )
+        handle = await serve.get_app_handle("default", client=client)
+        assert await handle.remote() == 1
+
+
+@gen_test()
 async def test_a_damaged_file_is_told_by_the_status(tmp_path: Path) -> None:
     state = StateFile(tmp_path / "state")
     state.path.write_bytes(b"damaged")

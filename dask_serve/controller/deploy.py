@@ -205,7 +205,7 @@ async def _wait_running(
         if application is None or application.status == "deleting" or application.version != version:
             raise await _overtaken(client, name, version, application)
         if application.status == "running":
-            say.replicas(_describe(name, application), application)
+            say.replicas("", application)
             return
         if application.status == "failed":
             raise DeploymentFailedError(f"application {name!r} could not be started: {application.message}")

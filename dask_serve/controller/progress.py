@@ -66,9 +66,10 @@ class Progress:
             logger.log(logging.WARNING if urgent else logging.INFO, "%s", line)
 
     def replicas(self, line: str, application: ApplicationStatus, urgent: bool = False) -> None:
-        """Draw the bar of an application; ``line`` says the same in words, with what is amiss."""
+        """Draw the bar of an application; where nobody watches, ``line`` says the same in words, if there is one."""
         if not _is_watched():
-            self(line, urgent)
+            if line:
+                self(line, urgent)
             return
         if urgent:
             self(line, urgent)
