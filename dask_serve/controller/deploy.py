@@ -7,7 +7,7 @@ import getpass
 import os
 import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from distributed.protocol import to_serialize
@@ -88,9 +88,7 @@ async def roll_back(
 
 async def start_proxies(client: Client, options: HTTPOptions, explicit: list[str]) -> str:
     """Start the proxies, or change their options; return the URL."""
-    answer = await ask(
-        client.scheduler, "serve_start", options=msgspec.msgpack.encode(options), explicit=sorted(explicit)
-    )
+    answer = await _ask_again(client, "serve_start", options=msgspec.msgpack.encode(options), explicit=sorted(explicit))
     return str(answer["url"])
 
 
@@ -171,7 +169,7 @@ async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | 
 
 async def _wait_known(client: Client, routed: bool) -> None:
     """Wait until proxies and this session have the present table: the next call finds the replicas that are ready."""
-    answer = await ask(client.scheduler, "serve_routed", timeout=KNOWN_WITHIN if routed else 0.0)
+    answer = await _ask_again(client, "serve_routed", timeout=KNOWN_WITHIN if routed else 0.0)
     present = answer["epoch"], answer["version"]
     # Of a later epoch, another controller has taken over.
     await Session.of(client).until(
@@ -181,11 +179,11 @@ async def _wait_known(client: Client, routed: bool) -> None:
 
 async def _send(client: Client, built: Built) -> int:
     """Send an application, and those parts of its code that the controller does not have; return its version."""
-    answer = await ask(client.scheduler, "serve_missing", revisions=list(built.code))
+    answer = await _ask_again(client, "serve_missing", revisions=list(built.code))
     application = msgspec.msgpack.encode(built.spec)
     for _ in range(SEND_TRIES):
         code = {revision: to_serialize(built.code[revision]) for revision in answer.get("missing", ())}
-        answer = await ask(client.scheduler, "serve_deploy", application=application, code=code, **signature(client))
+        answer = await _ask_again(client, "serve_deploy", application=application, code=code, **signature(client))
         if "version" in answer:
             return int(answer["version"])
     raise DeploymentFailedError(
@@ -219,20 +217,28 @@ async def _wait_running(
 
 
 async def _next_status(client: Client, since: int, timeout: float) -> ServeStatus:
-    """Return the status once it is newer; a scheduler that is away may come back, with what it has saved."""
-    away_since = None
+    """Return the status once it is newer."""
+    # The present one will do at first, and after a restart, when versions count anew.
+    again = {"since": 0}
+    answer = await _ask_again(client, "serve_watch", again, since=since, timeout=timeout)
+    return decode_status(answer["status"])
+
+
+async def _ask_again(
+    client: Client, op: str, again: dict[str, Any] | None = None, /, **arguments: Any
+) -> dict[str, Any]:
+    """Ask what may be asked twice, ``again`` with other arguments: a scheduler that went away may come back."""
+    began: float | None = None
     while True:
         try:
-            # At first the present one will do, and after a restart versions count anew.
-            answer = await ask(client.scheduler, "serve_watch", since=since, timeout=timeout)
-            return decode_status(answer["status"])
+            return await ask(client.scheduler, op, **arguments)
         except OSError:
             now = time.monotonic()
-            away_since = away_since or now
-            if client.status in ("closing", "closed") or now - away_since > AWAY:
+            began = began or now
+            if client.status in ("closing", "closed") or now - began > AWAY:
                 raise
-            since = 0
-            await asyncio.sleep(RETRY)
+        arguments.update(again or {})
+        await asyncio.sleep(RETRY)
 
 
 async def _overtaken(client: Client, name: str, version: int, now: ApplicationStatus | None) -> DeploymentFailedError:
