@@ -15,10 +15,12 @@ from msgspec import UNSET, UnsetType
 
 from .clients import close_made, ensure_client, existing_client, is_made_here
 from .config import HTTPOptions, build_options
-from .controller.deploy import Progress, deploy, ensure_controller, start_proxies
+from .controller.deploy import deploy, ensure_controller, roll_back, signature, start_proxies
+from .controller.history import Revision, decode_history
+from .controller.progress import Progress
 from .controller.status import ServeStatus, decode_status
 from .deployment import Application, Deployment
-from .exceptions import ConfigError, NotRunningError, ServeError
+from .exceptions import ApplicationNotFoundError, ConfigError, NotRunningError, ServeError
 from .session.peers import ask, current_client, current_worker, find_handle, make_handle, probe
 from .shipping.graph import build
 
@@ -28,7 +30,18 @@ if TYPE_CHECKING:
 
     from .handle import DeploymentHandle
 
-__all__ = ["delete", "get_app_handle", "get_deployment_handle", "run", "shutdown", "start", "status", "url"]
+__all__ = [
+    "delete",
+    "get_app_handle",
+    "get_deployment_handle",
+    "history",
+    "rollback",
+    "run",
+    "shutdown",
+    "start",
+    "status",
+    "url",
+]
 
 _ELSEWHERE = {
     "blocking": "a script that should stay up ends with `signal.pause()`, or is started by `dask serve run module:app`",
@@ -73,7 +86,7 @@ def run(
     route_prefix : str or None, default "/"
         Where HTTP finds it. None: not over HTTP.
     wait : bool, default True
-        Return once all replicas are ready.
+        Return once all replicas are ready. In a terminal and in a notebook a bar on stderr shows them by state.
     timeout : float or str, optional
         How long to wait, in seconds or as Dask parses it (``"2 min"``). By default there is no limit, and messages
         say what is waited for. The application stays deployed when the time is over.
@@ -85,9 +98,9 @@ def run(
     Returns
     -------
     DeploymentHandle
-        Of the ingress deployment. As a context manager it deletes the application at the end, and ends the
-        embedded cluster if this call made it. With an asynchronous client: an awaitable, and an
-        asynchronous context manager, for the handle.
+        Of the ingress deployment. As a context manager it deletes the application at the end, unless another session
+        deployed it again, and ends the embedded cluster if this call made it. With an asynchronous client: an
+        awaitable, and an asynchronous context manager, for the handle.
 
     Raises
     ------
@@ -95,6 +108,8 @@ def run(
         ``target`` was not bound or cannot be sent to workers, or a route or port is taken.
     DeploymentFailedError
         Replicas could not be started; the message holds the original traceback.
+    ConflictError
+        Another session replaced or deleted the application meanwhile: who comes last wins.
     StartTimeoutError
         Not ready after ``timeout``; the message says what is missing.
     """
@@ -114,8 +129,8 @@ def run(
         return make_handle(name, built.spec.ingress, address=used.scheduler.addr, client=used, **extra)
 
     if used.asynchronous:
-        return _Running(lambda: begin(None), lambda: delete(name, client=used))
-    return used.sync(begin, shutdown if made else lambda: delete(name, client=used))
+        return _Running(lambda: begin(None), lambda: _delete_own(name, used))
+    return used.sync(begin, shutdown if made else lambda: _delete_own(name, used))
 
 
 def start(
@@ -220,9 +235,93 @@ def delete(name: str, client: Client | None = None) -> Any:
     used = existing_client(client)
 
     async def end() -> None:
-        await ask(used.scheduler, "serve_delete", app=name)
+        await ask(used.scheduler, "serve_delete", app=name, **signature(used))
 
     return used.sync(end)
+
+
+def _delete_own(name: str, client: Client) -> Any:
+    """Delete an application at the end of a ``with`` block, unless it is another session's by now."""
+
+    async def end() -> None:
+        await ask(client.scheduler, "serve_delete", app=name, own=True, **signature(client))
+
+    return client.sync(end)
+
+
+def rollback(
+    name: str,
+    version: int | None = None,
+    *,
+    wait: bool = True,
+    timeout: float | str | None = None,
+    client: Client | None = None,
+) -> Any:
+    """Make an application again what it was: code, bound arguments, options and route.
+
+    It is a deployment like any other, with the code that the controller kept: old replicas serve until new ones are
+    ready.
+
+    Parameters
+    ----------
+    name : str
+        Name of the application.
+    version : int, optional
+        Which version, as `history` tells them. By default the last one that ran and is another than the present one.
+    wait : bool, default True
+        Return once all replicas are ready.
+    timeout : float or str, optional
+        How long to wait, in seconds or as Dask parses it. By default there is no limit.
+    client : distributed.Client, optional
+        The cluster to use.
+
+    Returns
+    -------
+    int
+        The number of the version that this is.
+
+    Raises
+    ------
+    ApplicationNotFoundError
+        There is none of that name; the message lists those there are.
+    ConfigError
+        There is no such version, or it cannot come back: its route is taken, or Dask values that were bound are gone.
+    DeploymentFailedError, ConflictError, StartTimeoutError
+        As of `run`.
+    """
+    _refuse_inside("serve.rollback")
+    used = _existing_client(client)
+    seconds = None if timeout is None else parse_timedelta(timeout, "s")
+
+    async def begin() -> int:
+        return await roll_back(used, name, version, wait=wait, timeout=seconds, say=Progress())
+
+    return used.sync(begin)
+
+
+def history(name: str, client: Client | None = None) -> Any:
+    """Return the last versions of an application: who deployed what, when and why.
+
+    Returns
+    -------
+    list of Revision
+        The oldest first; 10 of them unless ``serve.history-length`` of the scheduler's configuration says otherwise.
+
+    Raises
+    ------
+    ApplicationNotFoundError
+        There is none of that name; the message says who deleted it, if that was lately.
+    """
+    used = _existing_client(client)
+
+    async def get() -> list[Revision]:
+        answer = await ask(used.scheduler, "serve_history", app=name)
+        revisions = decode_history(answer["history"]).revisions
+        if not revisions:
+            raise ApplicationNotFoundError(answer["told"])
+        return revisions
+
+    return used.sync(get)
 
 
 def shutdown(client: Client | None = None) -> Any:
@@ -236,7 +335,7 @@ def shutdown(client: Client | None = None) -> Any:
         return close_made()
 
     async def end() -> None:
-        await probe(used.scheduler, "serve_shutdown")
+        await probe(used.scheduler, "serve_shutdown", **signature(used))
 
     if not is_made_here(used):
         return used.sync(end)

@@ -1,4 +1,4 @@
-"""``dask serve``: run, proxy, status, delete, shutdown.
+"""``dask serve``: run, proxy, status, delete, rollback, shutdown.
 
 Every ``dask`` command loads this module: it imports click, and all else when a command runs.
 """
@@ -173,6 +173,19 @@ def delete(name: str, scheduler: str | None) -> None:
     with _errors(), _connected(scheduler) as client:
         api.delete(name, client=client)
         click.echo(f"deleted {name}")
+
+
+@serve.command()
+@click.argument("name")
+@click.option("--version", type=click.IntRange(1), help="To this version (the last other one that ran unless set).")
+@_scheduler_option
+def rollback(name: str, version: int | None, scheduler: str | None) -> None:
+    """Make the application NAME again what it was."""
+    from . import api
+
+    with _errors(), _connected(scheduler) as client:
+        api.rollback(name, version, client=client)
+        click.echo(str(api.history(name, client=client)[-1]))
 
 
 @serve.command()

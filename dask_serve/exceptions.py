@@ -7,6 +7,7 @@
     ├── NotRunningError                            dask_serve does not run on this cluster
     ├── ApplicationNotFoundError   (KeyError)      no application, deployment or route of that name
     ├── DeploymentFailedError                      replicas could not be started
+    │   └── ConflictError                          another session replaced or deleted the application meanwhile
     ├── StartTimeoutError          (TimeoutError)  replicas are still not up after the time given
     └── RequestError                               one request failed, and not by user code
         ├── MethodNotFoundError    (AttributeError)
@@ -29,6 +30,7 @@ __all__ = [
     "ArgumentsError",
     "BackPressureError",
     "ConfigError",
+    "ConflictError",
     "DeploymentFailedError",
     "DeploymentUnavailableError",
     "MethodNotFoundError",
@@ -83,6 +85,12 @@ class DeploymentFailedError(ServeError):
     """Replicas could not be started; the message holds the reason, tracebacks as text included."""
 
     status = 503
+
+
+class ConflictError(DeploymentFailedError):
+    """Another session replaced or deleted the application meanwhile; the message says who, and when."""
+
+    status = 409
 
 
 class StartTimeoutError(ServeError, TimeoutError):

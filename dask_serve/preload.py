@@ -8,6 +8,7 @@ import click
 
 from .config import HTTPOptions, build_options, parse_options
 from .controller.plugin import Controller
+from .controller.state_file import default_file
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
@@ -21,6 +22,12 @@ __all__ = ["dask_setup"]
 @click.option("--serve-proxies", type=int, help="Number of HTTP proxies.  [default: 1]")
 @click.option("--serve-http", multiple=True, metavar="NAME=VALUE", help="Any other option of serve.start.")
 @click.option("--no-serve-http", is_flag=True, help="Start no proxies before an application needs them.")
+@click.option(
+    "--serve-state",
+    metavar="PATH",
+    help="File that applications are saved in, and come back from; none: nowhere.  [default: serve.state-file, or one "
+    "for crashes only]",
+)
 def dask_setup(  # noqa: PLR0917 - click passes them by name
     scheduler: Scheduler,
     serve_host: str | None,
@@ -28,6 +35,7 @@ def dask_setup(  # noqa: PLR0917 - click passes them by name
     serve_proxies: int | None,
     serve_http: tuple[str, ...],
     no_serve_http: bool,
+    serve_state: str | None,
 ) -> None:
     """Options of dask_serve's scheduler preload."""
     options = {"host": serve_host, "port": serve_port, "num_proxies": serve_proxies}
@@ -35,4 +43,4 @@ def dask_setup(  # noqa: PLR0917 - click passes them by name
     given.update(parse_options(serve_http))
     http = None if no_serve_http else build_options(HTTPOptions, given, "the preload of dask_serve")
     # Not register_scheduler_plugin: the scheduler starts all its plugins after the preloads.
-    scheduler.add_plugin(Controller(http, list(given)), idempotent=True)
+    scheduler.add_plugin(Controller(http, list(given), default_file(scheduler, serve_state)), idempotent=True)

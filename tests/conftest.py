@@ -35,6 +35,14 @@ def quick_collections():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory):
+    """Schedulers that tests start save their state here, and not in the home of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def callback_thread():
     """Dask's thread for callbacks stays; it is there before a test counts threads."""
     call_back(lambda ref: None, None)

@@ -140,6 +140,16 @@ def test_delete_and_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [("delete", "shop", "the client"), ("shutdown", "the client")]
 
 
+def test_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int | None]] = []
+    monkeypatch.setattr(cli, "_connected", _no_client)
+    monkeypatch.setattr(api, "rollback", lambda name, version, client: calls.append((name, version)))
+    monkeypatch.setattr(api, "history", lambda name, client: ["version 1", "version 2"])
+    assert invoke("rollback", "shop").output == "version 2\n"
+    assert invoke("rollback", "shop", "--version", "1").exit_code == 0
+    assert calls == [("shop", None), ("shop", 1)]
+
+
 def test_errors_of_the_service_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str, client: Any) -> None:
         raise ApplicationNotFoundError(f"there is no application {name!r}; there are: default")

@@ -144,7 +144,7 @@ async def service(client: Client) -> Service:
 async def test_deploy(c, s, a, b):
     serve = await service(c)
     assert await serve.missing(["r1"]) == ["r1"]
-    assert await serve.deploy(spec(num_replicas=2), b"ok code") == {"known": ("r1",)}
+    assert await serve.deploy(spec(num_replicas=2), b"ok code") == {"version": 1}
     assert await serve.missing(["r1"]) == []
     status = await serve.running()
     assert {r.worker for r in replicas(status)} == {a.address, b.address}
@@ -250,7 +250,8 @@ async def test_rolling_update(c, s, a, b):
     FakeReplica.gates["r1"].set()
     status = await serve.until(lambda s: len(replicas(s)) == 2)
     assert {r.revision for r in replicas(status)} == {"r2"}
-    assert await serve.missing(["r1", "r2"]) == ["r1"]
+    # The code of earlier versions is kept for rolling back.
+    assert await serve.missing(["r1", "r2", "r3"]) == ["r3"]
 
 
 @gen_cluster(client=True, nthreads=TWO)
@@ -321,7 +322,7 @@ async def test_errors_are_data(c, s, a):
     assert kind == "ConfigError"
     assert "must start with '/'" in message
     answer = await serve.rpc.serve_deploy(application=msgspec.msgpack.encode(spec("r9")), code={})
-    assert answer["error"] == ("ConfigError", "the code of d in application 'app' was not sent")
+    assert answer == {"missing": ("r9",)}
     assert (await serve.rpc.serve_code(revision="r9"))["error"][0] == "DeploymentUnavailableError"
     assert list((await serve.status()).applications) == ["app"]
 
@@ -329,7 +330,7 @@ async def test_errors_are_data(c, s, a):
 @gen_cluster(client=True, nthreads=ONE)
 async def test_one_route_for_one_application(c, s, a):
     serve = await service(c)
-    s.plugins["dask-serve"].url = "http://nowhere"  # as if proxies were running
+    s.plugins["dask-serve"].front.url = "http://nowhere"  # as if proxies were running
     await serve.deploy(spec(app="one", route="/x"))
     kind, message = (await serve.deploy(spec(app="two", route="/x")))["error"]
     assert kind == "ConfigError"

@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import sys
+import getpass
+import os
+import socket
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from distributed.protocol import to_serialize
 
-from ..exceptions import ConfigError, DeploymentFailedError, NotRunningError, StartTimeoutError
-from ..policy.desired import ApplicationSpec, deployment_id
+from ..exceptions import ConfigError, ConflictError, DeploymentFailedError, NotRunningError, StartTimeoutError
+from ..policy.desired import ApplicationSpec
+from ..policy.history import CONTROLLER
 from ..routing.session import Session
-from ..routing.table import Table
 from ..session.peers import ask, probe
-from .status import ApplicationStatus, decode_status
+from .history import decode_history, when
+from .progress import Progress
+from .status import ApplicationStatus, ServeStatus, decode_status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from distributed import Client
 
     from ..config import HTTPOptions
     from ..shipping.graph import Built
 
-__all__ = ["Progress", "deploy", "ensure_controller", "start_proxies"]
-
-logger = logging.getLogger("dask_serve")
+__all__ = ["deploy", "ensure_controller", "roll_back", "signature", "start_proxies"]
 
 #: Seconds one long poll may take.
 POLL = 30.0
 #: Seconds that the news of a running application may take to the proxies and to this session.
 KNOWN_WITHIN = 2.0
+#: Seconds that a scheduler may be away while a session waits, as for Dask's own clients, and between two tries.
+AWAY, RETRY = 30.0, 0.2
+#: How often code is sent again that another session's deletion took away meanwhile.
+SEND_TRIES = 5
 
 
 async def ensure_controller(client: Client) -> None:
@@ -59,11 +62,33 @@ async def ensure_controller(client: Client) -> None:
             ) from error
 
 
+def signature(client: Client) -> dict[str, str]:
+    """Return who this is, for the history: the person and the Dask client."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        user = str(os.getuid())
+    return {"owner": f"{user}@{socket.gethostname()}", "client": str(client.id)}
+
+
+async def roll_back(
+    client: Client, name: str, version: int | None, *, wait: bool, timeout: float | None, say: Progress
+) -> int:
+    """Make an application again what it was, and wait until that runs; return the number of the new version."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    answer = await ask(client.scheduler, "serve_rollback", app=name, version=version, **signature(client))
+    if wait:
+        try:
+            await _wait_running(client, name, answer["version"], deadline=deadline, timeout=timeout, say=say)
+        finally:
+            say.end()
+        await _wait_known(client, routed=True)
+    return int(answer["version"])
+
+
 async def start_proxies(client: Client, options: HTTPOptions, explicit: list[str]) -> str:
     """Start the proxies, or change their options; return the URL."""
-    answer = await ask(
-        client.scheduler, "serve_start", options=msgspec.msgpack.encode(options), explicit=sorted(explicit)
-    )
+    answer = await _ask_again(client, "serve_start", options=msgspec.msgpack.encode(options), explicit=sorted(explicit))
     return str(answer["url"])
 
 
@@ -74,7 +99,7 @@ async def deploy(
     *,
     wait: bool,
     timeout: float | None,
-    say: Callable[..., None],
+    say: Progress,
 ) -> None:
     """Bring an application to the cluster, and wait until it runs.
 
@@ -90,8 +115,8 @@ async def deploy(
         Return once it runs.
     timeout : float or None
         Seconds until `StartTimeoutError`.
-    say : callable
-        Gets a line of text whenever there is something to tell.
+    say : Progress
+        Told whenever there is something to tell.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     spec = built.spec
@@ -101,20 +126,23 @@ async def deploy(
     if proxies[1]:
         # What was asked for may be refused (a busy port), which must leave everything as it was.
         address = await start_proxies(client, *proxies)
-        await _send(client, built)
+        version = await _send(client, built)
     elif spec.route_prefix is not None:
-        address, _ = await asyncio.gather(start_proxies(client, *proxies), _send(client, built))
+        address, version = await asyncio.gather(start_proxies(client, *proxies), _send(client, built))
     else:
-        await _send(client, built)
+        version = await _send(client, built)
     if wait:
-        await _wait_running(client, spec.name, deadline, timeout, say)
-        await _wait_known(client, spec)
+        try:
+            await _wait_running(client, spec.name, version, deadline=deadline, timeout=timeout, say=say)
+        finally:
+            say.end()
+        await _wait_known(client, spec.route_prefix is not None)
         route = spec.route_prefix
         where = f" at {address}{route.rstrip('/')}/" if address and route else ""
         say(f"application {spec.name!r} is running{where}")
 
 
-async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | None, say: Callable[..., None]) -> None:
+async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | None, say: Progress) -> None:
     """Wait for the Dask futures that are bound; a failed one would fail every constructor."""
     for deployment in spec.deployments:
         for key in deployment.keys:
@@ -139,49 +167,96 @@ async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | 
                 ) from state.exception
 
 
-async def _wait_known(client: Client, spec: ApplicationSpec) -> None:
-    """Wait until the proxies and this session know the application's replicas: the next call finds all of them."""
-    if spec.route_prefix is not None:
-        await probe(client.scheduler, "serve_routed", timeout=KNOWN_WITHIN)
-    ingress = deployment_id(spec.name, spec.ingress)
-    target = next(one for one in spec.deployments if one.name == spec.ingress).options.num_replicas
-
-    def known(table: Table) -> bool:
-        entry = table.deployments.get(ingress)
-        return entry is not None and len(entry.replicas) >= target
-
-    await Session.of(client).until(known, KNOWN_WITHIN)
+async def _wait_known(client: Client, routed: bool) -> None:
+    """Wait until proxies and this session have the present table: the next call finds the replicas that are ready."""
+    answer = await _ask_again(client, "serve_routed", timeout=KNOWN_WITHIN if routed else 0.0)
+    present = answer["epoch"], answer["version"]
+    # Of a later epoch, another controller has taken over.
+    await Session.of(client).until(
+        lambda table: (table.epoch, table.version) >= present or table.epoch != present[0], KNOWN_WITHIN
+    )
 
 
-async def _send(client: Client, built: Built) -> None:
-    """Send an application, and those parts of its code that the controller does not have."""
-    answer = await ask(client.scheduler, "serve_missing", revisions=list(built.code))
-    code = {revision: to_serialize(built.code[revision]) for revision in answer["missing"]}
-    await ask(client.scheduler, "serve_deploy", application=msgspec.msgpack.encode(built.spec), code=code)
+async def _send(client: Client, built: Built) -> int:
+    """Send an application, and those parts of its code that the controller does not have; return its version."""
+    answer = await _ask_again(client, "serve_missing", revisions=list(built.code))
+    application = msgspec.msgpack.encode(built.spec)
+    for _ in range(SEND_TRIES):
+        code = {revision: to_serialize(built.code[revision]) for revision in answer.get("missing", ())}
+        answer = await _ask_again(client, "serve_deploy", application=application, code=code, **signature(client))
+        if "version" in answer:
+            return int(answer["version"])
+    raise DeploymentFailedError(
+        f"application {built.spec.name!r} was not deployed: what has the same code is deleted all the time by others"
+    )
 
 
 async def _wait_running(
-    client: Client, name: str, deadline: float | None, timeout: float | None, say: Callable[..., None]
+    client: Client, name: str, version: int, *, deadline: float | None, timeout: float | None, say: Progress
 ) -> None:
-    found = decode_status((await ask(client.scheduler, "serve_status"))["status"])
+    """Wait until a version runs; raise where it fails, or is no longer what is desired."""
+    found = ServeStatus()
     while True:
+        left = POLL if deadline is None else max(min(POLL, deadline - time.monotonic()), 0.0)
+        found = await _next_status(client, found.version, left)
         application = found.applications.get(name)
-        if application is None:
-            raise DeploymentFailedError(f"application {name!r} was deleted while it was being deployed")
+        if application is None or application.status == "deleting" or application.version != version:
+            raise await _overtaken(client, name, version, application)
         if application.status == "running":
+            say.replicas("", application)
             return
         if application.status == "failed":
             raise DeploymentFailedError(f"application {name!r} could not be started: {application.message}")
-        say(_describe(name, application), _is_stuck(application))
-        left = POLL if deadline is None else min(POLL, deadline - time.monotonic())
-        if left <= 0:
+        say.replicas(_describe(name, application), application, _is_stuck(application))
+        if deadline is not None and time.monotonic() >= deadline:
             raise StartTimeoutError(
                 f"application {name!r} is not running after {timeout:g} s: {application}\n"
                 "It stays deployed, and starts once what is missing is there; serve.delete() takes it back. Workers "
                 "are added with `dask worker SCHEDULER`, with resources by `--resources GPU=1`."
             )
-        answer = await ask(client.scheduler, "serve_watch", since=found.version, timeout=left)
-        found = decode_status(answer["status"])
+
+
+async def _next_status(client: Client, since: int, timeout: float) -> ServeStatus:
+    """Return the status once it is newer."""
+    # The present one will do at first, and after a restart, when versions count anew.
+    again = {"since": 0}
+    answer = await _ask_again(client, "serve_watch", again, since=since, timeout=timeout)
+    return decode_status(answer["status"])
+
+
+async def _ask_again(
+    client: Client, op: str, again: dict[str, Any] | None = None, /, **arguments: Any
+) -> dict[str, Any]:
+    """Ask what may be asked twice, ``again`` with other arguments: a scheduler that went away may come back."""
+    began: float | None = None
+    while True:
+        try:
+            return await ask(client.scheduler, op, **arguments)
+        except OSError:
+            now = time.monotonic()
+            began = began or now
+            if client.status in ("closing", "closed") or now - began > AWAY:
+                raise
+        arguments.update(again or {})
+        await asyncio.sleep(RETRY)
+
+
+async def _overtaken(client: Client, name: str, version: int, now: ApplicationStatus | None) -> DeploymentFailedError:
+    """Return the error for a version that is no longer the desired one: who replaced or deleted it, and when."""
+    what = f"version {version} of application {name!r}, which this session waited for,"
+    if now is not None and now.status != "deleting":
+        if now.owner == CONTROLLER.owner:
+            return DeploymentFailedError(f"application {name!r} could not be started: {now.reason}")
+        change = f"was replaced by version {now.version}, {now.reason}"
+        return ConflictError(f"{what} {change} by {_who(now.owner, now.client)} at {when(now.deployed_at)}")
+    gone = decode_history((await ask(client.scheduler, "serve_history", app=name))["history"]).deleted
+    if gone is None:
+        return ConflictError(f"{what} is not known any more: the scheduler was started again, and had not saved it")
+    return ConflictError(f"{what} was deleted by {_who(gone.by.owner, gone.by.client)} at {when(gone.time)}")
+
+
+def _who(owner: str, client: str) -> str:
+    return f"{owner or 'unknown'}{f' ({client})' if client else ''}"
 
 
 def _is_stuck(application: ApplicationStatus) -> bool:
@@ -199,21 +274,3 @@ def _describe(name: str, application: ApplicationStatus) -> str:
         message = state.message.strip().splitlines()
         parts.append(text + (f" ({message[-1]})" if message else ""))
     return f"application {name!r}: " + "; ".join(parts)
-
-
-class Progress:
-    """Prints lines on a terminal when they change, and logs them elsewhere."""
-
-    def __init__(self) -> None:
-        self._last = ""
-
-    def __call__(self, line: str, urgent: bool = False) -> None:
-        """Tell a line; an urgent one, on which somebody has to act, is a warning where there is no terminal."""
-        if line == self._last:
-            return
-        self._last = line
-        if sys.stderr is not None and sys.stderr.isatty():
-            sys.stderr.write(f"dask_serve: {line}\n")
-            sys.stderr.flush()
-        else:
-            logger.log(logging.WARNING if urgent else logging.INFO, "%s", line)

@@ -18,16 +18,26 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from ..config import HTTPOptions
-from ..exceptions import ConfigError, DeploymentUnavailableError, ServeError
+from ..exceptions import (
+    ApplicationNotFoundError,
+    ConfigError,
+    DeploymentUnavailableError,
+    ServeError,
+)
 from ..logs import join_dask
 from ..policy.desired import ApplicationSpec
+from ..policy.history import By
 from ..routing.table import Table, encode_table
 from .changes import Changes
-from .elsewhere import Elsewhere
+from .editor import Editor
+from .front import Front, first_options
+from .history import History, encode_history
 from .promises import Promises
 from .reconciler import Reconciler
 from .registry import Registry
+from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, WorkerStatus, encode_status
+from .store import Store
 from .tunnel import Tunnels
 
 if TYPE_CHECKING:
@@ -40,10 +50,6 @@ logger = logging.getLogger("dask_serve.controller")
 
 #: Seconds between two reminders to the scheduler that it is not idle; it looks every 0.25 s.
 NOT_IDLE = 0.1
-#: Seconds that a closing scheduler waits for its proxies; what is still in flight then, they finish as orphans.
-CLOSE_DRAIN = 2.0
-#: Seconds that proxies wait for a port at the start of a scheduler.
-REBIND = 10.0
 
 Op = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
 
@@ -73,14 +79,19 @@ class Controller(SchedulerPlugin):
         Start proxies with these at once, rather than with the first application.
     explicit : list of str, default []
         Names of those options that a person gave, for which there is no way round.
+    state : StateFile, optional
+        Where the desired state is saved; by default where the scheduler's configuration says, if it does.
     """
 
     name = "dask-serve"
     idempotent = True
 
-    def __init__(self, http: HTTPOptions | None = None, explicit: list[str] | None = None) -> None:
+    def __init__(
+        self, http: HTTPOptions | None = None, explicit: list[str] | None = None, state: StateFile | None = None
+    ) -> None:
         self._http_at_start = http
-        self._explicit = list(explicit or ())
+        self._explicit = set(explicit or ())
+        self._state = state
 
     async def start(self, scheduler: Scheduler) -> None:
         """Install the operations. Never waits, so that two registrations cannot overlap."""
@@ -88,15 +99,12 @@ class Controller(SchedulerPlugin):
         self.scheduler = scheduler
         self.epoch = uuid.uuid4().hex
         self.secret = secrets.token_bytes(32)
-        self.registry = Registry()
+        self.registry = Registry(History(history_length()))
         self.reconciler = Reconciler(scheduler, self.registry, self._publish)
+        self.editor = Editor(self.registry, self.reconciler.wake)
         self.promises = Promises()
         self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
-        self.url = ""
-        self._message = ""
-        self._proxies: Any = None
-        self._elsewhere = Elsewhere(self._publish)
-        self._starting_proxies = asyncio.Lock()
+        self.front = Front(scheduler.security, self.editor, self._publish)
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
         self._tables = Changes()
@@ -109,6 +117,10 @@ class Controller(SchedulerPlugin):
         self._adaptive_before = scheduler.adaptive_target
         # Both names are used: Dask's own Adaptive asks over the wire, dashboards and gateways call the method.
         scheduler.adaptive_target = scheduler.handlers["adaptive_target"] = self._adaptive_target
+        # Before anybody is answered: nobody may see the service empty, and take that for its state.
+        self._state = self._state or configured()
+        http = self.editor.open(Store(self._state.path)) if self._state.path is not None else None
+        self._http_at_start, self._explicit = first_options(self._http_at_start, self._explicit, http)
         self._publish()
         self._main = asyncio.get_running_loop().create_task(self._run())
 
@@ -125,7 +137,7 @@ class Controller(SchedulerPlugin):
                 name="dask-serve-controller",
             )
             if self._http_at_start is not None:
-                await self._proxies_at_start(self._http_at_start)
+                self.front.begin(self._http_at_start, self._explicit)
             await self.reconciler.run(self._client)
         except Exception:
             logger.exception("the controller of dask_serve ended")
@@ -142,11 +154,10 @@ class Controller(SchedulerPlugin):
         self.promises.close()
         await self.tunnels.close()
         await self.reconciler.close()
-        self._elsewhere.close()
-        if self._proxies is not None:
-            await self._proxies.stop(CLOSE_DRAIN)
+        await self.front.close()
         if self._client is not None:
             await self._client.close()
+        await self.editor.close(remove=self._state is not None and self._state.for_crashes)
 
     # -- hooks of the scheduler
 
@@ -195,52 +206,66 @@ class Controller(SchedulerPlugin):
 
     async def serve_missing(self, revisions: list[str]) -> dict[str, Any]:
         """Return those revisions whose code is not here."""
-        return {"missing": [revision for revision in revisions if revision not in self.registry.code]}
+        return {"missing": self.editor.lacks(revisions)}
 
     @_op
-    async def serve_deploy(self, application: bytes, code: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Make an application run as it is given."""
+    async def serve_deploy(
+        self, application: bytes, code: dict[str, Any] | None = None, owner: str = "", client: str = ""
+    ) -> dict[str, Any]:
+        """Make an application run as it is given; answer once that is saved, with the number of its version."""
         try:
             spec = msgspec.msgpack.decode(application, type=ApplicationSpec)
         except msgspec.ValidationError as error:
             raise ConfigError(f"the scheduler's dask_serve does not understand this application: {error}") from None
-        self.registry.deploy(spec, code or {})
-        self.reconciler.wake()
-        if spec.route_prefix is not None and not self.url:
-            await self._start_proxies(HTTPOptions(), set())
-        return {"known": sorted(self.registry.code)}
+        missing = self.editor.lacks([deployment.revision for deployment in spec.deployments], code)
+        if missing:
+            # Another session deleted meanwhile what had the same code.
+            return {"missing": missing}
+        version = await self.editor.deploy(spec, code or {}, By(owner, client))
+        if spec.route_prefix is not None and not self.front.url:
+            await self.front.start(HTTPOptions(), set())
+        return {"version": version}
+
+    @_op
+    async def serve_rollback(
+        self, app: str, version: int | None = None, owner: str = "", client: str = ""
+    ) -> dict[str, Any]:
+        """Make an application again what it was; answer with the number of the version that this is."""
+        by = By(owner, client)
+        return {"version": await self.editor.rollback(app, version, by, self.scheduler.tasks.__contains__)}
+
+    @_op
+    async def serve_history(self, app: str) -> dict[str, Any]:
+        """Return what an application was, and what became of it."""
+        return {"history": encode_history(self.registry.history.answer(app)), "told": self.editor.not_found(app)}
 
     @_op
     async def serve_code(self, revision: str) -> dict[str, Any]:
         """Return a revision's code, as it came, and the cluster's secret."""
-        if revision not in self.registry.code:
+        code = await self.editor.code(revision)
+        if code is None:
             raise DeploymentUnavailableError(f"revision {revision} is not deployed any more")
-        return {"code": self.registry.code[revision], "secret": self.secret}
+        return {"code": code, "secret": self.secret}
 
     @_op
-    async def serve_delete(self, app: str) -> dict[str, Any]:
-        """Take an application away; answer when its replicas have ended."""
-        await self._delete(app)
-        return {"deleted": True}
+    async def serve_delete(self, app: str, owner: str = "", client: str = "", own: bool = False) -> dict[str, Any]:
+        """Take an application away (``own``: if this client deployed it); answer when its replicas have ended."""
+        return {"deleted": await self.editor.delete(app, By(owner, client), own=own)}
 
     @_op
-    async def serve_shutdown(self) -> dict[str, Any]:
+    async def serve_shutdown(self, owner: str = "", client: str = "") -> dict[str, Any]:
         """Take everything away; the controller stays and can be used again."""
         names = [name for name, app in self.registry.applications.items() if not app.deleting]
-        await asyncio.gather(*(self._delete(name) for name in names))
-        async with self._starting_proxies:
-            self.url = self._message = ""
-            self._publish()
-            if self._proxies is not None:
-                await self._proxies.stop()
-                self._proxies = None
+        by = By(owner, client)
+        deleting = (self.editor.delete(name, by) for name in names)
+        errors = await asyncio.gather(*deleting, return_exceptions=True)
+        await self.front.stop()
         self._publish()
+        for error in errors:
+            # Another session may have been faster.
+            if isinstance(error, BaseException) and not isinstance(error, ApplicationNotFoundError):
+                raise error
         return {}
-
-    async def _delete(self, app: str) -> None:
-        replicas = self.registry.delete(app)
-        self.reconciler.wake()
-        await asyncio.gather(*(replica.ended.wait() for replica in replicas))
 
     # -- operations: replicas
 
@@ -287,60 +312,31 @@ class Controller(SchedulerPlugin):
     # -- operations: proxies
 
     async def serve_routed(self, timeout: float = 2.0) -> dict[str, Any]:
-        """Answer when all proxies route by the present table, or after ``timeout`` seconds."""
-        return {"routed": self._proxies is None or await self._proxies.until_applied(timeout)}
+        """Answer when all proxies route by the present table, or after ``timeout`` seconds; and which table that is."""
+        version = self._table.version
+        routed = await self.front.until_applied(timeout)
+        return {"routed": routed, "epoch": self.epoch, "version": version}
 
     async def serve_proxy(
         self, epoch: str = "", since: int = 0, timeout: float = 2.0, node: str = "", proxies: Any = ()
     ) -> dict[str, Any]:
         """Return what proxies on another node need: options, and the table once it differs from the caller's."""
         if node:
-            self._elsewhere.heard(node, [dict(row) for row in proxies])
+            self.front.elsewhere.heard(node, [dict(row) for row in proxies])
         answer = await self.serve_table(epoch, since, timeout)
-        options = HTTPOptions() if self._proxies is None else self._proxies.options
-        return {**answer, "options": msgspec.msgpack.encode(options)}
+        return {**answer, "options": msgspec.msgpack.encode(self.front.options)}
 
     @_op
     async def serve_start(self, options: bytes = b"", explicit: list[str] | None = None) -> dict[str, Any]:
         """Start the proxies, or change what can be changed; answer when they accept requests."""
         given = msgspec.msgpack.decode(options, type=HTTPOptions) if options else HTTPOptions()
-        return {"url": await self._start_proxies(given, set(explicit or ()))}
-
-    async def _start_proxies(self, options: HTTPOptions, explicit: set[str], retry: float = 0.0) -> str:
-        async with self._starting_proxies:
-            if self._proxies is None:
-                from .proxies import Proxies
-
-                self._proxies = Proxies(self._on_proxy, security=self.scheduler.security)
-                # They accept nothing before they have a table.
-                self._proxies.publish(self._table_bytes)
-            self._message = ""
-            try:
-                await self._proxies.start(options, explicit, retry=retry)
-            except Exception as error:
-                self._message = f"the proxies could not be started: {error}"
-                raise
-            finally:
-                self.url = self._proxies.url
-                self._publish()
-            return self.url
-
-    async def _proxies_at_start(self, options: HTTPOptions) -> None:
-        try:
-            # The proxies of a scheduler that died may hold the port while they drain.
-            await self._start_proxies(options, set(self._explicit), retry=REBIND if options.port else 0.0)
-        except Exception:
-            # Told by the status too; the first application that needs them tries again.
-            logger.exception("the proxies could not be started")
-
-    def _on_proxy(self, slot: int, event: str, details: dict[str, Any]) -> None:
-        if event != "stats":
-            self._publish()
+        return {"url": await self.front.start(given, set(explicit or ()))}
 
     # -- inside
 
     def _publish(self, *_: Any) -> None:
         """Make table and status anew, and tell those who wait when they changed."""
+        self.editor.flush()
         registry = self.registry
         table = Table(
             epoch=self.epoch,
@@ -349,21 +345,20 @@ class Controller(SchedulerPlugin):
             deployments=registry.table_deployments(),
             routes=registry.table_routes(),
             applications=registry.table_applications(),
-            url=self.url,
+            url=self.front.url,
             cluster=self.scheduler.id,
         )
         if table != self._table or not table.version:
             self._table = msgspec.structs.replace(table, version=self._table.version + 1)
             self._table_bytes = encode_table(self._table)
-            if self._proxies is not None:
-                self._proxies.publish(self._table_bytes)
+            self.front.publish(self._table_bytes)
             self._tables.happened()
         status = ServeStatus(
             version=self._status.version,
             applications=registry.statuses(),
-            proxies=self._describe_proxies(),
-            url=self.url,
-            message=self._message,
+            proxies=self.front.describe(),
+            url=self.front.url,
+            message="\n".join(text for text in (self.front.message, *self.editor.trouble) if text),
         )
         if status != self._status or not status.version:
             self._status = msgspec.structs.replace(status, version=self._status.version + 1)
@@ -381,12 +376,6 @@ class Controller(SchedulerPlugin):
             if worker.metrics.get("serve")
         ]
         return msgspec.structs.replace(self._status, workers=workers)
-
-    def _describe_proxies(self) -> list[dict[str, Any]]:
-        rows = [] if self._proxies is None else self._proxies.describe()
-        # Statistics change all the time, and would wake everyone who watches the status.
-        rows = [{name: value for name, value in row.items() if name != "stats"} for row in rows]
-        return rows + self._elsewhere.rows
 
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.

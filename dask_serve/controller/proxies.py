@@ -147,7 +147,7 @@ class Proxies:
     async def _open(self, options: HTTPOptions, retry: float = 0.0, admins: Sequence[socket.socket] = ()) -> None:
         sockets = await bind_slots(options.host, options.port, options.num_proxies, options.unix_socket, retry=retry)
         try:
-            admins = [*admins, *await self._bind_admins(options, len(admins))]
+            admins = [*admins, *await self._bind_admins(options, len(admins), retry)]
         except BaseException:
             for sock in sockets:
                 sock.close()
@@ -168,14 +168,14 @@ class Proxies:
         options = self.options
         self.url = format_url(options.host, self._slots[0].sock, tls=options.tls_certificate is not None)
 
-    async def _bind_admins(self, options: HTTPOptions, first: int) -> list[socket.socket]:
+    async def _bind_admins(self, options: HTTPOptions, first: int, retry: float = 0.0) -> list[socket.socket]:
         """Bind the admin ports from number ``first`` on."""
         bound: list[socket.socket] = []
         if options.admin_port is not None:
             try:
                 for number in range(first, options.num_proxies):
                     port = options.admin_port + number if options.admin_port else 0
-                    bound.append(await bind_admin(options.admin_host, port))
+                    bound.append(await bind_admin(options.admin_host, port, retry=retry))
             except BaseException:
                 for sock in bound:
                     sock.close()
@@ -188,6 +188,12 @@ class Proxies:
         if wanted.unix_socket or running.unix_socket:
             return wanted.unix_socket != running.unix_socket
         return wanted.host != running.host or wanted.port not in {None, 0, self._port}
+
+    @property
+    def fixed_options(self) -> HTTPOptions:
+        """The options, with the port that was found."""
+        port = self._port if self._slots else None
+        return self.options if port is None else msgspec.structs.replace(self.options, port=port)
 
     @property
     def _port(self) -> int | None:

@@ -16,6 +16,7 @@ from ..policy.lifecycle import ENDS, Event, State, advance
 from ..policy.reconcile import Attempts, Seen, Want
 from ..policy.routes import check_free, check_prefix
 from ..routing.table import DeploymentEntry, ReplicaEntry, RouteEntry
+from .history import History, told_of
 from .status import ApplicationStatus, DeploymentStatus, Health, ReplicaStatus, worst
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Application:
     def __init__(self, spec: ApplicationSpec) -> None:
         self.spec = spec
         self.deleting = False
+        #: Set once another one of the same name has taken its place.
+        self.replaced = asyncio.Event()
         #: Deployments that have had all their replicas ready since they were last changed.
         self.reached: set[str] = set()
         #: What served before the present revision, until that one has proved itself.
@@ -81,8 +84,10 @@ class Application:
 class Registry:
     """The state of the controller; no method of it waits for anything."""
 
-    def __init__(self) -> None:
+    def __init__(self, history: History | None = None) -> None:
         self.applications: dict[str, Application] = {}
+        #: What the applications were before, and who made them so.
+        self.history = history or History()
         #: Replicas that have not ended, the oldest first.
         self.replicas: dict[str, Replica] = {}
         self.attempts: dict[tuple[str, str], Attempts] = {}
@@ -97,7 +102,7 @@ class Registry:
 
     def deploy(self, spec: ApplicationSpec, code: Mapping[str, Any]) -> None:
         """Make ``spec`` the desired state of its application, or raise ConfigError and change nothing."""
-        self._check(spec, code)
+        self.check(spec, code)
         revisions = {deployment.revision for deployment in spec.deployments}
         self.code.update((revision, blob) for revision, blob in code.items() if revision in revisions)
         before = self.applications.get(spec.name)
@@ -105,10 +110,16 @@ class Registry:
         if before is not None and not before.deleting:
             self._carry_over(before, application)
         self.applications[spec.name] = application
+        if before is not None:
+            before.replaced.set()
         # Who deploys again means: try again.
         for key in [key for key in self.attempts if key[0].startswith(spec.name + "/")]:
             del self.attempts[key]
         self.failed = frozenset(id for id in self.failed if not id.startswith(spec.name + "/"))
+
+    def restore(self, spec: ApplicationSpec) -> None:
+        """Make ``spec`` desired, which was so for the scheduler before this one."""
+        self.applications[spec.name] = Application(spec)
 
     def delete(self, name: str) -> list[Replica]:
         """Stop wanting an application; return the replicas it still has."""
@@ -179,10 +190,12 @@ class Registry:
                 if self._ready(deployment_id(name, spec.name), spec.revision) >= spec.options.num_replicas:
                     application.reached.add(spec.name)
                     application.previous.pop(spec.name, None)
+            if not application.deleting and len(application.reached) == len(application.spec.deployments):
+                self.history.prove(name)
         known = {deployment_id(name, spec.name) for name, a in self._living() for spec in a.spec.deployments}
         self.attempts = {key: tried for key, tried in self.attempts.items() if key[0] in known}
         needed = {spec.revision for spec in self._specs()} | {r.spec.revision for r in self.replicas.values()}
-        self.code = {revision: blob for revision, blob in self.code.items() if revision in needed}
+        self.code = self.history.kept(self.code, needed)
 
     # -- what others see
 
@@ -241,7 +254,8 @@ class Registry:
             for r in self.replicas.values()
         )
 
-    def _check(self, spec: ApplicationSpec, code: Mapping[str, Any]) -> None:
+    def check(self, spec: ApplicationSpec, code: Mapping[str, Any]) -> None:
+        """Raise ConfigError where ``spec`` cannot be deployed."""
         if not spec.name or "/" in spec.name:
             raise ConfigError(f"application name {spec.name!r} is not valid: it must not be empty nor contain '/'")
         names = [deployment.name for deployment in spec.deployments]
@@ -253,7 +267,8 @@ class Registry:
         if spec.route_prefix is not None:
             check_prefix(spec.route_prefix)
             check_free(spec.name, spec.route_prefix, {name: a.spec.route_prefix for name, a in self._living()})
-        missing = [d.name for d in spec.deployments if d.revision not in code and d.revision not in self.code]
+        here = code.keys() | self.code.keys() | self.history.stored
+        missing = [d.name for d in spec.deployments if d.revision not in here]
         if missing:
             raise ConfigError(f"the code of {', '.join(missing)} in application {spec.name!r} was not sent")
 
@@ -278,7 +293,9 @@ class Registry:
         }
         status = worst([deployment.status for deployment in deployments.values()])
         told = [f"{name}: {d.message}" for name, d in deployments.items() if d.message and d.status == status]
+        entry = self.history.current(name)
         return ApplicationStatus(
+            **({} if entry is None else told_of(entry)),
             status=status,
             message="\n".join(told),
             route_prefix=application.spec.route_prefix,

@@ -53,7 +53,7 @@ async def bind_slots(
         The port is busy or may not be used, or the host is not one of this machine's.
     """
     if unix_socket is not None:
-        sock = _bind_path(unix_socket)
+        sock = await _claim_path(unix_socket, retry)
         return [sock, *(sock.dup() for _ in range(count - 1))]
     family, address = await _resolve(host)
     first = await _claim(family, address, host, port, retry)
@@ -75,8 +75,8 @@ def add_slot(sibling: socket.socket) -> socket.socket:
     return _listen(sibling.family, sibling.getsockname(), share=True)
 
 
-async def bind_admin(host: str, port: int) -> socket.socket:
-    """Return a socket for one proxy's admin port.
+async def bind_admin(host: str, port: int, *, retry: float = 0.0) -> socket.socket:
+    """Return a socket for one proxy's admin port, which may be busy for ``retry`` seconds.
 
     Raises
     ------
@@ -84,8 +84,16 @@ async def bind_admin(host: str, port: int) -> socket.socket:
         The port is busy or may not be used, or the host is not one of this machine's.
     """
     family, address = await _resolve(host)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + retry
     try:
-        return _probe_and_listen(family, address, port)
+        while True:
+            try:
+                return _probe_and_listen(family, address, port)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or loop.time() >= deadline:
+                    raise
+            await asyncio.sleep(RETRY_INTERVAL)
     except (OSError, OverflowError) as error:
         how = "choose another with serve.start(admin_port=...); each proxy takes one, from that one on"
         raise ConfigError(f"admin port {port} on {host or 'all interfaces'}: {error}; {how}") from None
@@ -105,6 +113,16 @@ def remove_path(name: object) -> None:
     if isinstance(name, str) and not _is_answered(name):
         with contextlib.suppress(OSError):
             Path(name).unlink()
+
+
+async def _claim_path(path: str, retry: float) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + retry
+    while True:
+        # `_bind_path` says what is wrong with it.
+        if loop.time() >= deadline or not _is_answered(path):
+            return _bind_path(path)
+        await asyncio.sleep(RETRY_INTERVAL)
 
 
 def _bind_path(path: str) -> socket.socket:

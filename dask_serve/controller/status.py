@@ -8,6 +8,8 @@ import msgspec
 from dask.utils import format_bytes
 from msgspec import Struct
 
+from .history import signed
+
 __all__ = [
     "ApplicationStatus",
     "DeploymentStatus",
@@ -96,6 +98,14 @@ class ApplicationStatus(Struct, frozen=True, kw_only=True):
         Name of the deployment that handles and HTTP requests reach.
     deployments : dict
         `DeploymentStatus` by name.
+    version : int
+        Number of the present version; `serve.history` tells of those before.
+    owner, client : str
+        Who made it so: ``user@host`` (``dask_serve`` for the controller itself), and the id of their Dask client.
+    deployed_at : float
+        When, in seconds since 1970.
+    reason : str
+        ``deployed``, ``rolled back to 3``, or why the controller did it.
     """
 
     status: Health
@@ -103,10 +113,17 @@ class ApplicationStatus(Struct, frozen=True, kw_only=True):
     route_prefix: str | None
     ingress: str
     deployments: dict[str, DeploymentStatus]
+    version: int = 0
+    owner: str = ""
+    client: str = ""
+    deployed_at: float = 0.0
+    reason: str = ""
 
     def __str__(self) -> str:
         route = f" at {self.route_prefix}" if self.route_prefix else ""
         lines = [f"{self.status}{route}"]
+        if self.version:
+            lines.append(f"  version {self.version}, {signed(self.reason, self.owner, self.deployed_at)}")
         for name, deployment in self.deployments.items():
             first, *rest = str(deployment).splitlines()
             lines += [f"  {name}: {first}", *(f"  {line}" for line in rest)]

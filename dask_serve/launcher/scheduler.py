@@ -58,7 +58,8 @@ async def start_scheduler(dashboard_address: str | None, preload: str, report: C
     scheduler.add_plugin(_Arrivals(report))
     if preload not in dask.config.get("distributed.scheduler.preload"):
         # Proxies start when the first application comes, where and how many is known then.
-        await Preload(scheduler, preload, ["--no-serve-http"], None).start()
+        # The session that it belongs to does not outlive it, so there is nothing to save.
+        await Preload(scheduler, preload, ["--no-serve-http", "--serve-state", "none"], None).start()
     await scheduler
     report(event="scheduler", address=scheduler.address, dashboard=_dashboard_link(scheduler, dashboard_address))
     return scheduler

@@ -1,0 +1,296 @@
+"""Changes of what is desired: one after the other, each checked, then saved, then made."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from distributed.protocol import to_serialize
+
+from ..config import HTTPOptions
+from ..exceptions import ApplicationNotFoundError, ConfigError
+from ..policy.desired import ApplicationSpec, deployment_id
+from ..policy.history import By, Entry, earlier
+from ..policy.reconcile import ATTEMPTS, Attempts
+from .history import signed
+from .registry import Registry
+from .store import HTTP, Store, StoreError
+
+__all__ = ["Editor"]
+
+logger = logging.getLogger("dask_serve.controller")
+
+
+class Editor:
+    """Changes what is desired, for any number of sessions at the same time.
+
+    Whoever comes last wins, for each application as a whole. A change that cannot be saved is not made.
+
+    Parameters
+    ----------
+    registry : Registry
+        What is desired.
+    wake : callable
+        Called after each change.
+    """
+
+    def __init__(self, registry: Registry, wake: Callable[[], None]) -> None:
+        self.registry = registry
+        self.history = registry.history
+        #: What is wrong with the state file, for the status.
+        self.trouble: list[str] = []
+        self.store: Store | None = None
+        self._wake = wake
+        self._lock = asyncio.Lock()
+        self._loads: dict[str, asyncio.Task[Any]] = {}
+        self._flush: asyncio.Task[None] | None = None
+
+    # -- the state file
+
+    def open(self, store: Store) -> HTTP | None:
+        """Take over what a state file holds, and save every change there from now on; return the proxies that ran."""
+        try:
+            saved = store.open()
+        except StoreError as error:
+            self.trouble = [f"{error}. Nothing is saved: applications do not come back when the scheduler does"]
+            logger.error(self.trouble[0])
+            return None
+        self.store = store
+        self.history.stored = saved.code
+        self.trouble = saved.trouble
+        for text in self.trouble:
+            logger.error("%s", text)
+        for app, entries in saved.versions.items():
+            self._restore(app, entries)
+        if saved.versions:
+            names = ", ".join(map(repr, sorted(saved.versions)))
+            logger.warning("applications of the last scheduler are restored from %s: %s", store.path, names)
+        return saved.http
+
+    def _restore(self, app: str, entries: tuple[Entry, ...]) -> None:
+        self.history.put(app, entries)
+        spec = entries[-1].spec
+        self.registry.restore(spec)
+        for deployment in spec.deployments:
+            missing = ""
+            if deployment.keys:
+                missing = (
+                    f"the Dask values that are bound into it ({', '.join(map(str, deployment.keys))}) were lost with "
+                    "the last scheduler: compute them again, and deploy again"
+                )
+            elif deployment.revision not in self.history.stored:
+                missing = "its code is not in the state file: deploy it again"
+            if missing:
+                # Nothing to be tried: it has failed before it began.
+                key = deployment_id(app, deployment.name), deployment.revision
+                self.registry.attempts[key] = Attempts(failures=ATTEMPTS, last=time.monotonic(), message=missing)
+
+    async def close(self, *, remove: bool = False) -> None:
+        """Write what is left to be written."""
+        if self._flush is not None:
+            await asyncio.gather(self._flush, return_exceptions=True)
+        if self.store is not None:
+            await self.store.close(remove=remove)
+
+    def flush(self) -> None:
+        """Save what the controller changed by itself; does not wait for it."""
+        if not self.history.unsaved:
+            return
+        if self.store is None:
+            self.history.unsaved.clear()
+        elif self._flush is None or self._flush.done():
+            self._flush = asyncio.get_running_loop().create_task(self._save_unsaved())
+
+    async def _save_unsaved(self) -> None:
+        while self.history.unsaved:
+            async with self._lock:
+                app = self.history.unsaved.pop()
+                try:
+                    await self._save(app, self.history.of(app))
+                except StoreError as error:
+                    logger.error("application %r: %s", app, error)
+
+    async def _save(self, app: str, entries: Sequence[Entry], code: Mapping[str, Any] | None = None) -> None:
+        if self.store is None:
+            return
+        keep = self.history.revisions(but=app)
+        keep |= {spec.revision for entry in entries for spec in entry.spec.deployments}
+        known = {**self.registry.code, **(code or {})}
+        await self.store.save(app, entries, known, keep)
+        self.history.stored = self.store.code
+
+    async def save_http(self, options: HTTPOptions | None, explicit: Sequence[str] = ()) -> None:
+        """Save what proxies there are."""
+        if self.store is not None:
+            try:
+                await self.store.save_http(options, explicit)
+            except StoreError as error:
+                # They run, and that is what was asked for.
+                logger.error("%s", error)
+
+    # -- applications
+
+    def lacks(self, revisions: Sequence[str], code: Mapping[str, Any] | None = None) -> list[str]:
+        """Return those revisions whose code is neither here nor on disk."""
+        return [r for r in revisions if not (r in (code or ()) or r in self.registry.code or r in self.history.stored)]
+
+    async def deploy(self, spec: ApplicationSpec, code: Mapping[str, Any], by: By, reason: str = "deployed") -> int:
+        """Make an application as it is given; return the number of its version.
+
+        Raises
+        ------
+        ConfigError
+            It cannot be; nothing has changed.
+        StoreError
+            It could not be saved; nothing has changed.
+        """
+        async with self._lock:
+            return await self._replace(spec, code, by, reason)
+
+    async def _replace(self, spec: ApplicationSpec, code: Mapping[str, Any], by: By, reason: str) -> int:
+        self.registry.check(spec, code)
+        while True:
+            before = entries = self.history.of(spec.name)
+            # The same again is no other version: it belongs to whoever made it.
+            if not before or before[-1].spec != spec:
+                entries = self.history.extended(spec, by, reason)
+                await self._save(spec.name, entries, code)
+            # The controller may have changed it itself while this was written.
+            if self.history.of(spec.name) is before:
+                break
+        self.history.put(spec.name, entries)
+        self.registry.deploy(spec, code)
+        self._wake()
+        return entries[-1].version
+
+    async def rollback(self, app: str, version: int | None, by: By, has_key: Callable[[str], bool]) -> int:
+        """Make an application again what it was; return the number of the version that this is.
+
+        Raises
+        ------
+        ApplicationNotFoundError
+            There is none of that name.
+        ConfigError
+            There is no such version, or it cannot come back.
+        """
+        async with self._lock:
+            entry = self._earlier(app, version)
+            gone = [key for spec in entry.spec.deployments for key in spec.keys if not has_key(key)]
+            if gone:
+                raise ConfigError(
+                    f"version {entry.version} of application {app!r} cannot come back: the Dask values that were bound "
+                    f"into it are gone ({', '.join(gone)})"
+                )
+            if self.lacks([spec.revision for spec in entry.spec.deployments]):
+                raise ConfigError(
+                    f"version {entry.version} of application {app!r} cannot come back: its code was dropped to save "
+                    "memory; with a state file all of it is kept"
+                )
+            return await self._replace(entry.spec, {}, by, f"rolled back to {entry.version}")
+
+    def _earlier(self, app: str, version: int | None) -> Entry:
+        entries = self.history.of(app)
+        if not entries:
+            raise ApplicationNotFoundError(self.not_found(app))
+        known = ", ".join(str(entry.version) for entry in entries)
+        if version is None:
+            found = earlier(entries)
+            if found is None:
+                raise ConfigError(
+                    f"application {app!r} has no other version that ran; versions: {known}. One of them can be named "
+                    "with version="
+                )
+            return found
+        for entry in entries:
+            if entry.version == version:
+                return entry
+        raise ConfigError(f"application {app!r} has no version {version}; versions: {known}")
+
+    async def delete(self, app: str, by: By, *, own: bool = False) -> bool:
+        """Take an application away; return once its replicas have ended, and whether it was taken away.
+
+        Parameters
+        ----------
+        app : str
+            Its name.
+        by : By
+            Who wants it.
+        own : bool
+            Only if its present version is theirs.
+
+        Raises
+        ------
+        ApplicationNotFoundError
+            There is none of that name.
+        """
+        async with self._lock:
+            application = self.registry.applications.get(app)
+            if application is None:
+                raise ApplicationNotFoundError(self.not_found(app))
+            current = self.history.current(app)
+            if own and current is not None and current.by != by:
+                return False
+            await self._save(app, ())
+            replicas = self.registry.delete(app)
+            self.history.remove(app, by)
+            self._wake()
+        replaced = asyncio.ensure_future(application.replaced.wait())
+        try:
+            for replica in replicas:
+                ended = asyncio.ensure_future(replica.ended.wait())
+                await asyncio.wait({ended, replaced}, return_when=asyncio.FIRST_COMPLETED)
+                # Deployed again at once, it may have taken this one over.
+                if replica.state == "draining":
+                    await ended
+                ended.cancel()
+        finally:
+            replaced.cancel()
+        return True
+
+    def told(self, app: str) -> str:
+        """Say what became of an application, by whom and when."""
+        entry = self.history.current(app)
+        if entry is not None:
+            return f"version {entry.version}, {signed(entry.reason, entry.by.owner, entry.time)}"
+        gone = self.history.answer(app).deleted
+        return "" if gone is None else signed("it was deleted", gone.by.owner, gone.time)
+
+    def not_found(self, app: str) -> str:
+        """Say that there is no such application, and why where that is known."""
+        known = ", ".join(map(repr, sorted(self.registry.applications))) or "none"
+        told = self.told(app)
+        return f"there is no application {app!r}{f' ({told})' if told else ''}; applications: {known}"
+
+    def taken_back(self, app: str, spec: ApplicationSpec, why: str) -> None:
+        """Note that the controller gave up ``spec``, and that the application is again what the registry has now."""
+        if self.history.current(app) is not None:
+            self.history.note(self.registry.applications[app].spec, f"automatic rollback: {why}")
+
+    # -- code
+
+    async def code(self, revision: str) -> Any:
+        """Return the code of a revision, from memory or from disk; None where it is nowhere.
+
+        Raises
+        ------
+        StoreError
+            It cannot be read.
+        """
+        found = self.registry.code.get(revision)
+        if found is not None or self.store is None or revision not in self.history.stored:
+            return found
+        # Many replicas ask at the same time.
+        load = self._loads.get(revision)
+        if load is None:
+            load = self._loads[revision] = asyncio.get_running_loop().create_task(self._load(revision, self.store))
+            load.add_done_callback(lambda _: self._loads.pop(revision, None))
+        return await asyncio.shield(load)
+
+    async def _load(self, revision: str, store: Store) -> Any:
+        blob = to_serialize(await store.load(revision))
+        # Until the registry is tidied, if no replica needs it.
+        self.registry.code[revision] = blob
+        return blob
