@@ -290,7 +290,7 @@ def rollback(
         As of `run`.
     """
     _refuse_inside("serve.rollback")
-    used = _existing_client(client)
+    used = existing_client(client)
     seconds = None if timeout is None else parse_timedelta(timeout, "s")
 
     async def begin() -> int:
@@ -312,7 +312,7 @@ def history(name: str, client: Client | None = None) -> Any:
     ApplicationNotFoundError
         There is none of that name; the message says who deleted it, if that was lately.
     """
-    used = _existing_client(client)
+    used = existing_client(client)
 
     async def get() -> list[Revision]:
         answer = await ask(used.scheduler, "serve_history", app=name)

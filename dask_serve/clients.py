@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import dask
 from distributed import Client
 
-from .controller.deploy import Progress
+from .controller.progress import Progress
 from .session.peers import current_client, not_running
 
 if TYPE_CHECKING:
