@@ -20,7 +20,8 @@ from distributed.comm import Comm
 from distributed.comm.core import connect, listen
 from distributed.utils_test import captured_logger, gen_cluster, gen_test
 from far_side import FarSide, possible
-from test_deaths import Processes, until
+from helpers import wait_until
+from test_deaths import Processes
 
 import dask_serve as serve
 from dask_serve.controller import tunnel
@@ -195,11 +196,11 @@ class TestFar:
             model, _ = handles()
             before = model.count_cancelled.remote().result(10)
             ref = model.nap.remote(60)
-            until(lambda: naps(client))
+            wait_until(lambda: naps(client))
             ref.cancel()
             with pytest.raises(RequestCancelledError):
                 ref.result(5)
-            until(lambda: model.count_cancelled.remote().result(10) == before + 1)
+            wait_until(lambda: model.count_cancelled.remote().result(10) == before + 1)
 
         far.run(cancel)
 
@@ -230,13 +231,13 @@ class TestFar:
         assert far.run(deploy) == 3
 
     def test_nothing_is_left(self, cluster, near, tmp_path):
-        until(lambda: tunnels_of(near) <= 1)  # that of the class's session
+        wait_until(lambda: tunnels_of(near) <= 1)  # that of the class's session
         before = tunnels_of(near)
         side = FarSide(cluster.address, tmp_path)
         assert side.run(lambda client: handles()[0].remote(7).result(10)) == 7
         assert tunnels_of(near) == before + 1
         side.end()
-        until(lambda: tunnels_of(near) == before)
+        wait_until(lambda: tunnels_of(near) == before)
 
     def test_a_killed_caller_leaves_nothing(self, cluster, near, tmp_path):
         before = tunnels_of(near)
@@ -245,15 +246,15 @@ class TestFar:
 
         def nap(client: Client) -> bool:
             handles()[0].nap.remote(60)
-            until(lambda: naps(client))
+            wait_until(lambda: naps(client))
             # Behind it on the same connection.
             return handles()[0].remote(True).result(10)
 
         assert side.run(nap)
         side.process.send_signal(signal.SIGKILL)
         side.process.wait()
-        until(lambda: tunnels_of(near) == before)
-        until(lambda: handles()[0].count_cancelled.remote().result(10) == cancelled + 1)
+        wait_until(lambda: tunnels_of(near) == before)
+        wait_until(lambda: handles()[0].count_cancelled.remote().result(10) == cancelled + 1)
 
 
 @needs_namespaces
@@ -270,7 +271,7 @@ def test_ends(tmp_path):
 
             def nap(client: Client) -> str:
                 client.ref = serve.get_app_handle("default").nap.remote(60)
-                until(lambda: naps(client))
+                wait_until(lambda: naps(client))
                 return str(client.ref)
 
             def outcome(client: Client) -> Any:

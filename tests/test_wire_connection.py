@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-from helpers import until
 
 from dask_serve.wire import auth, connection
 from dask_serve.wire.connection import CallerConnection, Connection, DoorConnection
@@ -39,6 +38,12 @@ def run(request: pytest.FixtureRequest):
     """Run a coroutine on a loop of each kind."""
     with runner(request.param) as runs:
         yield runs
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Wait for a condition; the runner's deadline ends it."""
+    while not condition():
+        await asyncio.sleep(0.001)
 
 
 class Door:
