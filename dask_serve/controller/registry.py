@@ -206,6 +206,7 @@ class Registry:
                     methods=spec.methods,
                     failure=self._failure(id, spec) if id in self.failed and not ready else None,
                     body_limit=spec.options.body_limit,
+                    retries_on_loss=spec.options.retries_on_loss,
                 )
         return entries
 

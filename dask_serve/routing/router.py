@@ -21,7 +21,7 @@ from ..exceptions import (
 from ..policy.dispatch import Dispatcher, Target
 from ..wire.frames import Buffer
 from ..wire.messages import Chunk, Failure, Reply
-from .calls import Outgoing
+from .calls import ONCE, Outgoing
 from .link import Link
 from .table import DeploymentEntry
 
@@ -173,7 +173,7 @@ class Router:
         self._dispatcher.answered(target, failure.running, failure.wanted, failure.credits, monotonic())
         if call.dropped:
             return
-        if failure.error == "ReplicaLostError" and call.retries > 0 and not failure.started:
+        if failure.error == "ReplicaLostError" and not failure.started and self._retries(call) > 0:
             call.retries -= 1
             call.target = None
             self._dispatcher.put_back(call, monotonic())
@@ -181,6 +181,13 @@ class Router:
         self.failed += 1
         self._settled(call)
         call.on_error(failure, parts)
+
+    def _retries(self, call: Outgoing) -> int:
+        """Return how often a call may still be sent again: what the deployment declares is looked up only now."""
+        if call.retries < 0:
+            declared = None if self.entry is None else self.entry.retries_on_loss
+            call.retries = int(call.retries == ONCE) if declared is None else declared
+        return call.retries
 
     def on_refused(self, target: Target, call: Outgoing, reply: Reply, draining: bool) -> None:
         """FULL or DRAINING: it was not executed, so it goes back to the head of what waits."""
@@ -198,7 +205,7 @@ class Router:
         target.mine -= 1
         if call.dropped:
             return
-        if not executed or call.retries > 0:
+        if not executed or self._retries(call) > 0:
             call.retries -= executed
             call.target = None
             self._dispatcher.put_back(call, monotonic())
