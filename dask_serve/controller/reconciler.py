@@ -13,11 +13,12 @@ import msgspec
 from distributed import Client
 from distributed.protocol import to_serialize
 
+from ..exceptions import ServeError
 from ..policy.lifecycle import ENDS
-from ..policy.placement import Need, place, wanted_workers
+from ..policy.placement import Need, booking, place, wanted_workers
 from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
 from .registry import Registry, Replica, settings_of
-from .workers import WorkerViews, what_is_missing
+from .workers import WorkerViews, devices_of, what_is_missing
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
@@ -66,6 +67,7 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: set[str] = set()
+        self._asked: set[str] = set()
 
     # -- life
 
@@ -200,20 +202,47 @@ class Reconciler:
         need = Need(
             threads=options.threads,
             resources=options.resources,
+            gpus=options.gpus,
+            memory=options.memory or 0,
             workers=options.workers,
             max_replicas_per_worker=options.max_replicas_per_worker,
         )
-        choice = place(need, self.workers.views(action.deployment, action.revision))
+        views = self.workers.views(action.deployment, action.revision)
+        if options.gpus:
+            self._look_for_devices()
+        choice = place(need, views)
         if choice.worker is None:
             number, _ = self.registry.unplaced.get(action.deployment, (0, ""))
             self.registry.unplaced[action.deployment] = (number + 1, choice.reason)
             return
         replica = Replica(app, spec, choice.worker, now)
+        view = next(view for view in views if view.address == choice.worker)
+        replica.host, replica.devices = view.host, choice.devices
+        replica.booked = booking(need, view.resources)
         self.registry.replicas[replica.id] = replica
         if replica.worker in self.workers.equipped:
             self._submit(replica)
         else:
             self._spawn(self._ask_and_submit(replica))
+
+    def _look_for_devices(self) -> None:
+        """Ask the workers that have not told their devices yet; replicas that need some are placed then."""
+        for worker in self.scheduler.workers:
+            if worker not in self.workers.devices and worker not in self._asked:
+                self._asked.add(worker)
+                self._spawn(self._ask_for_devices(worker))
+
+    async def _ask_for_devices(self, worker: str) -> None:
+        assert self._client is not None
+        try:
+            devices = await devices_of(self._client, worker)
+        except (OSError, asyncio.TimeoutError, ServeError) as error:
+            logger.warning("no GPUs are known on worker %s: %s", worker, error or type(error).__name__)
+            devices = []
+        self._asked.discard(worker)
+        if worker in self.scheduler.workers:
+            self.workers.devices[worker] = devices
+        self.wake()
 
     async def _ask_and_submit(self, replica: Replica) -> None:
         assert self._client is not None
@@ -240,6 +269,9 @@ class Reconciler:
             "revision": replica.spec.revision,
             "keys": replica.spec.keys,
             "options": msgspec.msgpack.encode(replica.spec.options),
+            "key": replica.key,
+            "devices": [device.ordinal for device in replica.devices],
+            "holds": bool(replica.booked),
         }
         replica.future = self._client.submit(
             replica_class(),
@@ -247,6 +279,7 @@ class Reconciler:
             actor=True,
             workers=[replica.worker],
             allow_other_workers=False,
+            resources=replica.booked or None,
             key=replica.key,
             pure=False,
         )
@@ -260,7 +293,8 @@ class Reconciler:
         if replica.future is not future or replica.state in ENDS:
             return
         if future.status == "finished":
-            replica.submitted = True
+            replica.submitted = replica.held = True
+            self.workers.bookings.take(replica.worker, replica.booked)
             if replica.state == "starting":
                 replica.message = "its constructor runs"
             self.wake()
@@ -350,6 +384,9 @@ class Reconciler:
         future, replica.future = replica.future, None
         if future is None:
             return
+        if replica.held:
+            replica.held = False
+            self.workers.bookings.give_back(replica.worker, replica.booked)
         if future.done() or self._withdraw(replica):
             future.release()
         else:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..exceptions import ApplicationNotFoundError, ConfigError
 from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
+from ..policy.devices import Device
 from ..policy.lifecycle import ENDS, Event, State, advance
 from ..policy.reconcile import Attempts, Seen, Want
 from ..policy.routes import check_free, check_prefix
@@ -44,6 +45,12 @@ class Replica:
         self.started_at = now
         self.settings = settings_of(spec.options)
         self.state: State = "starting"
+        #: Its devices, on the host of its worker.
+        self.host = ""
+        self.devices: Sequence[Device] = ()
+        #: What it takes of its worker's Dask resources; `held`: Dask knows, and must be told when it ends.
+        self.booked: Mapping[str, float] = {}
+        self.held = False
         #: The Dask future of the actor: it lives as long as this is held.
         self.future: Any = None
         #: True once Dask has made the actor; what it waits for from then on is user code.

@@ -131,7 +131,7 @@ class _Blocking:
         self._generator = generator
         self._flow = flow
         self._put = put
-        self._pool = user._pool
+        self._pool = user.pool
         self._loop = asyncio.get_running_loop()
         self._done: asyncio.Future[BaseException | None] = self._loop.create_future()
         self._context = contextvars.copy_context()

@@ -38,9 +38,11 @@ from ..wire.messages import Attachment, Kind
 from .clients import Clients
 from .door import Door
 from .execution import Answer, Execution
+from .hooks import finish
 from .http import HttpAdapter
 from .ingress import Lifespan
 from .ingress import build as build_app
+from .native import NativeThreads
 from .pool import Pool
 from .results import dump_result
 from .streams import serve_stream
@@ -96,7 +98,12 @@ class UserCode:
         self.gather = gather
         #: The Dask clients of user code.
         self.clients: Clients | None = None
-        self._pool = Pool(threads, f"{id}-def")
+        self.pool = Pool(threads, f"{id}-def")
+        #: Called when the user thread has ended, in it.
+        self.on_end: Callable[[], None] = lambda: None
+        self._native = NativeThreads(threads)
+        #: Seconds that ``shutdown()`` may take.
+        self._patience = CLEAN_UP
         self._context = context
         self._inbox = Mailbox(self.loop, self._on_mail, context)
         self._methods: dict[str, tuple[Callable[..., Any], bool] | None] = {}
@@ -110,7 +117,7 @@ class UserCode:
         self.state: dict[str, Any] = {}
         self._lifespan: Lifespan | None = None
         self._http: HttpAdapter | None = None
-        self._thread = threading.Thread(target=self._run, name=f"{id}-user", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"{id}-user", daemon=True)
         self._main: Callable[[], Any] | None = None
         self._stopping = threading.Lock()
 
@@ -119,7 +126,7 @@ class UserCode:
     def start(self, main: Callable[[], Any]) -> None:
         """Start the thread; ``main`` is a coroutine function that runs first on its loop (construction)."""
         self._main = main
-        self._thread.start()
+        self.thread.start()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -140,6 +147,8 @@ class UserCode:
             self._methods.clear()
             self._http = self.app = self._lifespan = None
             self.loop.close()
+            self._native.leave()
+            self.on_end()
 
     async def _clean_up(self) -> None:
         """Cancel what still runs. User code that does not let itself be cancelled cannot keep the thread."""
@@ -153,6 +162,7 @@ class UserCode:
             logger.warning("User code of replica %s goes on after it was cancelled; it is dropped", self.id)
         if lifespan is not None:
             await lifespan.stop()
+        await finish(self, self._patience)
         if self.clients is not None:
             await self.clients.close()
         try:
@@ -160,20 +170,24 @@ class UserCode:
         except asyncio.TimeoutError:
             logger.warning("Generators of replica %s do not end; they are dropped", self.id)
 
-    def stop(self) -> None:
-        """End the threads; what runs on them is cancelled (a ``def`` that runs cannot be). From any thread."""
+    def stop(self, patience: float = CLEAN_UP) -> None:
+        """End the threads; what runs on them is cancelled (a ``def`` that runs cannot be). From any thread.
+
+        ``shutdown()`` of the user's object, if it is a coroutine, has ``patience`` seconds.
+        """
         if not self._stopping.acquire(blocking=False):
             # A second stop would end the cleaning up.
             return
-        self._pool.stop()
+        self._patience = patience
+        self.pool.stop()
         # It may have ended already.
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.loop.stop)
 
     def join(self, timeout: float) -> bool:
         """Wait for the user thread to end; False when user code still holds it."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        self.thread.join(timeout)
+        return not self.thread.is_alive()
 
     async def construct(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Make the user's object (on the user loop). A function deployment is its own object."""
@@ -195,16 +209,38 @@ class UserCode:
     async def enter_replica(self, replica: ReplicaContext) -> None:
         """The user's object is there: build its application, if it has one, and let that start (on the user loop)."""
         self._context.run(replica_context.set, replica)
+        await self.in_pool(self.look_for_libraries)
         ingress = ingress_of(type(self.instance))
         if ingress is not None:
             # In the context that requests have.
-            self.app = await self._spawn(build_app(ingress, self))
+            self.app = await self.spawn(build_app(ingress, self))
             self._lifespan = self._context.copy().run(Lifespan, self.app)
             await self._lifespan.start()
             self.state = self._lifespan.state
 
-    async def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return await self._context.copy().run(self.loop.create_task, coroutine)
+    async def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Await a coroutine in the context that requests have (on the user loop)."""
+        return await self.context().run(self.loop.create_task, coroutine)
+
+    def context(self) -> contextvars.Context:
+        """Return a copy of what every request starts from."""
+        return self._context.copy()
+
+    def on_the_loop(self, function: Callable[[], Any]) -> Any:
+        """Call plain user code on the loop itself, with the Dask client of threads (on the user loop)."""
+        with self.clients.on_the_loop() if self.clients is not None else contextlib.nullcontext():
+            return self.context().run(function)
+
+    def look_for_libraries(self) -> None:
+        """See whether BLAS and its like have been loaded, and set their threads. From any thread."""
+        if self._native.look():
+            self.pool.prepare = self._enter_native
+            # It may be about to end.
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self._native.enter)
+
+    def _enter_native(self) -> None:
+        self._native.enter()
 
     def open(self, door: Door) -> None:
         """Everything is there: requests may come."""
@@ -262,7 +298,7 @@ class UserCode:
             method = self._methods.get(call.method)
             if method is not None and not method[1]:
                 # A known `def`: nothing is to be done for it on the user loop.
-                self._pool.submit(self._run_blocking, execution, method[0], self._context.copy())
+                self.pool.submit(self._run_blocking, execution, method[0], self._context.copy())
                 return
         self._starts.put((self._start, execution))
 
@@ -300,7 +336,7 @@ class UserCode:
             if is_async or call.attachments:
                 execution.task = self.loop.create_task(self._run_async(execution, function, is_async))
             else:
-                self._pool.submit(self._run_blocking, execution, function, self._context.copy())
+                self.pool.submit(self._run_blocking, execution, function, self._context.copy())
 
     def _cancel(self, execution: Execution) -> None:
         if execution.on_cancel is not None:
@@ -376,7 +412,12 @@ class UserCode:
     async def in_pool(self, function: Callable[[], Any]) -> Any:
         """Run a function on the pool, in a copy of the present context."""
         context = contextvars.copy_context()
-        return await self._pool.run(lambda: context.run(function))
+        return await self.pool.run(lambda: context.run(function))
+
+    async def in_pool_as_request(self, function: Callable[[], Any]) -> Any:
+        """Run a function on the pool, in the context that requests have."""
+        context = self.context()
+        return await self.pool.run(lambda: context.run(function))
 
     def _arguments(self, execution: Execution, values: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         try:
