@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from dask.utils import format_bytes
 from distributed import Client
 from distributed.protocol import to_serialize
 
@@ -128,6 +129,40 @@ class Reconciler:
             self._release(replica)
         self.wake()
 
+    def reported_unhealthy(self, replica: Replica, reason: str) -> None:
+        """A replica is not well: it finishes what it runs, and another takes its place."""
+        if replica.state == "ready":
+            message = f"replica {replica.id} on worker {replica.worker} was unhealthy: {reason}"
+            logger.warning("%s; it is replaced", message)
+            self.registry.count_setback(replica, message, time.monotonic())
+            self.workers.note_failure(replica)
+            self._stop(replica)
+            replica.message = f"unhealthy: {reason}"
+        self.wake()
+
+    def reported_health(self, replica: Replica, message: str) -> None:
+        """A replica is busy or stuck, or no longer."""
+        if replica.state == "ready":
+            replica.message = message
+        self.wake()
+
+    def killed_for_memory(self, worker: str, used: int) -> None:
+        """A worker is about to be killed, because it uses too much memory."""
+        state = self.scheduler.workers.get(worker)
+        limit = f" of {format_bytes(state.memory_limit)}" if state is not None and state.memory_limit else ""
+        self.workers.doom(worker)
+        for replica in self.registry.on_worker(worker):
+            if replica.state not in ENDS:
+                message = (
+                    f"replica {replica.id} is out_of_memory: its worker {worker} was killed when it used "
+                    f"{format_bytes(used)}{limit}"
+                )
+                logger.warning("%s", message)
+                self.registry.count_setback(replica, message, time.monotonic())
+                replica.move("out_of_memory")
+                self._release(replica)
+        self.wake()
+
     def reported_draining(self, replica: Replica) -> None:
         """A replica stops, of itself when nobody asked: then its worker is about to go."""
         if replica.state in ("starting", "ready"):
@@ -170,7 +205,7 @@ class Reconciler:
         registry.tidy()
         late = self._hold_keys()
         registry.unplaced = {}
-        todo = plan(registry.wanted(), registry.seen(), registry.attempts, now)
+        todo = plan(registry.wanted(), registry.seen(), registry.tries(), now)
         registry.failed = todo.failed
         for action in todo.actions:
             self._do(action, now)

@@ -14,7 +14,7 @@ from ..exceptions import ApplicationNotFoundError, ConfigError
 from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
 from ..policy.devices import Device
 from ..policy.lifecycle import ENDS, Event, State, advance
-from ..policy.reconcile import Attempts, Seen, Want
+from ..policy.reconcile import ATTEMPTS, Attempts, Seen, Want
 from ..policy.routes import check_free, check_prefix
 from ..routing.table import DeploymentEntry, ReplicaEntry, RouteEntry
 from .status import ApplicationStatus, DeploymentStatus, Health, ReplicaStatus, worst
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ..config import DeploymentOptions
 
 __all__ = ["Application", "Registry", "Replica", "settings_of"]
+
+#: Seconds after which a replica that had to be replaced does not put off the next replacement.
+FORGOTTEN = 300.0
 
 
 def settings_of(options: DeploymentOptions) -> bytes:
@@ -93,6 +96,8 @@ class Registry:
         #: Replicas that have not ended, the oldest first.
         self.replicas: dict[str, Replica] = {}
         self.attempts: dict[tuple[str, str], Attempts] = {}
+        #: What befell replicas that had been ready, and put off new ones: memory, health. By (deployment, revision).
+        self.setbacks: dict[tuple[str, str], Attempts] = {}
         #: Definitions by revision, opaque to this process.
         self.code: dict[str, Any] = {}
         #: By deployment id: how many replicas found no worker, and why.
@@ -113,8 +118,9 @@ class Registry:
             self._carry_over(before, application)
         self.applications[spec.name] = application
         # Who deploys again means: try again.
-        for key in [key for key in self.attempts if key[0].startswith(spec.name + "/")]:
-            del self.attempts[key]
+        for tried in (self.attempts, self.setbacks):
+            for key in [key for key in tried if key[0].startswith(spec.name + "/")]:
+                del tried[key]
         self.failed = frozenset(id for id in self.failed if not id.startswith(spec.name + "/"))
 
     def delete(self, name: str) -> list[Replica]:
@@ -174,6 +180,22 @@ class Registry:
             failures = before.failures + (replica.started_at >= before.last)
         self.attempts[key] = Attempts(failures=failures, last=now, message=message)
 
+    def count_setback(self, replica: Replica, message: str, now: float) -> None:
+        """Note why a replica has to be replaced; the more often, the later. Long ago counts no more."""
+        key = (replica.deployment, replica.spec.revision)
+        before = self.setbacks.get(key)
+        failures = 1 if before is None or now - before.last > FORGOTTEN else before.failures + 1
+        self.setbacks[key] = Attempts(failures=failures, last=now, message=message, final=False)
+
+    def tries(self) -> dict[tuple[str, str], Attempts]:
+        """Return what puts off new replicas, for `dask_serve.policy.reconcile.plan`."""
+        tries = dict(self.setbacks)
+        for key, tried in self.attempts.items():
+            setback = tries.get(key)
+            if setback is None or tried.failures >= ATTEMPTS or tried.again_at >= setback.again_at:
+                tries[key] = tried
+        return tries
+
     def tidy(self) -> None:
         """Note what has been reached, and forget what has ended and the code that nobody needs."""
         self.replicas = {id: replica for id, replica in self.replicas.items() if replica.state not in ENDS}
@@ -188,6 +210,7 @@ class Registry:
                     application.previous.pop(spec.name, None)
         known = {deployment_id(name, spec.name) for name, a in self._living() for spec in a.spec.deployments}
         self.attempts = {key: tried for key, tried in self.attempts.items() if key[0] in known}
+        self.setbacks = {key: tried for key, tried in self.setbacks.items() if key[0] in known}
         needed = {spec.revision for spec in self._specs()} | {r.spec.revision for r in self.replicas.values()}
         self.code = {revision: blob for revision, blob in self.code.items() if revision in needed}
 
@@ -309,13 +332,27 @@ class Registry:
         return DeploymentStatus(
             status=status,
             message=self._deployment_message(id, spec, status, replicas),
+            setback=self._setback(id, spec),
             target=0 if application.deleting else spec.options.num_replicas,
             counts=dict(sorted(Counter(r.state for r in replicas).items())),
             replicas=[
-                ReplicaStatus(id=r.id, state=r.state, worker=r.worker, revision=r.spec.revision, message=r.message)
+                ReplicaStatus(
+                    id=r.id,
+                    state=r.state,
+                    worker=r.worker,
+                    revision=r.spec.revision,
+                    message=r.message,
+                    devices=[device.id for device in r.devices],
+                )
                 for r in replicas
             ],
         )
+
+    def _setback(self, id: str, spec: DeploymentSpec) -> str:
+        tried = self.setbacks.get((id, spec.revision))
+        if tried is None:
+            return ""
+        return tried.message if tried.failures == 1 else f"{tried.message} (the {tried.failures}th in a row)"
 
     def _deployment_message(self, id: str, spec: DeploymentSpec, status: Health, replicas: list[Replica]) -> str:
         if status == "failed":
@@ -331,6 +368,9 @@ class Registry:
         tried = self.attempts.get((id, spec.revision))
         if tried is not None:
             told.append(f"starting failed {tried.failures} times, trying again: {_last_line(tried.message)}")
+        setback = self._setback(id, spec)
+        if setback:
+            told.append(setback)
         told += [f"{r.id}: {r.message}" for r in replicas if r.state == "starting" and r.message]
         return "\n".join(told)
 
