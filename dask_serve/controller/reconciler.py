@@ -158,8 +158,8 @@ class Reconciler:
                     f"{format_bytes(used)}{limit}"
                 )
                 logger.warning("%s", message)
-                self.registry.count_setback(replica, message, time.monotonic())
-                replica.move("out_of_memory")
+                if replica.move("out_of_memory") == "out_of_memory":
+                    self.registry.count_setback(replica, message, time.monotonic())
                 self._release(replica)
         self.wake()
 
@@ -345,6 +345,10 @@ class Reconciler:
         worker = self.scheduler.workers.get(replica.worker)
         if worker is None or now - replica.started_at < QUEUED_AFTER:
             return replica.message
+        wanted = {name: n for name, n in replica.booked.items() if worker.used_resources.get(name, 0) > n}
+        if wanted:
+            amounts = ", ".join(f"{name}={amount:g}" for name, amount in wanted.items())
+            return f"waits for {amounts} on worker {worker.address}, which tasks hold"
         if len(worker.processing) > worker.nthreads:
             threads = "its only thread is" if worker.nthreads == 1 else f"all its {worker.nthreads} threads are"
             return f"queued on worker {worker.address}: {threads} busy with other tasks"

@@ -47,7 +47,7 @@ MOVES: dict[State, dict[Event, State]] = {
         "failed": "draining",
         "stopped": "gone",
         "lost": "gone",
-        "out_of_memory": "out_of_memory",
+        "out_of_memory": "gone",
     },
     "gone": {},
     "failed": {},

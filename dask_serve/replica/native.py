@@ -1,7 +1,8 @@
 """How many threads BLAS, OpenMP and torch use in a replica's calls: as many as the replica has, ``threads``.
 
 OpenMP and torch have a number for each thread, so that every replica has its own. BLAS libraries (OpenBLAS, MKL, BLIS)
-have one for the process: the largest ``threads`` among its replicas. It is as it was when the last of them has ended.
+mostly have one for the process: the largest ``threads`` among its replicas. It is as it was when the last of them has
+ended.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ class NativeThreads:
     #: What they had before the first replica, by file.
     _before: ClassVar[dict[str, int]] = {}
     _replicas: ClassVar[set[NativeThreads]] = set()
+    #: A library could not be told, because code that runs has set a number for a while.
+    _due: ClassVar[bool] = False
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
@@ -49,6 +52,9 @@ class NativeThreads:
         """
         brought = BRINGERS & sys.modules.keys()
         if brought == self._seen:
+            if NativeThreads._due:
+                with NativeThreads._lock:
+                    NativeThreads._apply()
             return False
         self._seen = frozenset(brought)
         cls = NativeThreads
@@ -74,14 +80,17 @@ class NativeThreads:
     def _apply(cls) -> None:
         """Set what a process has one number of."""
         most = max((replica._threads for replica in cls._replicas), default=None)
+        cls._due = False
         for library in cls._libraries:
-            if library.user_api == "blas":
-                _set(library, cls._before[library.filepath] if most is None else most)
+            if not _is_by_thread(library):
+                threads = cls._before[library.filepath] if most is None else most
+                _set(library, threads)
+                cls._due = cls._due or library.num_threads != threads
 
     def enter(self) -> None:
         """Set what each thread has a number of, in the thread that calls."""
         for library in NativeThreads._libraries:
-            if library.user_api == "openmp":
+            if _is_by_thread(library):
                 _set(library, self._threads)
         # While it is being imported by another thread it may lack anything.
         set_num_threads = getattr(sys.modules.get("torch"), "set_num_threads", None)
@@ -101,8 +110,15 @@ def _find() -> list[Any]:
         return []
 
 
+def _is_by_thread(library: Any) -> bool:
+    """Tell whether each thread sets a number of its own: OpenMP, and what is built on it."""
+    return library.user_api == "openmp" or getattr(library, "threading_layer", "") == "openmp"
+
+
 def _set(library: Any, threads: int) -> None:
     try:
         library.set_num_threads(threads)
+        # Of OpenBLAS one thread is in charge, the first one that sets a number, until it says otherwise.
+        getattr(library, "clear_controlling_thread", int)()
     except Exception as error:  # noqa: BLE001 - a library that cannot be told
         logger.debug("%s keeps its number of threads: %s", library.filepath, error)
