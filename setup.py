@@ -40,6 +40,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "hypothesis>=6.100",
         "httpx>=0.27",
+        "threadpoolctl>=3.0",
         "numpy>=1.26",
         "fastapi>=0.115.8",
         "cryptography>=42",  # temporary certificates

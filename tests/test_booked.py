@@ -303,7 +303,8 @@ def counts() -> dict[str, set[int]]:
 
 @gen_cluster(client=True, nthreads=ONE)
 async def test_native_threads_are_those_of_the_replica(c, s, a):
-    import sklearn.cluster  # noqa: F401 - brings OpenMP
+    # It brings OpenMP.
+    pytest.importorskip("sklearn.cluster")
 
     @serve.deployment
     class Native:

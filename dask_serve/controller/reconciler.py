@@ -14,12 +14,11 @@ from dask.utils import format_bytes
 from distributed import Client
 from distributed.protocol import to_serialize
 
-from ..exceptions import ServeError
 from ..policy.lifecycle import ENDS
 from ..policy.placement import Need, booking, place, wanted_workers
 from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
 from .registry import Registry, Replica, settings_of
-from .workers import WorkerViews, devices_of, what_is_missing
+from .workers import WorkerViews, what_is_missing
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
@@ -68,7 +67,6 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: set[str] = set()
-        self._asked: set[str] = set()
 
     # -- life
 
@@ -244,7 +242,8 @@ class Reconciler:
         )
         views = self.workers.views(action.deployment, action.revision)
         if options.gpus:
-            self._look_for_devices()
+            for worker in self.workers.devices.unasked():
+                self._spawn(self._ask_for_devices(worker))
         choice = place(need, views)
         if choice.worker is None:
             number, _ = self.registry.unplaced.get(action.deployment, (0, ""))
@@ -260,23 +259,9 @@ class Reconciler:
         else:
             self._spawn(self._ask_and_submit(replica))
 
-    def _look_for_devices(self) -> None:
-        """Ask the workers that have not told their devices yet; replicas that need some are placed then."""
-        for worker in self.scheduler.workers:
-            if worker not in self.workers.devices and worker not in self._asked:
-                self._asked.add(worker)
-                self._spawn(self._ask_for_devices(worker))
-
     async def _ask_for_devices(self, worker: str) -> None:
         assert self._client is not None
-        try:
-            devices = await devices_of(self._client, worker)
-        except (OSError, asyncio.TimeoutError, ServeError) as error:
-            logger.warning("no GPUs are known on worker %s: %s", worker, error or type(error).__name__)
-            devices = []
-        self._asked.discard(worker)
-        if worker in self.scheduler.workers:
-            self.workers.devices[worker] = devices
+        await self.workers.devices.ask(self._client, worker, what_is_missing)
         self.wake()
 
     async def _ask_and_submit(self, replica: Replica) -> None:

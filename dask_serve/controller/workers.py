@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING
 
 import cloudpickle
 from distributed.core import Status
 
-from ..exceptions import ServeError
-from ..policy.devices import Device, share_of
+from ..policy.devices import share_of
 from ..policy.placement import WorkerView
 from .bookings import Bookings
+from .devices import WorkerDevices
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .registry import Registry, Replica
 
-__all__ = ["WorkerViews", "devices_of", "what_is_missing"]
+__all__ = ["WorkerViews", "what_is_missing"]
 
 #: Seconds that a worker may take to import the package.
 IMPORT_TIMEOUT = 60.0
@@ -68,37 +68,6 @@ async def what_is_missing(client: Client, worker: str) -> str:
     )
 
 
-def _devices_probe() -> Callable[[], Coroutine[None, None, list[tuple[str, int]]]]:
-    async def probe() -> list[tuple[str, int]]:
-        import asyncio
-
-        from dask_serve.replica.devices import detect_devices
-
-        return await asyncio.get_running_loop().run_in_executor(None, detect_devices)
-
-    return probe
-
-
-async def devices_of(client: Client, worker: str) -> list[tuple[str, int]]:
-    """Ask a worker for its devices; see `dask_serve.replica.devices`.
-
-    Raises
-    ------
-    OSError
-        The worker cannot be reached.
-    ServeError
-        It cannot tell.
-    """
-    missing = await what_is_missing(client, worker)
-    if missing:
-        raise ServeError(missing)
-    call = client.rpc(worker).run(function=cloudpickle.dumps(_devices_probe()), wait=True)
-    answer = await asyncio.wait_for(call, IMPORT_TIMEOUT)
-    if answer["status"] != "OK":
-        raise ServeError(f"worker {worker} cannot tell its devices: {answer.get('text', answer['status'])}")
-    return [(str(name), int(ordinal)) for name, ordinal in answer["result"]]
-
-
 class WorkerViews:
     """Makes `WorkerView` s, and remembers what the scheduler does not tell."""
 
@@ -106,8 +75,7 @@ class WorkerViews:
         self._scheduler = scheduler
         self._registry = registry
         self.bookings = Bookings(scheduler)
-        #: By worker, once asked: names and ordinals.
-        self.devices: dict[str, list[tuple[str, int]]] = {}
+        self.devices = WorkerDevices(scheduler)
         #: Workers that are about to close though the scheduler does not say so yet.
         self._doomed: set[str] = set()
         #: Workers that have the package.
@@ -124,7 +92,7 @@ class WorkerViews:
         self._doomed.discard(worker)
         self.equipped.discard(worker)
         self.bookings.forget(worker)
-        self.devices.pop(worker, None)
+        self.devices.forget(worker)
         for key in [key for key in self._failures if key[0] == worker]:
             del self._failures[key]
 
@@ -161,7 +129,7 @@ class WorkerViews:
                     resources=self.bookings.declared(address),
                     booked=booked,
                     in_use=worker.used_resources,
-                    devices=self._devices(address, worker.host, shares),
+                    devices=self.devices.of(address, worker.host, shares),
                     memory_limit=worker.memory_limit or 0,
                     memory=sum(replica.spec.options.memory or 0 for replica in ours),
                     threads=sum(replica.spec.options.threads for replica in ours),
@@ -171,9 +139,3 @@ class WorkerViews:
                 )
             )
         return views
-
-    def _devices(self, worker: str, host: str, shares: Mapping[tuple[str, str], float]) -> list[Device] | None:
-        known = self.devices.get(worker)
-        if known is None:
-            return None
-        return [Device(name, ordinal, 1.0 - shares.get((host, name), 0.0)) for name, ordinal in known]
