@@ -155,8 +155,23 @@ class ReplicaUnit:
         door, core = self.door, self.core
         if door is None or core is None:
             return True
-        idle, tell_idle = _event()
+        if not self.ended and not await self._until_idle(door, core, timeout):
+            self._drained_in_vain = True
+            logger.warning("Replica %s still ran requests after %.1f s of draining", self.id, timeout)
+            return False
+        left = max(deadline - time.monotonic(), 0.0)
         ended, tell_ended = _event()
+        self._on_end.append(tell_ended)
+        if not self._user_ended.is_set():
+            self._end(left)
+            try:
+                await asyncio.wait_for(ended.wait(), left)
+            except asyncio.TimeoutError:
+                logger.warning("The code of replica %s has not ended after %.1f s of draining", self.id, timeout)
+        return True
+
+    async def _until_idle(self, door: Door, core: ReplicaCore, timeout: float) -> bool:
+        idle, tell_idle = _event()
 
         def begin() -> None:
             core.drain(list(door.connections))
@@ -166,18 +181,7 @@ class ReplicaUnit:
         try:
             await asyncio.wait_for(idle.wait(), timeout)
         except asyncio.TimeoutError:
-            self._drained_in_vain = True
-            logger.warning("Replica %s still ran requests after %.1f s of draining", self.id, timeout)
             return False
-        left = max(deadline - time.monotonic(), 0.0)
-        self._on_end.append(tell_ended)
-        if self._user_ended.is_set():
-            return True
-        self._end(left)
-        try:
-            await asyncio.wait_for(ended.wait(), left)
-        except asyncio.TimeoutError:
-            logger.warning("The code of replica %s has not ended after %.1f s of draining", self.id, timeout)
         return True
 
     async def change(self, options: DeploymentOptions) -> None:
