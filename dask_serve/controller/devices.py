@@ -72,6 +72,11 @@ class WorkerDevices:
         self._asked.update(new)
         return new
 
+    @property
+    def being_asked(self) -> bool:
+        """Some workers have not answered yet."""
+        return bool(self._asked)
+
     async def ask(self, client: Client, worker: str, missing: Callable[..., Coroutine[Any, Any, str]]) -> None:
         """Ask one worker.
 
@@ -85,7 +90,8 @@ class WorkerDevices:
         except (OSError, asyncio.TimeoutError, ServeError) as error:
             logger.warning("no GPUs are known on worker %s: %s", worker, error or type(error).__name__)
             devices = []
-        self._asked.discard(worker)
+        finally:
+            self._asked.discard(worker)
         if worker in self._scheduler.workers:
             self._known[worker] = devices
 

@@ -246,6 +246,9 @@ class Reconciler:
                 self._spawn(self._ask_for_devices(worker))
         choice = place(need, views)
         if choice.worker is None:
+            if options.gpus and self.workers.devices.being_asked:
+                # Their answer wakes us.
+                return
             number, _ = self.registry.unplaced.get(action.deployment, (0, ""))
             self.registry.unplaced[action.deployment] = (number + 1, choice.reason)
             return

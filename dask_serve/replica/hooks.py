@@ -58,6 +58,8 @@ class Check:
     def __init__(self, user: UserCode) -> None:
         self._user = user
         self._hook = _hook(user.instance, "check_health")
+        self._is_async = inspect.iscoroutinefunction(self._hook)
+        self._began = False
         self._running: asyncio.Future[Any] | None = None
 
     @property
@@ -78,7 +80,14 @@ class Check:
         except asyncio.TimeoutError:
             if not self._began:
                 return None
+            if self._is_async:
+                # The next one begins anew.
+                running.cancel()
             return f"check_health() has not returned within {timeout:g} s"
+        except asyncio.CancelledError:
+            if running.cancelled():
+                return "check_health() was cancelled"
+            raise
         except Exception as error:  # noqa: BLE001 - user code
             return f"check_health() raised {type(error).__name__}: {error}"
         return "check_health() returned False" if answer is False else None
@@ -89,7 +98,7 @@ class Check:
         self._began = False
         context = self._user.context()
         loop = asyncio.get_running_loop()
-        if inspect.iscoroutinefunction(hook):
+        if self._is_async:
 
             async def call() -> Any:
                 self._began = True
