@@ -201,8 +201,7 @@ async def test_two_failures_in_a_row_are_not_enough(c, s, a):
     assert (status.setback, status.replicas[0].id) == ("", who)
 
 
-@pytest.mark.parametrize("method", ["__call__", "block"])
-@pytest.mark.parametrize("kind", ["def", "async def"])
+@pytest.mark.parametrize(("kind", "method"), [("def", "__call__"), ("async def", "block")])
 def test_busy_replica_is_not_unhealthy(kind, method):
     """Neither threads that are all taken nor a loop that is held up say anything about health."""
 
@@ -210,7 +209,7 @@ def test_busy_replica_is_not_unhealthy(kind, method):
     async def check(c, s, a):
         handle = await run(c, checker(kind).bind())
         refs = [handle.options(method_name=method).remote() for _ in range(3)]
-        await asyncio.sleep(1.2)
+        await asyncio.sleep(1.0)
         status = await deployment_of(c)
         assert (status.setback, status.counts) == ("", {"ready": 1})
         shared().gate.set()

@@ -36,7 +36,7 @@ def test_each_one_waits_longer_and_none_is_the_last(registry):
         assert plan(registry.wanted(), [], registry.tries(), now).actions == [Start("app/d", "r1")]
     assert waits == pytest.approx([0.2, 1, 5, 25, 30, 30, 30, 30])
     status = registry.statuses()["app"].deployments["d"]
-    assert status.setback == "fell ill, 7 (the 8th in a row)"
+    assert status.setback == "fell ill, 7 (8 times in a row)"
     assert status.setback in status.message
 
 

@@ -352,7 +352,7 @@ class Registry:
         tried = self.setbacks.get((id, spec.revision))
         if tried is None:
             return ""
-        return tried.message if tried.failures == 1 else f"{tried.message} (the {tried.failures}th in a row)"
+        return tried.message if tried.failures == 1 else f"{tried.message} ({tried.failures} times in a row)"
 
     def _deployment_message(self, id: str, spec: DeploymentSpec, status: Health, replicas: list[Replica]) -> str:
         if status == "failed":
