@@ -46,6 +46,7 @@ EXTRAS = {
         "requests>=2.32",
         # Makes requests up from an OpenAPI document: tests/test_openapi.py.
         "schemathesis>=4.1",
+        "threadpoolctl>=3.0",
         "numpy>=1.26",
         "fastapi>=0.115.8",
         "cryptography>=42",  # temporary certificates

@@ -33,7 +33,8 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         How many requests one replica runs at the same time; more of them wait at the router.
     threads : int, default 1
         Size of the thread pool that runs a replica's ``def`` methods (``async def`` methods share one
-        event loop). Counted softly against the worker's ``nthreads`` when replicas are placed.
+        event loop). Counted softly against the worker's ``nthreads`` when replicas are placed. BLAS, OpenMP and torch
+        use as many threads in the replica's calls.
     max_queued_requests : int or None, default None
         How many requests may wait, at all routers together, before more are refused with ``BackPressureError``. None:
         10,000 over HTTP, unbounded for handles.
@@ -41,14 +42,33 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Handed to the replica's ``reconfigure(user_config)`` before it is ready.
     resources : dict of str to float, default {}
         Dask worker resources that one replica takes, e.g. ``{"GPU": 1}``. A hard limit for placement.
+    gpus : float, default 0
+        Devices that one replica takes: a whole number, or a fraction below 1, which shares one device with others. A
+        hard limit for placement. ``get_replica_context().devices`` tells which; it is booked with Dask too, where the
+        worker declares a resource ``GPU``.
+    memory : int or str or None, default None
+        Bytes of the worker's memory limit that one replica is counted with, or text such as ``"4 GiB"``. A hard limit
+        for placement on workers that have a limit; it does not bound what the replica uses.
     workers : list of str, default []
         Names or addresses of the workers that may hold replicas; empty means all.
     max_replicas_per_worker : int or None, default None
         The most replicas of this deployment that one worker may hold.
     graceful_shutdown_timeout_s : float, default 20.0
-        Seconds that a stopping replica may take to finish what it runs.
+        Seconds that a stopping replica may take to finish what it runs, and for its ``shutdown()`` or ``__del__``.
+    health_check_period_s : float, default 5.0
+        Seconds between two calls of the replica's ``check_health()``, if it has one. Three failures in a row replace
+        the replica.
+    health_check_timeout_s : float, default 10.0
+        Seconds that one ``check_health()`` may take.
+    stuck_timeout_s : float or None, default None
+        Seconds without any progress after which a replica is replaced although what it runs has not returned: its
+        event loop is blocked, or all its threads are busy while requests wait. None: never; the status tells.
     request_timeout_s : float or None, default None
         Deadline of a request in seconds. None: 60 over HTTP, none for handles.
+    retries_on_loss : int or None, default None
+        How often a request may be sent again when its replica is lost while it runs, where the handle does not say so
+        itself. Only for deployments all of whose requests may run twice, over HTTP those of any method. None: 0 for
+        handles; over HTTP 1 for GET, HEAD and OPTIONS, and 0 for others.
     inline_result_bytes : int, default 65536
         Results of calls from Python with at least this many bytes (serialised) stay in the process of the replica until
         they are fetched, passed to another call, or needed by Dask; smaller ones travel in the answer.
@@ -67,18 +87,35 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     max_queued_requests: Count | None = None
     user_config: Any = None
     resources: dict[str, Annotated[float, Meta(ge=0)]] = {}
+    gpus: Annotated[float, Meta(ge=0)] = 0.0
+    memory: Count | None = None
     workers: list[str] = []
     max_replicas_per_worker: Count | None = None
     graceful_shutdown_timeout_s: Annotated[float, Meta(ge=0)] = 20.0
+    health_check_period_s: Seconds = 5.0
+    health_check_timeout_s: Seconds = 10.0
+    stuck_timeout_s: Seconds | None = None
     request_timeout_s: Seconds | None = None
+    retries_on_loss: Annotated[int, Meta(ge=0)] | None = None
     inline_result_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024
     body_limit: Annotated[int, Meta(ge=0)] | None = None
     version: str | None = None
     debug: bool = False
 
+    def __post_init__(self) -> None:
+        if self.gpus > 1 and self.gpus % 1:
+            raise ValueError(
+                f"option gpus = {self.gpus:g} is not valid: give a whole number of devices, or a fraction below 1"
+            )
+        if self.gpus and "GPU" in self.resources:
+            raise ValueError(
+                f"gpus = {self.gpus:g} and resources = {self.resources!r} ask for GPUs twice: gpus takes the worker's "
+                "resource GPU too, leave that out of resources"
+            )
+
 
 #: The options whose change restarts replicas; all others change in place.
-RESTARTING_OPTIONS = ("threads", "resources", "workers", "max_replicas_per_worker", "version")
+RESTARTING_OPTIONS = ("threads", "resources", "gpus", "memory", "workers", "max_replicas_per_worker", "version")
 
 
 class HTTPOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -212,8 +249,9 @@ class CallOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     request_timeout_s : float or None, default None
         Deadline of each request in seconds; passed on to the calls that the request makes in turn. None: the
         deployment's, if it has one. Never later than that of the request that makes the call.
-    retries_on_loss : int, default 0
+    retries_on_loss : int or None, default None
         How often a request may be sent again when its replica is lost while it runs. Only for calls that may run twice.
+        None: as the deployment says, else 0.
     multiplexed_model_id : str, default ""
         The model that the call is for: `get_multiplexed_model_id` returns it in the replica. Not passed on to the calls
         that the request makes in turn.
@@ -230,7 +268,7 @@ class CallOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     method_name: Annotated[str, Meta(min_length=1)] = "__call__"
     sync: bool = True
     request_timeout_s: Seconds | None = None
-    retries_on_loss: Annotated[int, Meta(ge=0)] = 0
+    retries_on_loss: Annotated[int, Meta(ge=0)] | None = None
     multiplexed_model_id: Annotated[str, Meta(max_length=1024)] = ""
     request_class: Annotated[
         Literal["online", "background"] | None, Meta(description='it is "online", "background" or None')

@@ -30,7 +30,10 @@ class ReplicaContext(NamedTuple):
     worker : str
         Dask address of the worker.
     servable_object : object
-        The instance of the user's class (or the user's function).
+        The instance of the user's class (or the user's function); None while it is constructed.
+    devices : tuple of int
+        The devices that the option ``gpus`` gave to this replica, by their numbers in this process: use
+        ``torch.device("cuda", device)``. All replicas of a process see the same devices, so it has to keep to its own.
     """
 
     app_name: str
@@ -38,6 +41,7 @@ class ReplicaContext(NamedTuple):
     replica_id: str
     worker: str
     servable_object: Any
+    devices: tuple[int, ...] = ()
 
 
 class RequestContext:

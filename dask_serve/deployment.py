@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 from .config import DeploymentOptions, build_options, change_options
 from .exceptions import ConfigError, ServeError
 from .ingress import ingress_of
+from .shipping.spellings import check_hooks, translate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,26 +19,6 @@ if TYPE_CHECKING:
     from .handle import DeploymentHandle
 
 __all__ = ["Application", "Deployment", "deployment"]
-
-#: Spellings of Ray Serve, and options of other systems, with what to write here.
-_ELSEWHERE = {
-    "ray_actor_options": 'use threads= for CPUs and resources={"GPU": 1} for what else a replica takes',
-    "max_concurrent_queries": "use max_ongoing_requests=",
-    "max_replicas_per_node": "use max_replicas_per_worker=",
-    "num_gpus": 'use resources={"GPU": 1}, and start workers with --resources "GPU=1"',
-    "num_cpus": "use threads=",
-    "gpus": 'use resources={"GPU": 1}, and start workers with --resources "GPU=1"',
-    "memory": 'use resources={"memory": 4e9}, and start workers with --resources "memory=16e9"',
-    "runtime_env": "install packages where the workers start; the modules of your working directory travel by "
-    "themselves",
-    "placement_group_bundles": "use workers=, resources= or max_replicas_per_worker= to say where replicas may run",
-    "autoscaling_config": "automatic scaling is not there yet: set num_replicas=",
-    "graceful_shutdown_wait_loop_s": "leave it out: a replica ends as soon as nothing runs on it",
-    "func_or_class": "give the class or function to the decorator: serve.deployment(...)(Model)",
-    "init_args": "give arguments to .bind()",
-    "init_kwargs": "give arguments to .bind()",
-    "route_prefix": "give it to serve.run(app, route_prefix=...)",
-}
 
 
 class Deployment:
@@ -90,10 +71,16 @@ class Deployment:
         max_queued_requests: int | UnsetType | None = UNSET,
         user_config: Any = UNSET,
         resources: dict[str, float] | UnsetType = UNSET,
+        gpus: float | UnsetType = UNSET,
+        memory: int | str | UnsetType | None = UNSET,
         workers: list[str] | UnsetType = UNSET,
         max_replicas_per_worker: int | UnsetType | None = UNSET,
         graceful_shutdown_timeout_s: float | UnsetType = UNSET,
+        health_check_period_s: float | UnsetType = UNSET,
+        health_check_timeout_s: float | UnsetType = UNSET,
+        stuck_timeout_s: float | UnsetType | None = UNSET,
         request_timeout_s: float | UnsetType | None = UNSET,
+        retries_on_loss: int | UnsetType | None = UNSET,
         inline_result_bytes: int | UnsetType = UNSET,
         body_limit: int | UnsetType | None = UNSET,
         version: str | UnsetType | None = UNSET,
@@ -218,10 +205,16 @@ def deployment(
     max_queued_requests: int | UnsetType | None = UNSET,
     user_config: Any = UNSET,
     resources: dict[str, float] | UnsetType = UNSET,
+    gpus: float | UnsetType = UNSET,
+    memory: int | str | UnsetType | None = UNSET,
     workers: list[str] | UnsetType = UNSET,
     max_replicas_per_worker: int | UnsetType | None = UNSET,
     graceful_shutdown_timeout_s: float | UnsetType = UNSET,
+    health_check_period_s: float | UnsetType = UNSET,
+    health_check_timeout_s: float | UnsetType = UNSET,
+    stuck_timeout_s: float | UnsetType | None = UNSET,
     request_timeout_s: float | UnsetType | None = UNSET,
+    retries_on_loss: int | UnsetType | None = UNSET,
     inline_result_bytes: int | UnsetType = UNSET,
     body_limit: int | UnsetType | None = UNSET,
     version: str | UnsetType | None = UNSET,
@@ -241,10 +234,16 @@ def deployment(
     max_queued_requests: int | UnsetType | None = UNSET,
     user_config: Any = UNSET,
     resources: dict[str, float] | UnsetType = UNSET,
+    gpus: float | UnsetType = UNSET,
+    memory: int | str | UnsetType | None = UNSET,
     workers: list[str] | UnsetType = UNSET,
     max_replicas_per_worker: int | UnsetType | None = UNSET,
     graceful_shutdown_timeout_s: float | UnsetType = UNSET,
+    health_check_period_s: float | UnsetType = UNSET,
+    health_check_timeout_s: float | UnsetType = UNSET,
+    stuck_timeout_s: float | UnsetType | None = UNSET,
     request_timeout_s: float | UnsetType | None = UNSET,
+    retries_on_loss: int | UnsetType | None = UNSET,
     inline_result_bytes: int | UnsetType = UNSET,
     body_limit: int | UnsetType | None = UNSET,
     version: str | UnsetType | None = UNSET,
@@ -295,15 +294,12 @@ def deployment(
 
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Pick the options that were given out of a function's parameters, and refuse those that mean nothing here."""
-    unknown: dict[str, Any] = parameters["unknown"]
-    for name in unknown:
-        if name in _ELSEWHERE:
-            raise ConfigError(f"@serve.deployment has no option {name!r}: {_ELSEWHERE[name]}")
+    """Pick the options that were given out of a function's parameters, in our spelling."""
     if parameters["num_replicas"] == "auto":
         raise ConfigError('num_replicas="auto" is not there yet: give a number')
     fields = {name: parameters[name] for name in DeploymentOptions.__struct_fields__}
-    return {name: value for name, value in fields.items() if value is not UNSET} | unknown
+    given = {name: value for name, value in fields.items() if value is not UNSET}
+    return translate(given, parameters["unknown"])
 
 
 def _checked(options: DeploymentOptions, where: str) -> DeploymentOptions:
@@ -333,6 +329,7 @@ def _check_target(target: Any) -> None:
         )
     if isinstance(target, type):
         ingress_of(target)
+        check_hooks(target)
         for name in reserved_names():
             if callable(getattr(target, name, None)):
                 raise ConfigError(

@@ -20,6 +20,7 @@ from .context import RequestContext, request_context
 from .exceptions import ConfigError, PayloadError, RequestCancelledError, ServeError
 from .policy.desired import deployment_id
 from .response import DeploymentResponse
+from .routing.calls import AS_DECLARED
 from .routing.outcome import Outcome
 from .routing.router import Router
 from .routing.session import Session
@@ -167,7 +168,7 @@ class DeploymentHandle:
         self._method = options.method_name
         self._sync = options.sync
         self._timeout = options.request_timeout_s
-        self._retries = options.retries_on_loss
+        self._retries = AS_DECLARED if options.retries_on_loss is None else options.retries_on_loss
         self._model_id = options.multiplexed_model_id
         self._background = None if options.request_class is None else options.request_class == "background"
         self._request_id = options.request_id

@@ -76,10 +76,20 @@ def test_options_copies():
         ({"num_replicas": 0}, r"option '?num_replicas'? = 0 is not valid"),
         ({"num_replica": 1}, "did you mean 'num_replicas'"),
         ({"num_replicas": "auto"}, "give a number"),
-        ({"ray_actor_options": {"num_gpus": 1}}, r'resources=\{"GPU": 1\}'),
-        ({"max_concurrent_queries": 3}, "use max_ongoing_requests="),
+        ({"ray_actor_options": {"runtime_env": {}}}, r"ray_actor_options\['runtime_env'\] has no counterpart here"),
+        ({"ray_actor_options": {"num_tpus": 1}}, "is not known; known keys: 'num_cpus'"),
+        ({"ray_actor_options": 1}, "ray_actor_options = 1 is not valid: it is a dict"),
+        ({"ray_actor_options": {"num_cpus": 2}, "threads": 2}, "is threads= here, which is given too"),
+        ({"num_cpus": "2"}, "num_cpus = '2' is not valid: give a number"),
+        ({"max_concurrent_queries": 0}, "max_ongoing_requests = 0 is not valid"),
         ({"max_replicas_per_node": 3}, "use max_replicas_per_worker="),
-        ({"gpus": 1}, "resources="),
+        ({"gpus": 1.5}, "gpus = 1.5 is not valid: give a whole number"),
+        ({"gpu": 1}, "did you mean 'gpus'"),
+        ({"gpus": 1, "resources": {"GPU": 1}}, "ask for GPUs twice"),
+        ({"memory": "4 gigs"}, "memory = '4 gigs' is not valid: give bytes, or text such as '4 GiB'"),
+        ({"memory": 0}, "memory = 0 is not valid"),
+        ({"health_check_period_s": 0}, "health_check_period_s = 0 is not valid"),
+        ({"retries_on_loss": -1}, "retries_on_loss = -1 is not valid"),
         ({"user_config": object()}, "'user_config' must be JSON-able"),
         ({"name": ""}, "non-empty str"),
         ({"name": "a/b"}, "a/b"),
@@ -292,6 +302,34 @@ def test_applications_in_code_are_left_behind():
     target, _, _ = opened(built, "MentionsGlobal")
     with pytest.raises(ConfigError, match="bind it into the deployment that uses it"):
         target()().remote()
+
+
+def test_other_spellings():
+    @serve.deployment(
+        ray_actor_options={"num_cpus": 1.5, "num_gpus": 0.5, "memory": "4 GiB", "resources": {"disk": 1}},
+        max_concurrent_queries=7,
+        max_queued_requests=-1,
+    )
+    class Model:
+        pass
+
+    options = Model.all_options
+    assert (options.threads, options.gpus, options.memory, options.resources) == (2, 0.5, 4 * 2**30, {"disk": 1})
+    assert (options.max_ongoing_requests, options.max_queued_requests) == (7, None)
+    assert Model.options(num_gpus=2).all_options.gpus == 2
+
+
+@pytest.mark.parametrize("name", ["warm_up", "check_health", "shutdown"])
+def test_hooks_take_no_arguments(name):
+    def hook(self, x):
+        pass
+
+    with pytest.raises(ConfigError, match=f"{name}\\(\\) is called without arguments .*a required argument: 'x'"):
+        serve.deployment(type("Model", (), {name: hook}))
+    with pytest.raises(ConfigError, match=f"{name!r} is called .* is no method here"):
+        serve.deployment(type("Model", (), {name: 3}))
+    for fine in (lambda self, x=1: None, staticmethod(lambda: None), classmethod(lambda cls: None)):
+        serve.deployment(type("Model", (), {name: fine}))
 
 
 def test_revisions():

@@ -26,7 +26,7 @@ def test_every_state_is_in_the_table_and_every_move_leads_to_one():
 
 
 def test_ends_are_ends():
-    assert set(ENDS) == {"gone", "failed", "lost"}
+    assert set(ENDS) == {"gone", "failed", "lost", "out_of_memory"}
     for state, event in itertools.product(ENDS, EVENTS):
         with pytest.raises(ValueError, match=f"{state!r} cannot take the event {event!r}"):
             advance(state, event)

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from math import ceil
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import Struct
 
-from dask_serve.policy.placement import Need, WorkerView, place, wanted_workers
+from dask_serve.policy.devices import Device, pick_devices, share_of
+from dask_serve.policy.placement import Need, WorkerView, booking, place, wanted_workers
 
 
 def worker(number: int, **fields) -> WorkerView:
@@ -41,6 +45,69 @@ def test_resources_minus_bookings():
 
 def test_tenths_add_up():
     assert place(Need(resources={"GPU": 0.1}), [worker(1, resources={"GPU": 1}, booked={"GPU": sum([0.1] * 9)})]).worker
+
+
+def gpu(*free: float, first: int = 0) -> list[Device]:
+    return [Device(str(first + number), number, share) for number, share in enumerate(free)]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "free", "chosen"),
+    [
+        (1, (1, 1), [0]),
+        (2, (1, 0.5, 1), [0, 2]),
+        (1, (0.5, 0.9), None),
+        # Fractions share the device that has the least left.
+        (0.5, (1, 0.5, 0.7), [1]),
+        (0.3, (0.2, 1 - 0.1 - 0.1 - 0.1 - 0.4), [1]),
+        (0.5, (0.4, 0.4), None),
+        (0.1, (), None),
+    ],
+)
+def test_devices(gpus, free, chosen):
+    found = pick_devices(gpus, gpu(*free))
+    assert chosen == (None if found is None else [device.ordinal for device in found])
+    choice = place(Need(gpus=gpus), [worker(1), worker(2, devices=gpu(*free))])
+    assert (choice.worker is None) == (chosen is None)
+    assert [device.ordinal for device in choice.devices] == (chosen or [])
+
+
+def test_reasons_for_want_of_devices_and_memory():
+    workers = [worker(1, devices=gpu(0.25, 0)), worker(2, devices=None), worker(3)]
+    assert place(Need(gpus=0.5), workers).reason == (
+        "no worker has gpus=0.5 free (workers: w1 at tcp://10.0.0.1:1 (free of its 2 GPUs: 0: 0.25, 1: 0), "
+        "w2 at tcp://10.0.0.2:2 (its devices are being looked up), w3 at tcp://10.0.0.3:3 (no GPUs found there))"
+    )
+    workers = [worker(1, memory_limit=4 * 2**30, memory=3 * 2**30), worker(2, memory_limit=2**20)]
+    assert place(Need(memory=2 * 2**30), workers).reason == (
+        "no worker has memory=2.00 GiB left (workers: w1 at tcp://10.0.0.1:1 (1.00 GiB of 4.00 GiB not booked), "
+        "w2 at tcp://10.0.0.2:2 (1 MiB of 1 MiB not booked))"
+    )
+    assert place(Need(memory=2**30), workers).worker == workers[0].address
+    # No limit is no limit.
+    assert place(Need(memory=2**50), [worker(1)]).worker
+
+
+def test_gpus_take_the_resource_of_dask_too_where_there_is_one():
+    declared = worker(1, resources={"GPU": 2}, booked={"GPU": 1.5}, devices=gpu(1, 1))
+    assert "no worker has resources GPU=1 free" in place(Need(gpus=1), [declared]).reason
+    assert place(Need(gpus=0.5), [declared]).worker
+    assert booking(Need(gpus=2, resources={"x": 1, "y": 0}), {"GPU": 2}) == {"x": 1, "GPU": 2}
+    assert booking(Need(gpus=2), {}) == {}
+
+
+def test_where_tasks_hold_what_a_replica_takes_comes_last():
+    workers = [worker(1, resources={"GPU": 1}, in_use={"GPU": 1}), worker(2, resources={"GPU": 1}, threads=9)]
+    assert place(Need(resources={"GPU": 1}), workers).worker == workers[1].address
+    assert place(Need(resources={"GPU": 1}), workers[:1]).worker == workers[0].address
+
+
+def test_a_worker_gives_its_own_device_first():
+    """As dask-cuda has it: each worker sees all devices of the host, and its own comes first."""
+    first = [Device("0", 0, 0.0), Device("1", 1)]
+    second = [Device("1", 0), Device("0", 1, 0.0)]
+    workers = [worker(1, host="a", devices=first), worker(2, host="a", devices=second, threads=3)]
+    assert place(Need(gpus=1), workers).worker == workers[1].address
 
 
 def test_max_replicas_per_worker():
@@ -112,7 +179,7 @@ def test_hard_limits_hold_and_order_does_not_matter(need, workers, random):
         assert not need.workers or chosen.name in need.workers
         assert need.max_replicas_per_worker is None or chosen.replicas < need.max_replicas_per_worker
         for name, amount in need.resources.items():
-            assert chosen.resources.get(name, 0) - chosen.booked.get(name, 0) >= amount
+            assert not amount or chosen.resources.get(name, 0) - chosen.booked.get(name, 0) >= amount
     shuffled = list(workers)
     random.shuffle(shuffled)
     assert place(need, shuffled).worker == choice.worker
@@ -129,6 +196,87 @@ def test_replicas_spread_evenly(hosts, replicas):
         ]
     counts = [w.replicas for w in workers]
     assert max(counts) - min(counts) <= 1
+
+
+class Machine(Struct):
+    """A worker as it really is."""
+
+    host: str
+    resources: dict[str, float]
+    memory_limit: int
+    sees: list[str]
+
+
+machines = st.lists(
+    st.builds(
+        Machine,
+        host=st.sampled_from(["a", "b"]),
+        resources=st.dictionaries(st.sampled_from(["GPU", "X"]), st.integers(0, 3)),
+        memory_limit=st.integers(0, 3),
+        sees=st.permutations(["0", "1", "2"]).flatmap(lambda ids: st.integers(0, 3).map(lambda n: ids[:n])),
+    ),
+    min_size=1,
+    max_size=4,
+)
+asked = st.builds(
+    Need,
+    resources=st.dictionaries(st.just("X"), st.sampled_from([0.1, 0.5, 1, 2])),
+    gpus=st.sampled_from([0, 0.1, 0.25, 0.5, 0.7, 1, 2]),
+    memory=st.integers(0, 2),
+    max_replicas_per_worker=st.none() | st.integers(1, 2),
+)
+
+
+@given(machines, st.lists(st.tuples(asked, st.booleans()), max_size=25), st.randoms())
+def test_nothing_is_ever_given_away_twice(machines, steps, random):
+    """Replicas come and go; what they have together never exceeds a worker, nor a device of a host."""
+    living: list[tuple[int, Need, tuple[Device, ...], dict[str, float]]] = []
+    for need, one_goes in steps:
+        if one_goes and living:
+            living.pop(random.randrange(len(living)))
+        left: dict[tuple[str, str], float] = {}
+        for number, other, devices, _ in living:
+            for device in devices:
+                key = (machines[number].host, device.id)
+                left[key] = left.get(key, 1.0) - share_of(other.gpus)
+        workers = []
+        for number, machine in enumerate(machines):
+            here = [entry for entry in living if entry[0] == number]
+            booked: dict[str, float] = {}
+            for entry in here:
+                for name, amount in entry[3].items():
+                    booked[name] = booked.get(name, 0) + amount
+            workers.append(
+                worker(
+                    number,
+                    host=machine.host,
+                    resources=machine.resources,
+                    booked=booked,
+                    memory_limit=machine.memory_limit,
+                    memory=sum(entry[1].memory for entry in here),
+                    devices=[Device(id, i, left.get((machine.host, id), 1.0)) for i, id in enumerate(machine.sees)],
+                    replicas=len(here),
+                )
+            )
+        choice = place(need, workers)
+        if choice.worker is None:
+            continue
+        number = next(n for n, w in enumerate(workers) if w.address == choice.worker)
+        assert len(choice.devices) == ceil(need.gpus)
+        living.append((number, need, tuple(choice.devices), booking(need, machines[number].resources)))
+        # What all of them have now, counted anew.
+        for number, machine in enumerate(machines):
+            here = [entry for entry in living if entry[0] == number]
+            assert not machine.memory_limit or sum(entry[1].memory for entry in here) <= machine.memory_limit
+            for name in {name for entry in here for name in entry[3]}:
+                assert sum(entry[3].get(name, 0) for entry in here) <= machine.resources.get(name, 0) + 1e-6
+        for host, id in {(machines[n].host, device.id) for n, _, devices, _ in living for device in devices}:
+            shares = [
+                share_of(other.gpus)
+                for n, other, devices, _ in living
+                if machines[n].host == host and id in [device.id for device in devices]
+            ]
+            assert sum(shares) <= 1 + 1e-6
 
 
 def test_wanted_workers():

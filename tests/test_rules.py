@@ -366,7 +366,7 @@ def test_the_defaults():
     assert (http.host, http.port, http.num_proxies) == ("127.0.0.1", None, 1)
     assert (http.request_timeout_s, http.body_limit) == (60, 100 * 2**20)
     assert (forward.MAX_QUEUED, stream.STREAM_IDLE) == (10_000, 60)
-    assert DeploymentHandle("a", "b") == DeploymentHandle("a", "b", request_timeout_s=None, retries_on_loss=0)
+    assert DeploymentHandle("a", "b") == DeploymentHandle("a", "b", request_timeout_s=None, retries_on_loss=None)
 
 
 # -- two clusters in one session ---------------------------------------------------------------------------------------

@@ -174,6 +174,11 @@ class Controller(SchedulerPlugin):
         """All replicas are lost."""
         self.reconciler.restarted()
 
+    def log_event(self, topic: str, msg: Any) -> None:
+        """A nanny kills its worker for memory: it says so before it does."""
+        if topic == "worker-restart-memory" and isinstance(msg, dict) and "worker" in msg:
+            self.reconciler.killed_for_memory(msg["worker"], int(msg.get("rss", 0)))
+
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """Nobody will settle the promises of this client any more."""
         self.promises.remove_client(client)
@@ -279,6 +284,10 @@ class Controller(SchedulerPlugin):
             self.reconciler.reported_ready(known, info["door"], info["process"])
         elif event == "failed":
             self.reconciler.reported_failed(known, info["error"])
+        elif event == "unhealthy":
+            self.reconciler.reported_unhealthy(known, info["message"])
+        elif event == "health":
+            self.reconciler.reported_health(known, info["message"])
         elif event == "draining":
             self.reconciler.reported_draining(known)
         elif event == "stopped":

@@ -10,11 +10,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from dask.utils import format_bytes
 from distributed import Client
 from distributed.protocol import to_serialize
 
 from ..policy.lifecycle import ENDS
-from ..policy.placement import Need, place, wanted_workers
+from ..policy.placement import Need, booking, place, wanted_workers
 from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
 from .registry import Registry, Replica, settings_of
 from .workers import WorkerViews, what_is_missing
@@ -126,6 +127,40 @@ class Reconciler:
             self._release(replica)
         self.wake()
 
+    def reported_unhealthy(self, replica: Replica, reason: str) -> None:
+        """A replica is not well: it finishes what it runs, and another takes its place."""
+        if replica.state == "ready":
+            message = f"replica {replica.id} on worker {replica.worker} was unhealthy: {reason}"
+            logger.warning("%s; it is replaced", message)
+            self.registry.count_setback(replica, message, time.monotonic())
+            self.workers.note_failure(replica)
+            self._stop(replica)
+            replica.message = f"unhealthy: {reason}"
+        self.wake()
+
+    def reported_health(self, replica: Replica, message: str) -> None:
+        """A replica is busy or stuck, or no longer."""
+        if replica.state == "ready":
+            replica.message = message
+        self.wake()
+
+    def killed_for_memory(self, worker: str, used: int) -> None:
+        """A worker is about to be killed, because it uses too much memory."""
+        state = self.scheduler.workers.get(worker)
+        limit = f" of {format_bytes(state.memory_limit)}" if state is not None and state.memory_limit else ""
+        self.workers.doom(worker)
+        for replica in self.registry.on_worker(worker):
+            if replica.state not in ENDS:
+                message = (
+                    f"replica {replica.id} is out_of_memory: its worker {worker} was killed when it used "
+                    f"{format_bytes(used)}{limit}"
+                )
+                logger.warning("%s", message)
+                if replica.move("out_of_memory") == "out_of_memory":
+                    self.registry.count_setback(replica, message, time.monotonic())
+                self._release(replica)
+        self.wake()
+
     def reported_draining(self, replica: Replica) -> None:
         """A replica stops, of itself when nobody asked: then its worker is about to go."""
         if replica.state in ("starting", "ready"):
@@ -168,7 +203,7 @@ class Reconciler:
         registry.tidy()
         late = self._hold_keys()
         registry.unplaced = {}
-        todo = plan(registry.wanted(), registry.seen(), registry.attempts, now)
+        todo = plan(registry.wanted(), registry.seen(), registry.tries(), now)
         registry.failed = todo.failed
         for action in todo.actions:
             self._do(action, now)
@@ -200,20 +235,37 @@ class Reconciler:
         need = Need(
             threads=options.threads,
             resources=options.resources,
+            gpus=options.gpus,
+            memory=options.memory or 0,
             workers=options.workers,
             max_replicas_per_worker=options.max_replicas_per_worker,
         )
-        choice = place(need, self.workers.views(action.deployment, action.revision))
+        views = self.workers.views(action.deployment, action.revision)
+        if options.gpus:
+            for worker in self.workers.devices.unasked():
+                self._spawn(self._ask_for_devices(worker))
+        choice = place(need, views)
         if choice.worker is None:
+            if options.gpus and self.workers.devices.being_asked:
+                # Their answer wakes us.
+                return
             number, _ = self.registry.unplaced.get(action.deployment, (0, ""))
             self.registry.unplaced[action.deployment] = (number + 1, choice.reason)
             return
         replica = Replica(app, spec, choice.worker, now)
+        view = next(view for view in views if view.address == choice.worker)
+        replica.host, replica.devices = view.host, choice.devices
+        replica.booked = booking(need, view.resources)
         self.registry.replicas[replica.id] = replica
         if replica.worker in self.workers.equipped:
             self._submit(replica)
         else:
             self._spawn(self._ask_and_submit(replica))
+
+    async def _ask_for_devices(self, worker: str) -> None:
+        assert self._client is not None
+        await self.workers.devices.ask(self._client, worker, what_is_missing)
+        self.wake()
 
     async def _ask_and_submit(self, replica: Replica) -> None:
         assert self._client is not None
@@ -240,6 +292,9 @@ class Reconciler:
             "revision": replica.spec.revision,
             "keys": replica.spec.keys,
             "options": msgspec.msgpack.encode(replica.spec.options),
+            "key": replica.key,
+            "devices": [device.ordinal for device in replica.devices],
+            "holds": bool(replica.booked),
         }
         replica.future = self._client.submit(
             replica_class(),
@@ -247,6 +302,7 @@ class Reconciler:
             actor=True,
             workers=[replica.worker],
             allow_other_workers=False,
+            resources=replica.booked or None,
             key=replica.key,
             pure=False,
         )
@@ -260,7 +316,8 @@ class Reconciler:
         if replica.future is not future or replica.state in ENDS:
             return
         if future.status == "finished":
-            replica.submitted = True
+            replica.submitted = replica.held = True
+            self.workers.bookings.take(replica.worker, replica.booked)
             if replica.state == "starting":
                 replica.message = "its constructor runs"
             self.wake()
@@ -276,6 +333,10 @@ class Reconciler:
         worker = self.scheduler.workers.get(replica.worker)
         if worker is None or now - replica.started_at < QUEUED_AFTER:
             return replica.message
+        wanted = {name: n for name, n in replica.booked.items() if worker.used_resources.get(name, 0) > n}
+        if wanted:
+            amounts = ", ".join(f"{name}={amount:g}" for name, amount in wanted.items())
+            return f"waits for {amounts} on worker {worker.address}, which tasks hold"
         if len(worker.processing) > worker.nthreads:
             threads = "its only thread is" if worker.nthreads == 1 else f"all its {worker.nthreads} threads are"
             return f"queued on worker {worker.address}: {threads} busy with other tasks"
@@ -350,6 +411,9 @@ class Reconciler:
         future, replica.future = replica.future, None
         if future is None:
             return
+        if replica.held:
+            replica.held = False
+            self.workers.bookings.give_back(replica.worker, replica.booked)
         if future.done() or self._withdraw(replica):
             future.release()
         else:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..exceptions import ApplicationNotFoundError, ConfigError
 from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
+from ..policy.devices import Device
 from ..policy.lifecycle import ENDS, Event, State, advance
-from ..policy.reconcile import Attempts, Seen, Want
+from ..policy.reconcile import ATTEMPTS, Attempts, Seen, Want
 from ..policy.routes import check_free, check_prefix
 from ..routing.table import DeploymentEntry, ReplicaEntry, RouteEntry
 from .history import History, told_of
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from ..config import DeploymentOptions
 
 __all__ = ["Application", "Registry", "Replica", "settings_of"]
+
+#: Seconds after which a replica that had to be replaced does not put off the next replacement.
+FORGOTTEN = 300.0
 
 
 def settings_of(options: DeploymentOptions) -> bytes:
@@ -45,6 +49,12 @@ class Replica:
         self.started_at = now
         self.settings = settings_of(spec.options)
         self.state: State = "starting"
+        #: Its devices, on the host of its worker.
+        self.host = ""
+        self.devices: Sequence[Device] = ()
+        #: What it takes of its worker's Dask resources; `held`: Dask knows, and must be told when it ends.
+        self.booked: Mapping[str, float] = {}
+        self.held = False
         #: The Dask future of the actor: it lives as long as this is held.
         self.future: Any = None
         #: True once Dask has made the actor; what it waits for from then on is user code.
@@ -91,6 +101,8 @@ class Registry:
         #: Replicas that have not ended, the oldest first.
         self.replicas: dict[str, Replica] = {}
         self.attempts: dict[tuple[str, str], Attempts] = {}
+        #: What befell replicas that had been ready, and put off new ones: memory, health. By (deployment, revision).
+        self.setbacks: dict[tuple[str, str], Attempts] = {}
         #: Definitions by revision, opaque to this process.
         self.code: dict[str, Any] = {}
         #: By deployment id: how many replicas found no worker, and why.
@@ -113,8 +125,9 @@ class Registry:
         if before is not None:
             before.replaced.set()
         # Who deploys again means: try again.
-        for key in [key for key in self.attempts if key[0].startswith(spec.name + "/")]:
-            del self.attempts[key]
+        for tried in (self.attempts, self.setbacks):
+            for key in [key for key in tried if key[0].startswith(spec.name + "/")]:
+                del tried[key]
         self.failed = frozenset(id for id in self.failed if not id.startswith(spec.name + "/"))
 
     def restore(self, spec: ApplicationSpec) -> None:
@@ -178,6 +191,22 @@ class Registry:
             failures = before.failures + (replica.started_at >= before.last)
         self.attempts[key] = Attempts(failures=failures, last=now, message=message)
 
+    def count_setback(self, replica: Replica, message: str, now: float) -> None:
+        """Note why a replica has to be replaced; the more often, the later. Long ago counts no more."""
+        key = (replica.deployment, replica.spec.revision)
+        before = self.setbacks.get(key)
+        failures = 1 if before is None or now - before.last > FORGOTTEN else before.failures + 1
+        self.setbacks[key] = Attempts(failures=failures, last=now, message=message, final=False)
+
+    def tries(self) -> dict[tuple[str, str], Attempts]:
+        """Return what puts off new replicas, for `dask_serve.policy.reconcile.plan`."""
+        tries = dict(self.setbacks)
+        for key, tried in self.attempts.items():
+            setback = tries.get(key)
+            if setback is None or tried.failures >= ATTEMPTS or tried.again_at >= setback.again_at:
+                tries[key] = tried
+        return tries
+
     def tidy(self) -> None:
         """Note what has been reached, and forget what has ended and the code that nobody needs."""
         self.replicas = {id: replica for id, replica in self.replicas.items() if replica.state not in ENDS}
@@ -194,6 +223,7 @@ class Registry:
                 self.history.prove(name)
         known = {deployment_id(name, spec.name) for name, a in self._living() for spec in a.spec.deployments}
         self.attempts = {key: tried for key, tried in self.attempts.items() if key[0] in known}
+        self.setbacks = {key: tried for key, tried in self.setbacks.items() if key[0] in known}
         needed = {spec.revision for spec in self._specs()} | {r.spec.revision for r in self.replicas.values()}
         self.code = self.history.kept(self.code, needed)
 
@@ -219,6 +249,7 @@ class Registry:
                     methods=spec.methods,
                     failure=self._failure(id, spec) if id in self.failed and not ready else None,
                     body_limit=spec.options.body_limit,
+                    retries_on_loss=spec.options.retries_on_loss,
                 )
         return entries
 
@@ -318,13 +349,27 @@ class Registry:
         return DeploymentStatus(
             status=status,
             message=self._deployment_message(id, spec, status, replicas),
+            setback=self._setback(id, spec),
             target=0 if application.deleting else spec.options.num_replicas,
             counts=dict(sorted(Counter(r.state for r in replicas).items())),
             replicas=[
-                ReplicaStatus(id=r.id, state=r.state, worker=r.worker, revision=r.spec.revision, message=r.message)
+                ReplicaStatus(
+                    id=r.id,
+                    state=r.state,
+                    worker=r.worker,
+                    revision=r.spec.revision,
+                    message=r.message,
+                    devices=[device.id for device in r.devices],
+                )
                 for r in replicas
             ],
         )
+
+    def _setback(self, id: str, spec: DeploymentSpec) -> str:
+        tried = self.setbacks.get((id, spec.revision))
+        if tried is None:
+            return ""
+        return tried.message if tried.failures == 1 else f"{tried.message} ({tried.failures} times in a row)"
 
     def _deployment_message(self, id: str, spec: DeploymentSpec, status: Health, replicas: list[Replica]) -> str:
         if status == "failed":
@@ -340,6 +385,9 @@ class Registry:
         tried = self.attempts.get((id, spec.revision))
         if tried is not None:
             told.append(f"starting failed {tried.failures} times, trying again: {_last_line(tried.message)}")
+        setback = self._setback(id, spec)
+        if setback:
+            told.append(setback)
         told += [f"{r.id}: {r.message}" for r in replicas if r.state == "starting" and r.message]
         return "\n".join(told)
 

@@ -40,7 +40,10 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
     revision : str
         The revision of the deployment that it runs.
     message : str
-        What it waits for, if anything.
+        What it waits for, or why it answers nothing: ``busy since ...`` where its threads or its event loop compute for
+        long, ``stuck since ...`` where they wait.
+    devices : list of str
+        The devices that it has, as its host names them.
     """
 
     id: str
@@ -48,6 +51,7 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
     worker: str
     revision: str
     message: str = ""
+    devices: list[str] = []
 
 
 class DeploymentStatus(Struct, frozen=True, kw_only=True):
@@ -60,6 +64,9 @@ class DeploymentStatus(Struct, frozen=True, kw_only=True):
         ``deleting``.
     message : str
         Why it is not running; of a failed deployment the traceback.
+    setback : str
+        Why a replica of the present revision had to be replaced the last time: it was not healthy, or its worker was
+        killed for memory. Empty: none was.
     target : int
         How many replicas it should have.
     counts : dict
@@ -73,10 +80,13 @@ class DeploymentStatus(Struct, frozen=True, kw_only=True):
     target: int
     counts: dict[str, int]
     replicas: list[ReplicaStatus]
+    setback: str = ""
 
     def __str__(self) -> str:
         counts = ", ".join(f"{number} {state}" for state, number in self.counts.items()) or "no replicas"
         lines = [f"{self.status}, {counts} of {self.target} wanted", *_indented(self.message)]
+        if self.setback and self.setback not in self.message:
+            lines += _indented(self.setback)
         for replica in self.replicas:
             note = f": {replica.message}" if replica.message else ""
             lines.append(f"  {replica.id} is {replica.state} on {replica.worker}{note}")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING
 
 import cloudpickle
 from distributed.core import Status
 
+from ..policy.devices import share_of
 from ..policy.placement import WorkerView
+from .bookings import Bookings
+from .devices import WorkerDevices
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -71,6 +74,8 @@ class WorkerViews:
     def __init__(self, scheduler: Scheduler, registry: Registry) -> None:
         self._scheduler = scheduler
         self._registry = registry
+        self.bookings = Bookings(scheduler)
+        self.devices = WorkerDevices(scheduler)
         #: Workers that are about to close though the scheduler does not say so yet.
         self._doomed: set[str] = set()
         #: Workers that have the package.
@@ -86,6 +91,8 @@ class WorkerViews:
         """A worker left; one that comes at its address is another one."""
         self._doomed.discard(worker)
         self.equipped.discard(worker)
+        self.bookings.forget(worker)
+        self.devices.forget(worker)
         for key in [key for key in self._failures if key[0] == worker]:
             del self._failures[key]
 
@@ -100,11 +107,17 @@ class WorkerViews:
     def views(self, deployment: str = "", revision: str = "") -> list[WorkerView]:
         """Return all workers, with the counts that concern one deployment and revision."""
         views = []
+        by_worker: defaultdict[str, list[Replica]] = defaultdict(list)
+        shares: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for replica in self._registry.replicas.values():
+            by_worker[replica.worker].append(replica)
+            for device in replica.devices:
+                shares[replica.host, device.id] += share_of(replica.spec.options.gpus)
         for address, worker in self._scheduler.workers.items():
-            ours = self._registry.on_worker(address)
+            ours = by_worker[address]
             booked: Counter[str] = Counter()
             for replica in ours:
-                booked.update(replica.spec.options.resources)
+                booked.update(replica.booked)
             views.append(
                 WorkerView(
                     address=address,
@@ -113,8 +126,12 @@ class WorkerViews:
                     nthreads=worker.nthreads,
                     running=worker.status == Status.running and address not in self._doomed,
                     busy=len(worker.processing),
-                    resources=worker.resources,
+                    resources=self.bookings.declared(address),
                     booked=booked,
+                    in_use=worker.used_resources,
+                    devices=self.devices.of(address, worker.host, shares),
+                    memory_limit=worker.memory_limit or 0,
+                    memory=sum(replica.spec.options.memory or 0 for replica in ours),
                     threads=sum(replica.spec.options.threads for replica in ours),
                     replicas=sum(replica.deployment == deployment for replica in ours),
                     total=len(ours),

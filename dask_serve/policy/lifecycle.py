@@ -5,9 +5,10 @@
     starting ──ready──► ready ──drain──► draining ──stopped──► gone
         │                 │
         ├──failed──► failed ◄──failed──┤      its constructor, or it itself, gave up
-        └──lost────► lost ◄───lost─────┘      its worker went away
+        ├──lost────► lost ◄───lost─────┤      its worker went away
+        └─memory───► out_of_memory ◄───┘      its worker was killed because it used too much memory
 
-`gone`, `failed` and `lost` are ends: a replica never comes back from them, another takes its place.
+`gone`, `failed`, `lost` and `out_of_memory` are ends: a replica never comes back from them, another takes its place.
 """
 
 from __future__ import annotations
@@ -16,20 +17,42 @@ from typing import Literal
 
 __all__ = ["ENDS", "MOVES", "Event", "State", "advance"]
 
-State = Literal["starting", "ready", "draining", "gone", "failed", "lost"]
-Event = Literal["ready", "drain", "stopped", "failed", "lost"]
+State = Literal["starting", "ready", "draining", "gone", "failed", "lost", "out_of_memory"]
+Event = Literal["ready", "drain", "stopped", "failed", "lost", "out_of_memory"]
 
 #: ``{state: {event: next state}}``. A pair that is missing cannot happen.
 MOVES: dict[State, dict[Event, State]] = {
-    "starting": {"ready": "ready", "drain": "draining", "stopped": "lost", "failed": "failed", "lost": "lost"},
+    "starting": {
+        "ready": "ready",
+        "drain": "draining",
+        "stopped": "lost",
+        "failed": "failed",
+        "lost": "lost",
+        "out_of_memory": "out_of_memory",
+    },
     # A replica that stops unasked goes with its worker: to those who need it, it is lost.
-    "ready": {"ready": "ready", "drain": "draining", "stopped": "lost", "failed": "failed", "lost": "lost"},
+    "ready": {
+        "ready": "ready",
+        "drain": "draining",
+        "stopped": "lost",
+        "failed": "failed",
+        "lost": "lost",
+        "out_of_memory": "out_of_memory",
+    },
     # A constructor may end, well or badly, after the replica was told to stop; a worker may announce
     # the same drain that the controller asked for. Nothing of this needs a replacement.
-    "draining": {"ready": "draining", "drain": "draining", "failed": "draining", "stopped": "gone", "lost": "gone"},
+    "draining": {
+        "ready": "draining",
+        "drain": "draining",
+        "failed": "draining",
+        "stopped": "gone",
+        "lost": "gone",
+        "out_of_memory": "gone",
+    },
     "gone": {},
     "failed": {},
     "lost": {},
+    "out_of_memory": {},
 }
 
 #: States without a way on.

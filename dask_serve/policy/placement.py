@@ -1,7 +1,7 @@
 """Which worker a new replica goes to.
 
-Dask forgets the resources of an actor once its constructor returned, so the sums are done here, on what the
-controller booked itself.
+The sums are done on what the controller booked itself: Dask forgets the resources of an actor once its constructor
+returned, and knows neither devices nor the memory of models.
 """
 
 from __future__ import annotations
@@ -10,14 +10,23 @@ from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
 
-__all__ = ["Need", "Placement", "WorkerView", "place", "wanted_workers"]
+from .devices import TOLERANCE, Device, describe_devices, pick_devices
+
+__all__ = ["GPU", "Need", "Placement", "WorkerView", "booking", "place", "wanted_workers"]
+
+#: The name under which workers declare GPUs as a resource of Dask's, where they do.
+GPU = "GPU"
 
 
 class Need(Struct, frozen=True, kw_only=True):
     """What one replica asks of its worker."""
 
     threads: int = 1
-    resources: dict[str, float] = {}
+    resources: Mapping[str, float] = {}
+    #: Devices: a whole number, or a fraction of one.
+    gpus: float = 0
+    #: Bytes.
+    memory: int = 0
     #: Names or addresses; empty means any worker.
     workers: Sequence[str] = ()
     max_replicas_per_worker: int | None = None
@@ -38,6 +47,14 @@ class WorkerView(Struct, frozen=True, kw_only=True):
     resources: Mapping[str, float] = {}
     #: What our replicas on it have taken.
     booked: Mapping[str, float] = {}
+    #: What tasks of Dask's that are on it want.
+    in_use: Mapping[str, float] = {}
+    #: Its devices, with what is left of them; None: not known yet.
+    devices: Sequence[Device] | None = ()
+    #: Bytes that Dask lets it use; 0: no limit.
+    memory_limit: int = 0
+    #: Bytes that our replicas on it are counted with.
+    memory: int = 0
     #: Threads of our replicas on it.
     threads: int = 0
     #: Replicas of the deployment in question.
@@ -53,14 +70,16 @@ class Placement(Struct, frozen=True):
 
     worker: str | None
     reason: str = ""
+    devices: Sequence[Device] = ()
 
 
 def place(need: Need, workers: Sequence[WorkerView]) -> Placement:
     """Choose a worker, or say exactly what is missing.
 
-    Hard limits first: named workers, running ones, ``max_replicas_per_worker``, resources. Among what is left the
-    replica goes where this revision failed least, to the host and then the worker with the fewest replicas of its
-    deployment, then to free task threads (a new actor waits in line as any task does), then to the worker whose
+    Hard limits first: named workers, running ones, ``max_replicas_per_worker``, resources, memory, devices. Among what
+    is left the replica goes where this revision failed least, to the host and then the worker with the fewest replicas
+    of its deployment, then to where no task of Dask's holds what it takes and task threads are free (a new actor waits
+    in line as any task does), then to a worker's own devices rather than others that it sees, then to the worker whose
     threads our replicas use least.
     """
     if not workers:
@@ -78,20 +97,55 @@ def place(need: Need, workers: Sequence[WorkerView]) -> Placement:
         return Placement(
             None, f"every worker holds max_replicas_per_worker={limit} replicas already (workers: {_list(fits)})"
         )
-    few, left = left, [w for w in left if _has_resources(need, w)]
+    few, left = left, [w for w in left if _lacks(need, w, w.booked) is None]
     if not left:
-        asked = ", ".join(f"{name}={amount:g}" for name, amount in sorted(need.resources.items()))
-        return Placement(None, f"no worker has resources {asked} free (workers: {_list(few, need.resources)})")
+        asked = {name: amount for w in few for name, amount in booking(need, w.resources).items()}
+        text = ", ".join(f"{name}={amount:g}" for name, amount in sorted(asked.items()))
+        return Placement(None, f"no worker has resources {text} free (workers: {_list(few, asked)})")
+    if need.memory:
+        few, left = left, [w for w in left if not w.memory_limit or w.memory + need.memory <= w.memory_limit]
+        if not left:
+            notes = [f"{_size(w.memory_limit - w.memory)} of {_size(w.memory_limit)} not booked" for w in few]
+            return Placement(
+                None, f"no worker has memory={_size(need.memory)} left (workers: {_list(few, notes=notes)})"
+            )
+    devices = {w.address: pick_devices(need.gpus, w.devices or ()) if need.gpus else [] for w in left}
+    few, left = left, [w for w in left if devices[w.address] is not None]
+    if not left:
+        notes = [describe_devices(w.devices) for w in few]
+        return Placement(None, f"no worker has gpus={need.gpus:g} free (workers: {_list(few, notes=notes)})")
     on_host: dict[str, int] = {}
     for worker in workers:
         on_host[worker.host] = on_host.get(worker.host, 0) + worker.replicas
 
     def cost(worker: WorkerView) -> tuple[float | str, ...]:
         crowded = worker.busy >= worker.nthreads
+        contended = _lacks(need, worker, worker.booked, worker.in_use) is not None
+        chosen = devices[worker.address] or ()
+        foreign = sum((worker.devices or ()).index(device) for device in chosen)
         load = (worker.threads + need.threads) / max(worker.nthreads, 1)
-        return (worker.failures, on_host[worker.host], worker.replicas, crowded, load, worker.total, worker.address)
+        return (
+            worker.failures,
+            on_host[worker.host],
+            worker.replicas,
+            contended,
+            crowded,
+            foreign,
+            load,
+            worker.total,
+            worker.address,
+        )
 
-    return Placement(min(left, key=cost).address)
+    best = min(left, key=cost).address
+    return Placement(best, devices=devices[best] or ())
+
+
+def booking(need: Need, declared: Mapping[str, float]) -> dict[str, float]:
+    """Return what a replica takes of Dask's resources on a worker that declares these."""
+    taken = {name: amount for name, amount in need.resources.items() if amount}
+    if need.gpus and GPU in declared:
+        taken[GPU] = taken.get(GPU, 0) + need.gpus
+    return taken
 
 
 def wanted_workers(workers: Sequence[WorkerView], unplaced: int) -> int:
@@ -112,16 +166,22 @@ def _named(need: Need, worker: WorkerView) -> bool:
     return not need.workers or worker.address in need.workers or worker.name in need.workers
 
 
-def _has_resources(need: Need, worker: WorkerView) -> bool:
-    return all(
-        # A tolerance, because 0.1 is booked and given back many times.
-        worker.resources.get(name, 0) - worker.booked.get(name, 0) >= amount - 1e-9
-        for name, amount in need.resources.items()
-    )
+def _lacks(need: Need, worker: WorkerView, *taken: Mapping[str, float]) -> str | None:
+    """Name a resource that the worker has too little of."""
+    for name, amount in booking(need, worker.resources).items():
+        left = worker.resources.get(name, 0) - sum(other.get(name, 0) for other in taken)
+        if left < amount - TOLERANCE:
+            return name
+    return None
 
 
-def _list(workers: Sequence[WorkerView], resources: Mapping[str, float] = {}) -> str:
-    shown = [_describe(w, resources) for w in sorted(workers, key=lambda w: w.address)[:5]]
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**29 else f"{nbytes / 2**20:.0f} MiB"
+
+
+def _list(workers: Sequence[WorkerView], resources: Mapping[str, float] = {}, notes: Sequence[str] = ()) -> str:
+    texts = [f"{_describe(w, {})} ({note})" for w, note in zip(workers, notes, strict=True)] if notes else []
+    shown = sorted(texts)[:5] or [_describe(w, resources) for w in sorted(workers, key=lambda w: w.address)[:5]]
     if len(workers) > len(shown):
         shown.append(f"and {len(workers) - len(shown)} more")
     return ", ".join(shown)

@@ -48,6 +48,8 @@ class Attempts(Struct, frozen=True, kw_only=True):
     #: When the last of them failed.
     last: float
     message: str = ""
+    #: False: however often it happens, it is tried again.
+    final: bool = True
 
     @property
     def again_at(self) -> float:
@@ -88,7 +90,7 @@ class Plan(Struct, frozen=True):
 
 def has_failed(attempts: Attempts | None, ready: int) -> bool:
     """Tell whether a revision with so many ready replicas is given up."""
-    return attempts is not None and attempts.failures >= ATTEMPTS and ready == 0
+    return attempts is not None and attempts.final and attempts.failures >= ATTEMPTS and ready == 0
 
 
 def plan(

@@ -112,6 +112,8 @@ class FollowedCall(HttpCall):
 
     def __init__(self, parts: Sequence[Buffer], request_id: str, head: HttpHead, loop: Any) -> None:
         super().__init__(parts, request_id, head, loop)
+        # What follows is not kept.
+        self.retries = 0
         self.accepted = False
         self.room = 0
         #: Who accepted it: a WebSocket goes to another replica when it was not opened yet.

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from ..config import HTTPOptions
 from ..exceptions import RequestCancelledError
 from ..policy.routes import Routes
+from ..routing.calls import ONCE
 from ..routing.fabric import Fabric
 from ..routing.router import Router
 from ..routing.table import RouteEntry, Table
@@ -112,7 +113,7 @@ class Forwarder:
         assert route is not None
         call = HttpCall((body,) if body else (), request_id, http_head(scope, route.prefix), self._loop)
         if scope["method"] in _SAFE:
-            call.retries = 1
+            call.retries = ONCE
         connection: ProxyProtocol = scope[CONNECTION]
         connection.on_disconnect = lambda: router.cancel(call)
         self.submit(router, call, timeout)
@@ -145,7 +146,7 @@ class Forwarder:
         kind: type[HttpCall] = UploadCall if more else HttpCall
         call = kind((body,) if body else (), request_id, http_head(scope, route.prefix), self._loop)
         if scope["method"] in _SAFE and not more:
-            call.retries = 1
+            call.retries = ONCE
         connection: ProxyProtocol = scope[CONNECTION]
         connection.on_disconnect = lambda: router.cancel(call)
         self.submit(router, call, timeout)

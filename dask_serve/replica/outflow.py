@@ -66,6 +66,11 @@ class Outflow:
             self.tell((None, self.drain))
 
     @property
+    def progress(self) -> int:
+        """Grows with all that is put and consumed."""
+        return self._put + self._consumed
+
+    @property
     def full(self) -> bool:
         """A whole window is under way."""
         return self._put - self._consumed >= WINDOW

@@ -27,6 +27,10 @@ class Pool:
 
     def __init__(self, size: int, name: str) -> None:
         self._size = size
+        #: How many functions threads have begun to run: it changes as long as the pool gets on.
+        self.begun = 0
+        #: Called by each thread before what it runs next, when it was changed.
+        self.prepare: Callable[[], object] = _nothing
         self._name = name
         self._jobs: SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]] | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -37,6 +41,11 @@ class Pool:
     def stopped(self) -> bool:
         """Nothing is started any more."""
         return self._stopped
+
+    @property
+    def threads(self) -> list[threading.Thread]:
+        """The threads there are."""
+        return list(self._threads)
 
     @property
     def is_awaited(self) -> bool:
@@ -57,10 +66,16 @@ class Pool:
                 thread.start()
 
     def _work(self) -> None:
+        prepared: Callable[[], object] = _nothing
         while not self._stopped:
             job = self._jobs.get()
             if job is None:
                 return
+            # Not exact with several threads, which does no harm.
+            self.begun += 1
+            if self.prepare is not prepared:
+                prepared = self.prepare
+                prepared()
             job[0](*job[1])
             # What was run must not live until there is something else to do.
             del job
@@ -106,3 +121,7 @@ class Pool:
                 self._jobs.get_nowait()
         for _ in self._threads:
             self._jobs.put(None)
+
+
+def _nothing() -> None:
+    pass

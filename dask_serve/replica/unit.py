@@ -10,20 +10,23 @@ import contextlib
 import contextvars
 import logging
 import threading
+import time
 import traceback
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..config import DeploymentOptions
-from ..context import ReplicaContext
+from ..context import ReplicaContext, replica_context
 from ..exceptions import ServeError
 from .clients import Clients
+from .construction import Construction
 from .core import ReplicaCore
-from .dask_keys import gather_keys
 from .door import Door
-from .user import UserCode
+from .health import Health
+from .hold import Hold
+from .user import CLEAN_UP, UserCode
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -44,7 +47,8 @@ class ReplicaUnit:
     Parameters
     ----------
     spec : dict
-        ``id``, ``app``, ``deployment``, ``revision``, ``options`` (msgpack of DeploymentOptions).
+        ``id``, ``app``, ``deployment``, ``revision``, ``options`` (msgpack of DeploymentOptions), ``devices`` (their
+        ordinals), ``key`` of the actor, and ``holds``: it keeps the Dask resources that the actor acquired.
     worker : distributed.Worker
         The worker whose actor this is.
     """
@@ -59,11 +63,21 @@ class ReplicaUnit:
         self._released = threading.Event()
         self._ended = threading.Event()
         self._drained_in_vain = False
+        self._health: Health | None = None
+        self._hold = Hold(worker, spec["key"]) if spec.get("holds") else None
+        devices = tuple(spec.get("devices") or ())
+        self._context = ReplicaContext(spec["app"], spec["deployment"], self.id, worker.address, None, devices)
         context = _user_context(worker)
+        # While it is constructed, code can ask for everything but the object that is being made.
+        context.run(replica_context.set, self._context)
         self.user = UserCode(self.id, self.options.threads, context, self._value_of, self.options.inline_result_bytes)
         self.user.debug = self.options.debug
         self.user.clients = Clients(worker, self.user.loop)
         self.user.clients.enter(context)
+        self.user.on_end = self._on_user_end
+        self._user_ended = threading.Event()
+        self._on_end: list[Callable[[], None]] = []
+        self._construction = Construction(self.user, worker, spec["deployment"], self._on_worker)
 
     @property
     def released(self) -> bool:
@@ -78,7 +92,9 @@ class ReplicaUnit:
     # ------------------------------------------------------------------ start
 
     def start(self) -> None:
-        """Begin; the outcome goes to the controller as a report."""
+        """Begin; the outcome goes to the controller as a report. In the actor's constructor."""
+        if self._hold is not None:
+            self._hold.take()
         self.user.start(self._main)
 
     async def _main(self) -> None:
@@ -86,15 +102,16 @@ class ReplicaUnit:
         from .process import ServeProcess  # the process knows its units
 
         try:
+            # Beside the wait for the code.
+            libraries = asyncio.ensure_future(self.user.in_pool(self.user.look_for_libraries))
             reply = await self._on_worker(self._worker.scheduler.serve_code(revision=self.spec["revision"]))
             if not reply or "error" in reply:
                 raise ServeError(f"the controller has no code for {self.id}: {(reply or {}).get('error')}")
+            await libraries
             door = await self.user.in_pool(lambda: ServeProcess.door_of(self._worker, reply["secret"], self))
-            await self._construct(reply["code"])
-            replica = ReplicaContext(
-                self.spec["app"], self.spec["deployment"], self.id, self._worker.address, self.user.instance
+            await self._construction.run(
+                reply["code"], self.spec.get("keys") or [], self._context, lambda: self.options
             )
-            await self.user.enter_replica(replica)
             self.user.open(door)
             self.core = ReplicaCore(
                 self.id, self.options.max_ongoing_requests, self.user, door.loop, door.mailbox.drain
@@ -118,73 +135,52 @@ class ReplicaUnit:
     async def _open(self, door: Door, core: ReplicaCore) -> None:
         core.set_limit(self.options.max_ongoing_requests)
         door.add(core)
+        self._health = Health(self.user, core, door, lambda: self.options, self._report_health)
+        self._health.start()
 
-    async def _construct(self, blob: bytes) -> None:
-        from ..shipping import code
-
-        keys = self.spec.get("keys") or []
-        values = await self._bound_values(keys) if keys else {}
-        target, args, kwargs = code.unpack(blob, values)
-        await self.user.construct(target, args, kwargs)
-        if self.options.user_config is not None:
-            await self._reconfigure(self.options.user_config)
-
-    async def _reconfigure(self, user_config: Any) -> None:
-        reconfigure = getattr(self.user.instance, "reconfigure", None)
-        if reconfigure is None:
-            raise ServeError(
-                f"deployment {self.spec['deployment']!r} has user_config={user_config!r} but no method "
-                "reconfigure(user_config); define one"
-            )
-        assert self.user.clients is not None
-        with self.user.clients.on_the_loop():
-            result = reconfigure(user_config)
-        if asyncio.iscoroutine(result):
-            await result
+    async def _report_health(self, event: str, message: str) -> None:
+        await self.report(event, message=message)
 
     async def _value_of(self, key: Any) -> Any:
-        try:
-            return (await self._on_worker(gather_keys(self._worker, [key])))[key]
-        except KeyError:
-            raise ServeError(
-                f"the value of the Dask key {key!r}, an argument, is no longer on the cluster; submit its task again"
-            ) from None
-
-    async def _bound_values(self, keys: list[Any]) -> dict[Any, Any]:
-        try:
-            values: dict[Any, Any] = await self._on_worker(gather_keys(self._worker, keys))
-        except KeyError as error:
-            raise ServeError(f"bound Dask values are no longer on the cluster: {error.args[0]}; deploy again") from None
-        return values
+        return await self._construction.value_of(key)
 
     # ------------------------------------------------------------------ control
 
     async def drain(self, timeout: float) -> bool:
         """Take no more requests, and wait at most ``timeout`` seconds until nothing runs; True if so.
 
-        Runs on the worker's loop.
+        What is left of the time is for the object's ``shutdown``. Runs on the worker's loop.
         """
+        deadline = time.monotonic() + timeout
         door, core = self.door, self.core
         if door is None or core is None:
             return True
-        loop = asyncio.get_running_loop()
-        idle = asyncio.Event()
+        if not self.ended and not await self._until_idle(door, core, timeout):
+            self._drained_in_vain = True
+            logger.warning("Replica %s still ran requests after %.1f s of draining", self.id, timeout)
+            return False
+        left = max(deadline - time.monotonic(), 0.0)
+        ended, tell_ended = _event()
+        self._on_end.append(tell_ended)
+        if not self._user_ended.is_set():
+            self._end(left)
+            try:
+                await asyncio.wait_for(ended.wait(), left)
+            except asyncio.TimeoutError:
+                logger.warning("The code of replica %s has not ended after %.1f s of draining", self.id, timeout)
+        return True
 
-        def tell() -> None:
-            # The worker's loop may have ended meanwhile.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(idle.set)
+    async def _until_idle(self, door: Door, core: ReplicaCore, timeout: float) -> bool:
+        idle, tell_idle = _event()
 
         def begin() -> None:
             core.drain(list(door.connections))
-            core.when_idle(tell)
+            core.when_idle(tell_idle)
 
         door.call(begin)
         try:
             await asyncio.wait_for(idle.wait(), timeout)
         except asyncio.TimeoutError:
-            self._drained_in_vain = True
-            logger.warning("Replica %s still ran requests after %.1f s of draining", self.id, timeout)
             return False
         return True
 
@@ -201,7 +197,7 @@ class ReplicaUnit:
             return
         try:
             await asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(self._reconfigure(options.user_config), self.user.loop)
+                asyncio.run_coroutine_threadsafe(self._construction.reconfigure(options.user_config), self.user.loop)
             )
         except Exception as error:
             logger.exception("reconfigure() of replica %s failed", self.id)
@@ -232,9 +228,20 @@ class ReplicaUnit:
             door.call(lambda: door.remove(core))
         self._end()
 
-    def _end(self) -> None:
+    def _end(self, patience: float | None = None) -> None:
         self._ended.set()
-        self.user.stop()
+        if self._health is not None and self.door is not None:
+            self.door.call(self._health.stop)
+        if patience is None:
+            patience = CLEAN_UP if self._drained_in_vain else self.options.graceful_shutdown_timeout_s
+        self.user.stop(max(patience, CLEAN_UP))
+
+    def _on_user_end(self) -> None:
+        if self._hold is not None:
+            self._hold.give_back()
+        self._user_ended.set()
+        for tell in self._on_end:
+            tell()
 
     async def report(self, event: str, **info: str) -> None:
         """Tell the controller; a controller that is gone needs no report."""
@@ -247,6 +254,19 @@ class ReplicaUnit:
         """Await a coroutine on the worker's loop, from any other."""
         loop = self._worker.loop.asyncio_loop
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
+
+
+def _event() -> tuple[asyncio.Event, Callable[[], None]]:
+    """Return an event of the loop that runs, and what sets it from any thread."""
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+
+    def tell() -> None:
+        # The loop may have ended meanwhile.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(event.set)
+
+    return event, tell
 
 
 def _user_context(worker: Worker) -> contextvars.Context:

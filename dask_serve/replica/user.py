@@ -34,10 +34,12 @@ from .door import Door
 from .execution import Answer, Execution
 from .failures import CANCELLED, answer_for
 from .fetching import fetch_all
+from .hooks import finish
 from .http import HttpAdapter
 from .ingress import Lifespan
 from .ingress import build as build_app
 from .methods import Methods
+from .native import NativeThreads
 from .pool import Pool
 from .results import dump_result
 from .streams import serve_stream
@@ -98,6 +100,11 @@ class UserCode:
         #: The Dask clients of user code.
         self.clients: Clients | None = None
         self.pool = Pool(threads, f"{id}-def")
+        #: Called when the user thread has ended, in it.
+        self.on_end: Callable[[], None] = lambda: None
+        self._native = NativeThreads(threads)
+        #: Seconds that ``shutdown()`` may take.
+        self._patience = CLEAN_UP
         self._context = context
         self._inbox = Mailbox(self.loop, self._on_mail, context)
         #: Answers of this tick of the loop.
@@ -109,7 +116,7 @@ class UserCode:
         self.state: dict[str, Any] = {}
         self._lifespan: Lifespan | None = None
         self._http: HttpAdapter | None = None
-        self._thread = threading.Thread(target=self._run, name=f"{id}-user", daemon=True)
+        self.thread = threading.Thread(target=self._run, name=f"{id}-user", daemon=True)
         self._main: Callable[[], Any] | None = None
         self._stopping = threading.Lock()
 
@@ -118,7 +125,7 @@ class UserCode:
     def start(self, main: Callable[[], Any]) -> None:
         """Start the thread; ``main`` is a coroutine function that runs first on its loop (construction)."""
         self._main = main
-        self._thread.start()
+        self.thread.start()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -139,6 +146,8 @@ class UserCode:
             self.methods.clear()
             self._http = self.app = self._lifespan = None
             self.loop.close()
+            self._native.leave()
+            self.on_end()
 
     async def _clean_up(self) -> None:
         """Cancel what still runs. User code that does not let itself be cancelled cannot keep the thread."""
@@ -152,6 +161,7 @@ class UserCode:
             logger.warning("User code of replica %s goes on after it was cancelled; it is dropped", self.id)
         if lifespan is not None:
             await lifespan.stop()
+        await finish(self, self._patience)
         if self.clients is not None:
             await self.clients.close()
         try:
@@ -159,11 +169,15 @@ class UserCode:
         except asyncio.TimeoutError:
             logger.warning("Generators of replica %s do not end; they are dropped", self.id)
 
-    def stop(self) -> None:
-        """End the threads; what runs on them is cancelled (a ``def`` that runs cannot be). From any thread."""
+    def stop(self, patience: float = CLEAN_UP) -> None:
+        """End the threads; what runs on them is cancelled (a ``def`` that runs cannot be). From any thread.
+
+        ``shutdown()`` of the user's object, if it is a coroutine, has ``patience`` seconds.
+        """
         if not self._stopping.acquire(blocking=False):
             # A second stop would end the cleaning up.
             return
+        self._patience = patience
         self.pool.stop()
         # It may have ended already.
         with contextlib.suppress(RuntimeError):
@@ -171,8 +185,8 @@ class UserCode:
 
     def join(self, timeout: float) -> bool:
         """Wait for the user thread to end; False when user code still holds it."""
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
+        self.thread.join(timeout)
+        return not self.thread.is_alive()
 
     async def construct(self, target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Make the user's object (on the user loop). A function deployment is its own object."""
@@ -194,16 +208,38 @@ class UserCode:
     async def enter_replica(self, replica: ReplicaContext) -> None:
         """The user's object is there: build its application, if it has one, and let that start (on the user loop)."""
         self._context.run(replica_context.set, replica)
+        await self.in_pool(self.look_for_libraries)
         ingress = ingress_of(type(self.instance))
         if ingress is not None:
             # In the context that requests have.
-            self.app = await self._spawn(build_app(ingress, self))
+            self.app = await self.spawn(build_app(ingress, self))
             self._lifespan = self._context.copy().run(Lifespan, self.app)
             await self._lifespan.start()
             self.state = self._lifespan.state
 
-    async def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return await self._context.copy().run(self.loop.create_task, coroutine)
+    async def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Await a coroutine in the context that requests have (on the user loop)."""
+        return await self.context().run(self.loop.create_task, coroutine)
+
+    def context(self) -> contextvars.Context:
+        """Return a copy of what every request starts from."""
+        return self._context.copy()
+
+    def on_the_loop(self, function: Callable[[], Any]) -> Any:
+        """Call plain user code on the loop itself, with the Dask client of threads (on the user loop)."""
+        with self.clients.on_the_loop() if self.clients is not None else contextlib.nullcontext():
+            return self.context().run(function)
+
+    def look_for_libraries(self) -> None:
+        """See whether BLAS and its like have been loaded, and set their threads. From any thread."""
+        if self._native.look():
+            self.pool.prepare = self._enter_native
+            # It may be about to end.
+            with contextlib.suppress(RuntimeError):
+                self.loop.call_soon_threadsafe(self._native.enter)
+
+    def _enter_native(self) -> None:
+        self._native.enter()
 
     def open(self, door: Door) -> None:
         """Everything is there: requests may come."""
@@ -336,6 +372,11 @@ class UserCode:
     async def in_pool(self, function: Callable[[], Any]) -> Any:
         """Run a function on the pool, in a copy of the present context."""
         context = contextvars.copy_context()
+        return await self.pool.run(lambda: context.run(function))
+
+    async def in_pool_as_request(self, function: Callable[[], Any]) -> Any:
+        """Run a function on the pool, in the context that requests have."""
+        context = self.context()
         return await self.pool.run(lambda: context.run(function))
 
     def arguments(self, execution: Execution, values: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:

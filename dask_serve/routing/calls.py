@@ -12,6 +12,9 @@ from ..wire.messages import Attachment, Chunk, Event, Failure, HttpHead, Reply
 
 __all__ = ["Outgoing"]
 
+#: Values of `Outgoing.retries`: as the deployment declares, and where it declares nothing never, or once.
+AS_DECLARED, ONCE = -1, -2
+
 
 class Outgoing:
     """One request of a router. Subclasses say what becomes of its answer.
@@ -24,7 +27,7 @@ class Outgoing:
     timeout : float or None
         Seconds until the deadline when the request came to the router.
     retries : int
-        How often it may be sent again after its replica was lost.
+        How often it may be sent again after its replica was lost; `AS_DECLARED` or `ONCE` until that matters.
     model_id : str
         The model that it is for, or "".
     background : bool
@@ -77,7 +80,7 @@ class Outgoing:
         self.request_id = request_id
         self.http = http
         self.attachments = attachments
-        self.retries = 0
+        self.retries = AS_DECLARED
         self.model_id = ""
         self.background = False
         self.trace: tuple[str, str] | None = None

@@ -22,7 +22,7 @@ from ..policy.dispatch import Dispatcher, Target
 from ..policy.retries import RetryBudget
 from ..wire.frames import Buffer
 from ..wire.messages import Chunk, Failure, Reply
-from .calls import Outgoing
+from .calls import ONCE, Outgoing
 from .link import Link
 from .table import DeploymentEntry
 
@@ -248,6 +248,10 @@ class Router:
         )
 
     def _may_retry(self, call: Outgoing) -> bool:
+        """Whether it may be sent again, which it has to be then. What the deployment declares is looked up only now."""
+        if call.retries < 0:
+            declared = None if self.entry is None else self.entry.retries_on_loss
+            call.retries = int(call.retries == ONCE) if declared is None else declared
         if call.retries <= 0 or not self._retries.take(self.sent, monotonic()):
             return False
         call.retries -= 1

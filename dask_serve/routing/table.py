@@ -34,6 +34,8 @@ class DeploymentEntry(Struct, frozen=True, array_like=True):
     failure: str | None = None
     #: Bytes the body of an HTTP request may have; None: as the proxies say.
     body_limit: int | None = None
+    #: How often a request may be sent again where nobody says so; None: as usual.
+    retries_on_loss: int | None = None
 
 
 class RouteEntry(Struct, frozen=True, array_like=True):
