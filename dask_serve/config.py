@@ -13,7 +13,15 @@ from msgspec import Meta, Struct, UnsetType
 
 from .exceptions import ConfigError
 
-__all__ = ["AutoscalingConfig", "CallOptions", "DeploymentOptions", "HTTPOptions", "build_options", "change_options", "parse_options"]
+__all__ = [
+    "AutoscalingConfig",
+    "CallOptions",
+    "DeploymentOptions",
+    "HTTPOptions",
+    "build_options",
+    "change_options",
+    "parse_options",
+]
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -335,14 +343,14 @@ def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Op
         An unknown name (near misses are suggested), a wrong type or a value out of range.
     """
     given = {name: value for name, value in values.items() if not isinstance(value, UnsetType)}
-    for name in given:
+    for name, value in list(given.items()):
         if name not in kind.__struct_fields__:
             near = difflib.get_close_matches(name, kind.__struct_fields__, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(kind.__struct_fields__)}"
             raise ConfigError(f"{where} has no option {name!r}; {hint}")
         nested = _NESTED.get(name)
-        if nested is not None and isinstance(given[name], dict):
-            given[name] = build_options(nested, given[name], f"{name} of {where}")
+        if nested is not None and isinstance(value, dict):
+            given[name] = build_options(nested, value, f"{name} of {where}")
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:

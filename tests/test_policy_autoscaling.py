@@ -50,7 +50,15 @@ def test_changed_bounds_count_at_once():
 
 def test_down_to_the_most_that_was_needed_meanwhile():
     scale = Scale(target=10)
-    for now, running, target in [(0, 2, 10), (30, 8, 10), (59, 2, 10), (60, 2, 4), (60, 2, 4), (119, 2, 4), (120, 2, 1)]:
+    for now, running, target in [
+        (0, 2, 10),
+        (30, 8, 10),
+        (59, 2, 10),
+        (60, 2, 4),
+        (60, 2, 4),
+        (119, 2, 4),
+        (120, 2, 1),
+    ]:
         scale = decide(AUTO, scale, Load(running=running), now).scale
         assert scale.target == target, now
 
@@ -103,9 +111,9 @@ def test_a_wish_replaces_the_load_and_nothing_else():
 
 
 def test_reasons():
-    assert explain(AUTO, Load(3, 17), 10) == "3 requests run and 17 wait: 10 replicas at 2 each"
-    assert explain(AUTO, Load(3, 170), 20).endswith(": 87 replicas at 2 each, but max_replicas=20")
-    assert explain(AUTO, Load(), 1).endswith(": 0 replicas at 2 each, but min_replicas=1")
+    assert explain(AUTO, Load(3, 17), 10) == "3 requests run and 17 wait; 2 to each replica makes 10"
+    assert explain(AUTO, Load(3, 170), 20).endswith("makes 87, but max_replicas=20")
+    assert explain(AUTO, Load(), 1).endswith("makes 0, but min_replicas=1")
     assert explain(AUTO, Load(), 3, Wish(3, "it is nine o'clock")) == "the policy asks for 3: it is nine o'clock"
 
 
@@ -148,9 +156,7 @@ def test_constant_load_leads_to_one_number_that_stays(config, start, load, now):
     # A load just above what so many replicas should have asks for no more of them.
     assert target == exact or (target < exact and load.total <= 1.051 * target * config.target_ongoing_requests)
     numbers = [config.clip(start), *(number for _, number in changes)]
-    turns = sum(
-        (b - a) * (c - b) < 0 for a, b, c in zip(numbers, numbers[1:], numbers[2:], strict=False)
-    )
+    turns = sum((b - a) * (c - b) < 0 for a, b, c in zip(numbers, numbers[1:], numbers[2:], strict=False))
     assert turns <= (config.upscaling_factor > 1)
     assert follow(config, Scale(target=target), load, now, float("inf")) == []
 

@@ -144,7 +144,9 @@ async def _wait_known(client: Client, spec: ApplicationSpec) -> None:
     if spec.route_prefix is not None:
         await probe(client.scheduler, "serve_routed", timeout=KNOWN_WITHIN)
     ingress = deployment_id(spec.name, spec.ingress)
-    target = next(one for one in spec.deployments if one.name == spec.ingress).options.num_replicas
+    options = next(one for one in spec.deployments if one.name == spec.ingress).options
+    number, config = options.num_replicas, options.autoscaling_config
+    target = number if isinstance(number, int) else min(1, config.min_replicas if config is not None else 1)
 
     def known(table: Table) -> bool:
         entry = table.deployments.get(ingress)

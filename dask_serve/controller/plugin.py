@@ -23,9 +23,11 @@ from ..logs import join_dask
 from ..policy.desired import ApplicationSpec
 from ..routing.table import Table, encode_table
 from .changes import Changes
+from .events import Events
 from .promises import Promises
 from .reconciler import Reconciler
 from .registry import Registry
+from .scaling import Scaling
 from .status import ServeStatus, WorkerStatus, encode_status
 from .tunnel import Tunnels
 
@@ -89,6 +91,8 @@ class Controller(SchedulerPlugin):
         self.secret = secrets.token_bytes(32)
         self.registry = Registry()
         self.reconciler = Reconciler(scheduler, self.registry, self._publish)
+        self.events = Events(scheduler)
+        self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
         self.promises = Promises()
         self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
         self.url = ""
@@ -104,6 +108,7 @@ class Controller(SchedulerPlugin):
         self._not_idle = PeriodicCallback(self._keep_awake, NOT_IDLE * 1000)
         for name in OPERATIONS:
             scheduler.handlers[name] = getattr(self, name)
+        scheduler.stream_handlers["serve-load"] = self._on_load
         self._adaptive_before = scheduler.adaptive_target
         # Both names are used: Dask's own Adaptive asks over the wire, dashboards and gateways call the method.
         scheduler.adaptive_target = scheduler.handlers["adaptive_target"] = self._adaptive_target
@@ -139,6 +144,7 @@ class Controller(SchedulerPlugin):
         self._statuses.close()
         self.promises.close()
         await self.tunnels.close()
+        self.scaling.close()
         await self.reconciler.close()
         if self._proxies is not None:
             await self._proxies.stop(CLOSE_DRAIN)
@@ -154,6 +160,7 @@ class Controller(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any) -> None:
         """Its replicas leave the table at once, and are replaced."""
         self.tunnels.forget(worker)
+        self.scaling.lost_worker(worker)
         self.reconciler.lost_worker(worker)
 
     def restart(self, scheduler: Scheduler) -> None:
@@ -201,6 +208,7 @@ class Controller(SchedulerPlugin):
             spec = msgspec.msgpack.decode(application, type=ApplicationSpec)
         except msgspec.ValidationError as error:
             raise ConfigError(f"the scheduler's dask_serve does not understand this application: {error}") from None
+        await self.scaling.check(spec)
         self.registry.deploy(spec, code or {})
         self.reconciler.wake()
         if spec.route_prefix is not None and not self.url:
@@ -258,6 +266,17 @@ class Controller(SchedulerPlugin):
         else:
             logger.warning("replica %s reports %r, which this version does not know", replica, event)
         return {}
+
+    # -- the load
+
+    async def serve_backlogs(self, source: str, number: int, queued: dict[str, float]) -> dict[str, Any]:
+        """Hear how many requests wait at a process's routers."""
+        self.scaling.waits(source, number, queued)
+        return {}
+
+    def _on_load(self, running: dict[str, float], worker: str, **_: Any) -> None:
+        """Hear how many requests run at a worker's replicas."""
+        self.scaling.runs(worker, running)
 
     # -- operations: tunnels
 
@@ -327,7 +346,9 @@ class Controller(SchedulerPlugin):
             logger.exception("the proxies could not be started")
 
     def _on_proxy(self, slot: int, event: str, details: dict[str, Any]) -> None:
-        if event != "stats":
+        if event == "backlogs":
+            self.scaling.waits(**details)
+        elif event != "stats":
             self._publish()
 
     # -- inside
@@ -357,6 +378,7 @@ class Controller(SchedulerPlugin):
             proxies=self._describe_proxies(),
             url=self.url,
             message=self._message,
+            events=self.events.latest(),
         )
         if status != self._status or not status.version:
             self._status = msgspec.structs.replace(status, version=self._status.version + 1)
@@ -365,6 +387,7 @@ class Controller(SchedulerPlugin):
             self._not_idle.start()
         elif not registry.applications and self._not_idle.is_running():
             self._not_idle.stop()
+        self.scaling.look()
 
     def _with_workers(self) -> ServeStatus:
         # Each heartbeat changes it, which is no news to those who watch the status.
@@ -373,7 +396,7 @@ class Controller(SchedulerPlugin):
             for worker in self.scheduler.workers.values()
             if worker.metrics.get("serve")
         ]
-        return msgspec.structs.replace(self._status, workers=workers)
+        return msgspec.structs.replace(self._status, workers=workers, loads=self.scaling.loads())
 
     def _describe_proxies(self) -> list[dict[str, Any]]:
         rows = [] if self._proxies is None else self._proxies.describe()

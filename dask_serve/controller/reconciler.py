@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from distributed import Client
 from distributed.protocol import to_serialize
+from msgspec.structs import replace
 
 from ..policy.lifecycle import ENDS
 from ..policy.placement import Need, place, wanted_workers
@@ -66,6 +67,8 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: set[str] = set()
+        #: Of the replicas that found no worker: how many wait only for free threads, and for how many.
+        self._crowded = (0, 0)
 
     # -- life
 
@@ -98,7 +101,8 @@ class Reconciler:
 
     def wanted_workers(self) -> int:
         """Return how many workers an adaptive cluster should have for our replicas."""
-        return wanted_workers(self.workers.views(), sum(number for number, _ in self.registry.unplaced.values()))
+        unplaced = sum(number for number, _ in self.registry.unplaced.values())
+        return wanted_workers(self.workers.views(), unplaced - self._crowded[0], self._crowded[1])
 
     # -- events
 
@@ -168,6 +172,7 @@ class Reconciler:
         registry.tidy()
         late = self._hold_keys()
         registry.unplaced = {}
+        self._crowded = (0, 0)
         todo = plan(registry.wanted(), registry.seen(), registry.attempts, now)
         registry.failed = todo.failed
         for action in todo.actions:
@@ -202,9 +207,13 @@ class Reconciler:
             resources=options.resources,
             workers=options.workers,
             max_replicas_per_worker=options.max_replicas_per_worker,
+            only_free_threads=self.registry.is_extra(action.deployment, spec),
         )
-        choice = place(need, self.workers.views(action.deployment, action.revision))
+        views = self.workers.views(action.deployment, action.revision)
+        choice = place(need, views)
         if choice.worker is None:
+            if need.only_free_threads and place(replace(need, only_free_threads=False), views).worker is not None:
+                self._crowded = (self._crowded[0] + 1, self._crowded[1] + need.threads)
             number, _ = self.registry.unplaced.get(action.deployment, (0, ""))
             self.registry.unplaced[action.deployment] = (number + 1, choice.reason)
             return

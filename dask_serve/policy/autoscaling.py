@@ -191,7 +191,7 @@ def explain(config: AutoscalingConfig, load: Load, needed: int, wish: Wish | Non
     else:
         each = config.target_ongoing_requests
         unbounded = ceil(load.total / each - 1e-9)
-        text = f"{load.running:.3g} requests run and {load.queued:.3g} wait: {unbounded} replicas at {each:g} each"
+        text = f"{load.running:.3g} requests run and {load.queued:.3g} wait; {each:g} to each replica makes {unbounded}"
     if needed > unbounded and needed == config.min_replicas:
         text += f", but min_replicas={needed}"
     elif needed < unbounded and needed == config.max_replicas:

@@ -110,12 +110,24 @@ class Dispatcher:
         Returns a float in [0, 1).
     """
 
-    __slots__ = ("_announced", "_announced_urgent", "_backlog", "_order", "_port", "_random", "queued", "targets")
+    __slots__ = (
+        "_announced",
+        "_announced_urgent",
+        "_backlog",
+        "_order",
+        "_port",
+        "_random",
+        "on_level",
+        "queued",
+        "targets",
+    )
 
     def __init__(self, port: Port, random: Callable[[], float]) -> None:
         self.targets: dict[str, Target] = {}
         #: Live requests in the backlog.
         self.queued = 0
+        #: Called when the level of the backlog has changed: it left or reached 0, doubled or halved.
+        self.on_level: Callable[[], None] | None = None
         self._order: list[Target] = []
         self._backlog = Backlog()
         self._port = port
@@ -285,6 +297,8 @@ class Dispatcher:
         queued, told = self.queued, self._announced
         if (queued == told or told < 2 * queued < 4 * told) and self._announced_urgent == self._backlog.urgent:
             return
+        if self.on_level is not None:
+            self.on_level()
         if queued:
             self._ask(now, queued)
             return

@@ -80,4 +80,3 @@ class Levels:
 def _differ(told: Mapping[str, float], means: Mapping[str, float], name: str) -> bool:
     before, after = told.get(name, 0.0), means.get(name, 0.0)
     return (before == 0) != (after == 0) or abs(after - before) > 0.1 * before
-

@@ -23,6 +23,7 @@ from .clients import Clients
 from .core import ReplicaCore
 from .dask_keys import gather_keys
 from .door import Door
+from .load import LoadReports
 from .user import UserCode
 
 if TYPE_CHECKING:
@@ -116,8 +117,13 @@ class ReplicaUnit:
             self.end()
 
     async def _open(self, door: Door, core: ReplicaCore) -> None:
-        core.set_limit(self.options.max_ongoing_requests)
+        self._settle_options(door, core)
         door.add(core)
+
+    def _settle_options(self, door: Door, core: ReplicaCore) -> None:
+        """Let the door's part of the replica have the present options (on the door's loop)."""
+        core.set_limit(self.options.max_ongoing_requests)
+        LoadReports.follow(core, self._worker, door.loop, self.options.autoscaling_config is not None)
 
     async def _construct(self, blob: bytes) -> None:
         from ..shipping import code
@@ -195,7 +201,7 @@ class ReplicaUnit:
         self.options = options
         self.user.inline_below = options.inline_result_bytes
         if door is not None and core is not None:
-            door.call(lambda: core.set_limit(options.max_ongoing_requests))
+            door.call(lambda: self._settle_options(door, core))
         if not changed or self.user.instance is None:
             # While it is constructed, `_construct` comes to it.
             return

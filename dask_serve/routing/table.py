@@ -34,6 +34,8 @@ class DeploymentEntry(Struct, frozen=True, array_like=True):
     failure: str | None = None
     #: Bytes the body of an HTTP request may have; None: as the proxies say.
     body_limit: int | None = None
+    #: Its replicas follow its load: routers tell the controller how many requests wait, and wait where there are none.
+    scales: bool = False
 
 
 class RouteEntry(Struct, frozen=True, array_like=True):
