@@ -160,7 +160,7 @@ class Controller(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any) -> None:
         """Its replicas leave the table at once, and are replaced."""
         self.tunnels.forget(worker)
-        self.scaling.lost_worker(worker)
+        self.scaling.lost(worker)
         self.reconciler.lost_worker(worker)
 
     def restart(self, scheduler: Scheduler) -> None:
@@ -170,6 +170,7 @@ class Controller(SchedulerPlugin):
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """Nobody will settle the promises of this client any more."""
         self.promises.remove_client(client)
+        self.scaling.lost(client)
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:
         """Keep the workers that hold replicas."""
@@ -269,9 +270,11 @@ class Controller(SchedulerPlugin):
 
     # -- the load
 
-    async def serve_backlogs(self, source: str, number: int, queued: dict[str, float]) -> dict[str, Any]:
+    async def serve_backlogs(
+        self, source: str, number: int, queued: dict[str, float], owner: str = ""
+    ) -> dict[str, Any]:
         """Hear how many requests wait at a process's routers."""
-        self.scaling.waits(source, number, queued)
+        self.scaling.waits(source, number, queued, owner)
         return {}
 
     def _on_load(self, running: dict[str, float], worker: str, **_: Any) -> None:

@@ -113,6 +113,10 @@ class Registry:
         application = Application(spec)
         if before is not None and not before.deleting:
             self._carry_over(before, application)
+        else:
+            # One of that name before has nothing to do with this one.
+            for id in [id for id in self.targets if id.startswith(spec.name + "/")]:
+                del self.targets[id], self.reasons[id]
         self.applications[spec.name] = application
         # Who deploys again means: try again.
         for key in [key for key in self.attempts if key[0].startswith(spec.name + "/")]:
@@ -169,9 +173,13 @@ class Registry:
         found = {}
         for name, application in self._living():
             for spec in application.spec.deployments:
-                if spec.options.autoscaling_config is not None:
-                    found[deployment_id(name, spec.name)] = spec.options.autoscaling_config
+                config = spec.options.autoscaling_config
+                if config is not None:
                     self.target(name, spec)
+                    if spec.name not in application.reached:
+                        # No request is no reason to stop what is to prove that the code works.
+                        config = msgspec.structs.replace(config, min_replicas=config.start_replicas)
+                    found[deployment_id(name, spec.name)] = config
         for id in self.targets.keys() - found.keys():
             del self.targets[id], self.reasons[id]
         return found

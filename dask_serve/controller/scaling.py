@@ -34,6 +34,8 @@ class _Report(Struct):
     at: float
     number: int
     levels: dict[str, float]
+    #: Whose end is the end of it too: a client's id or a worker's address.
+    owner: str = ""
 
 
 class _Deployment(Struct):
@@ -79,17 +81,20 @@ class Scaling:
         self._running[worker] = _Report(time.monotonic(), 0, running)
         self.look()
 
-    def waits(self, source: str, number: int, queued: dict[str, float]) -> None:
+    def waits(self, source: str, number: int, queued: dict[str, float], owner: str = "") -> None:
         """A process tells how many requests wait at its routers."""
         before = self._queued.get(source)
         # They may overtake each other on their way.
         if before is None or before.number < number:
-            self._queued[source] = _Report(time.monotonic(), number, queued)
+            self._queued[source] = _Report(time.monotonic(), number, queued, owner)
             self.look()
 
-    def lost_worker(self, worker: str) -> None:
-        """What a worker told counts no more."""
-        self._running.pop(worker, None)
+    def lost(self, owner: str) -> None:
+        """What a client or worker told counts no more."""
+        self._running.pop(owner, None)
+        for source in [source for source, report in self._queued.items() if report.owner == owner]:
+            del self._queued[source]
+        self.look()
 
     def look(self) -> None:
         """Something has changed: decide, soon."""
@@ -122,9 +127,11 @@ class Scaling:
         loads = self._loads()
         changed = False
         for id, config in configs.items():
-            deployment = self._deployments.get(id)
-            if deployment is None:
-                deployment = self._deployments[id] = _Deployment(Scale(target=self._registry.targets[id], changed=now))
+            target = self._registry.targets[id]
+            deployment = self._deployments.setdefault(id, _Deployment(Scale(target=target, changed=now)))
+            if deployment.scale.target != target:
+                # Another deployment of that name.
+                deployment.scale = Scale(target=target, changed=now)
             before, deployment.load = deployment.load, loads.get(id, _NONE)
             self._keep_policy(id, config, deployment, before != deployment.load)
             # Its replicas cannot be started: more of them would not help.
@@ -189,6 +196,7 @@ class Scaling:
     def loads(self) -> dict[str, LoadStatus]:
         """Return load and need of each deployment at this moment."""
         now = time.monotonic()
+        scaled = self._registry.scaled()
         return {
             id: LoadStatus(
                 running=deployment.load.running,
@@ -198,6 +206,7 @@ class Scaling:
                 policy_error="" if deployment.policy is None else deployment.policy.error,
             )
             for id, deployment in self._deployments.items()
+            if id in scaled
         }
 
     def _reports(self) -> list[_Report]:

@@ -18,9 +18,9 @@ LEAST = 0.1
 #: Seconds after which any difference is told.
 SETTLE = 1.0
 #: Seconds after which a level that is not zero is told again, though it is the same.
-REPEAT = 3.0
+REPEAT = 2.0
 #: Seconds after which what was told is believed no more: its teller is gone.
-EXPIRES = 10.0
+EXPIRES = 6.0
 #: What was told holds while the level is within this share of it, or within one request.
 BAND = 0.5
 

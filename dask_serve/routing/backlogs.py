@@ -50,16 +50,21 @@ class Backlogs:
             self._timer = self._loop.call_later(SAMPLE, self._sample)
 
     def _sample(self) -> None:
+        self._timer = None
         queued = {id: router.queued for id, router in self._routers.items() if router.scales}
         report = self._levels.sample(queued, monotonic())
         if report is not None:
-            self._number += 1
-            self._tell({"source": self._source, "number": self._number, "queued": report})
-        self._timer = None
+            self._send(report)
         if not self._levels.quiet:
             self.wake()
 
+    def _send(self, queued: dict[str, float]) -> None:
+        self._number += 1
+        self._tell({"source": self._source, "number": self._number, "queued": queued})
+
     def close(self) -> None:
-        """Tell nothing any more."""
+        """Tell that nothing waits any more, and nothing after that."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._levels.told:
+            self._send({})

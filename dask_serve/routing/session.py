@@ -324,10 +324,11 @@ class Session:
 
     def _report(self, backlogs: dict[str, Any]) -> None:
         """Tell the controller how many requests wait; the next report makes up for one that is lost."""
+        owner = self.owner.address if self.in_worker else self.owner.id
 
         async def send() -> None:
             with contextlib.suppress(Exception):
-                await self.owner.scheduler.serve_backlogs(**backlogs)
+                await self.owner.scheduler.serve_backlogs(owner=owner, **backlogs)
 
         with contextlib.suppress(RuntimeError):
             asyncio.run_coroutine_threadsafe(send(), self._loop)
