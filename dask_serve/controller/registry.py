@@ -194,8 +194,10 @@ class Registry:
     def is_extra(self, id: str, spec: DeploymentSpec) -> bool:
         """Whether a deployment can do without another replica, which its load asks for: it should not crowd others."""
         config = spec.options.autoscaling_config
+        if config is None:
+            return False
         living = [r for r in self.replicas.values() if r.deployment == id and r.state in ("starting", "ready")]
-        if config is None or any(r.spec.revision != spec.revision for r in living):
+        if any(r.spec.revision != spec.revision for r in living):
             # Those of a rolling update take the threads of the ones that they replace.
             return False
         return len(living) >= max(config.min_replicas, 1)
