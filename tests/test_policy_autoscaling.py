@@ -148,6 +148,7 @@ def configs(draw: st.DrawFn) -> AutoscalingConfig:
 loads = st.builds(Load, st.floats(0, 200), st.floats(0, 200))
 
 
+@settings(deadline=None)
 @given(configs(), st.integers(0, 100), loads, st.floats(0, 1e6))
 def test_constant_load_leads_to_one_number_that_stays(config, start, load, now):
     changes = follow(config, Scale(target=start), load, now, float("inf"))
@@ -161,7 +162,7 @@ def test_constant_load_leads_to_one_number_that_stays(config, start, load, now):
     assert follow(config, Scale(target=target), load, now, float("inf")) == []
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(configs(), st.integers(0, 60), st.lists(st.tuples(st.floats(0, 30), loads), min_size=1, max_size=60))
 def test_bounds_and_delays_hold_whatever_happens(config, start, events):
     scale, now = Scale(target=config.clip(start)), 0.0

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dask_serve.policy.load import LEAST, REPEAT, SAMPLE, SETTLE, Levels
@@ -58,6 +58,7 @@ def test_noise_is_averaged():
     assert len(later) <= 300 * SAMPLE / SETTLE + 1
 
 
+@settings(deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), st.integers(0, 50)), max_size=200))
 def test_reports_keep_their_distance_and_end_at_zero(history):
     levels = Levels()
