@@ -156,12 +156,12 @@ async def test_a_round_of_decisions_is_short():
     setup.scaling.decide()
     assert setup.target() == 15
     times = []
-    for _ in range(5):
-        began = time.perf_counter()
+    for _ in range(51):
+        began = time.thread_time()
         setup.scaling.decide()
-        times.append(time.perf_counter() - began)
-    # The scheduler's loop does nothing else meanwhile.
-    assert min(times) < 0.01, times
+        times.append(time.thread_time() - began)
+    # The scheduler's loop does nothing else meanwhile. (One of them may meet a collection of all garbage.)
+    assert sorted(times)[25] < 0.005, times
     setup.scaling.close()
 
 
