@@ -13,13 +13,87 @@ from msgspec import Meta, Struct, UnsetType
 
 from .exceptions import ConfigError
 
-__all__ = ["CallOptions", "DeploymentOptions", "HTTPOptions", "build_options", "change_options", "parse_options"]
+__all__ = [
+    "AutoscalingConfig",
+    "CallOptions",
+    "DeploymentOptions",
+    "HTTPOptions",
+    "build_options",
+    "change_options",
+    "parse_options",
+]
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 Path = Annotated[str, Meta(min_length=1)]
+Delay = Annotated[float, Meta(ge=0)]
 #: An import path, alone or with keyword arguments.
 Middleware = str | tuple[str, dict[str, Any]]
+
+
+class AutoscalingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``autoscaling_config`` of a deployment accepts, as this or as a dict. Changes of it restart nothing.
+
+    The load is what runs at replicas and what waits at routers. A deployment needs as many replicas as
+    ``target_ongoing_requests`` goes into its load.
+
+    Parameters
+    ----------
+    min_replicas : int, default 1
+        The fewest replicas. 0: the last one goes when nothing was asked for a while, and the next request waits until
+        one is there again.
+    max_replicas : int, default 100
+        The most replicas. Those beyond ``min_replicas`` start only where a worker has threads that no replica uses.
+    initial_replicas : int or None, default None
+        How many to begin with. None: ``min_replicas``, and at least one, which proves that the code works.
+    target_ongoing_requests : float, default 2.0
+        Requests, running or waiting, that each replica should have.
+    upscale_delay_s : float, default 0.0
+        Seconds for which more replicas must have been needed before they are started. The first one starts at once.
+    downscale_delay_s : float, default 60.0
+        Seconds for which fewer replicas must have been enough before some are stopped.
+    downscale_to_zero_delay_s : float or None, default None
+        Seconds without any request before the last replica is stopped. None: ``downscale_delay_s``.
+    upscaling_factor : float, default 1.0
+        Share of the missing replicas that one step up starts; above 1 it starts more than the load needs.
+    downscaling_factor : float, default 1.0
+        Share of the surplus replicas that one step down stops, from 0 to 1.
+    policy : str, [str, dict] or None, default None
+        Import path of a function (``"module:function"``), alone or with keyword arguments that are JSON, that says how
+        many replicas are needed. It is called in the scheduler's process, in a thread. None: by the load.
+    """
+
+    min_replicas: Annotated[int, Meta(ge=0)] = 1
+    max_replicas: Count = 100
+    initial_replicas: Annotated[int, Meta(ge=0)] | None = None
+    target_ongoing_requests: Annotated[float, Meta(gt=0)] = 2.0
+    upscale_delay_s: Delay = 0.0
+    downscale_delay_s: Delay = 60.0
+    downscale_to_zero_delay_s: Delay | None = None
+    upscaling_factor: Annotated[float, Meta(gt=0)] = 1.0
+    downscaling_factor: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    policy: Middleware | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas={self.min_replicas} is more than max_replicas={self.max_replicas}")
+        if self.initial_replicas is not None and not self.min_replicas <= self.initial_replicas <= self.max_replicas:
+            raise ValueError(
+                f"initial_replicas={self.initial_replicas} is not between min_replicas={self.min_replicas} and "
+                f"max_replicas={self.max_replicas}"
+            )
+        path = self.policy[0] if isinstance(self.policy, (tuple, list)) else self.policy
+        if path is not None and not re.fullmatch(r"[\w.]+:[\w.]+", path):
+            raise ValueError(f"policy={path!r} is no import path: write 'module:function'")
+
+    @property
+    def start_replicas(self) -> int:
+        """How many to begin with."""
+        return max(self.min_replicas, 1) if self.initial_replicas is None else self.initial_replicas
+
+    def clip(self, replicas: int) -> int:
+        """Return the nearest number within the bounds."""
+        return min(max(replicas, self.min_replicas), self.max_replicas)
 
 
 class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,8 +101,10 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     Parameters
     ----------
-    num_replicas : int, default 1
-        How many replicas to keep ready.
+    num_replicas : int or "auto", default 1
+        How many replicas to keep ready. ``"auto"``: as many as the load needs, see ``autoscaling_config``.
+    autoscaling_config : AutoscalingConfig, dict or None, default None
+        How ``num_replicas="auto"``, which may be left out beside it, follows the load. See `AutoscalingConfig`.
     max_ongoing_requests : int, default 100
         How many requests one replica runs at the same time; more of them wait at the router.
     threads : int, default 1
@@ -81,7 +157,10 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         ``@serve.ingress`` have a setting of their own). It shows source code: not for the public.
     """
 
-    num_replicas: Count = 1
+    num_replicas: Annotated[
+        Count | Literal["auto"], Meta(description='it is a number from 1 on, or "auto"; autoscaling_config may go to 0')
+    ] = 1
+    autoscaling_config: AutoscalingConfig | None = None
     max_ongoing_requests: Count = 100
     threads: Count = 1
     max_queued_requests: Count | None = None
@@ -112,6 +191,8 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 f"gpus = {self.gpus:g} and resources = {self.resources!r} ask for GPUs twice: gpus takes the worker's "
                 "resource GPU too, leave that out of resources"
             )
+        if (self.num_replicas == "auto") != (self.autoscaling_config is not None):
+            raise ValueError('autoscaling_config goes with num_replicas="auto", and not with a number')
 
 
 #: The options whose change restarts replicas; all others change in place.
@@ -301,11 +382,14 @@ def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Op
         An unknown name (near misses are suggested), a wrong type or a value out of range.
     """
     given = {name: value for name, value in values.items() if not isinstance(value, UnsetType)}
-    for name in given:
+    for name, value in list(given.items()):
         if name not in kind.__struct_fields__:
             near = difflib.get_close_matches(name, kind.__struct_fields__, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known options: {', '.join(kind.__struct_fields__)}"
             raise ConfigError(f"{where} has no option {name!r}; {hint}")
+        nested = _NESTED.get(name)
+        if nested is not None and isinstance(value, dict):
+            given[name] = build_options(nested, value, f"{name} of {where}")
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
@@ -316,6 +400,10 @@ def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Op
         got = f" = {given[name]!r}" if name in given else ""
         repair = _described(kind, name) or text[:1].lower() + text[1:]
         raise ConfigError(f"{where}: option {name}{got} is not valid: {repair}") from None
+
+
+#: Options that have options.
+_NESTED: dict[str, type[Struct]] = {"autoscaling_config": AutoscalingConfig}
 
 
 def _described(kind: type[Options], name: str) -> str | None:

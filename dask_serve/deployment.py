@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from .config import DeploymentOptions, build_options, change_options
+from .config import AutoscalingConfig, DeploymentOptions, build_options, change_options
 from .exceptions import ConfigError, ServeError
 from .ingress import ingress_of
 from .shipping.spellings import check_hooks, translate
@@ -42,8 +42,8 @@ class Deployment:
         self._options = options
 
     @property
-    def num_replicas(self) -> int:
-        """How many replicas to keep ready."""
+    def num_replicas(self) -> int | str:
+        """How many replicas to keep ready, or ``"auto"``."""
         return self._options.num_replicas
 
     @property
@@ -65,7 +65,8 @@ class Deployment:
         self,
         *,
         name: str | UnsetType = UNSET,
-        num_replicas: int | UnsetType = UNSET,
+        num_replicas: int | Literal["auto"] | UnsetType = UNSET,
+        autoscaling_config: AutoscalingConfig | dict[str, Any] | UnsetType | None = UNSET,
         max_ongoing_requests: int | UnsetType = UNSET,
         threads: int | UnsetType = UNSET,
         max_queued_requests: int | UnsetType | None = UNSET,
@@ -161,7 +162,9 @@ class Deployment:
         )
 
     def __repr__(self) -> str:
-        return f"<Deployment {self.name!r}, {self.num_replicas} replica{'s' * (self.num_replicas != 1)}>"
+        config = self._options.autoscaling_config
+        number = f"{config.min_replicas} to {config.max_replicas}" if config is not None else self.num_replicas
+        return f"<Deployment {self.name!r}, {number} replica{'s' * (number != 1)}>"
 
 
 class Application:
@@ -199,7 +202,8 @@ def deployment(func_or_class: Callable[..., Any], /) -> Deployment: ...
 def deployment(
     *,
     name: str | UnsetType = UNSET,
-    num_replicas: int | UnsetType = UNSET,
+    num_replicas: int | Literal["auto"] | UnsetType = UNSET,
+    autoscaling_config: AutoscalingConfig | dict[str, Any] | UnsetType | None = UNSET,
     max_ongoing_requests: int | UnsetType = UNSET,
     threads: int | UnsetType = UNSET,
     max_queued_requests: int | UnsetType | None = UNSET,
@@ -228,7 +232,8 @@ def deployment(
     /,
     *,
     name: str | UnsetType = UNSET,
-    num_replicas: int | UnsetType = UNSET,
+    num_replicas: int | Literal["auto"] | UnsetType = UNSET,
+    autoscaling_config: AutoscalingConfig | dict[str, Any] | UnsetType | None = UNSET,
     max_ongoing_requests: int | UnsetType = UNSET,
     threads: int | UnsetType = UNSET,
     max_queued_requests: int | UnsetType | None = UNSET,
@@ -295,11 +300,28 @@ def deployment(
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
     """Pick the options that were given out of a function's parameters, in our spelling."""
-    if parameters["num_replicas"] == "auto":
-        raise ConfigError('num_replicas="auto" is not there yet: give a number')
     fields = {name: parameters[name] for name in DeploymentOptions.__struct_fields__}
     given = {name: value for name, value in fields.items() if value is not UNSET}
-    return translate(given, parameters["unknown"])
+    return _scaled(translate(given, parameters["unknown"]))
+
+
+def _scaled(given: dict[str, Any]) -> dict[str, Any]:
+    """Let each of the two options about numbers of replicas stand for both."""
+    number, config = given.get("num_replicas"), given.get("autoscaling_config")
+    if number == "auto":
+        given["autoscaling_config"] = AutoscalingConfig() if config is None else config
+    elif number is not None and config is not None:
+        raise ConfigError(
+            f"num_replicas={number!r} and autoscaling_config exclude each other: leave num_replicas out and give "
+            "min_replicas, max_replicas and initial_replicas in the config"
+        )
+    elif number is not None:
+        given["autoscaling_config"] = None
+    elif config is not None:
+        given["num_replicas"] = "auto"
+    elif "autoscaling_config" in given:
+        raise ConfigError("autoscaling_config=None says how many replicas there are not to be: give num_replicas=")
+    return given
 
 
 def _checked(options: DeploymentOptions, where: str) -> DeploymentOptions:
@@ -309,6 +331,10 @@ def _checked(options: DeploymentOptions, where: str) -> DeploymentOptions:
         raise ConfigError(
             f"{where}: option 'user_config' must be JSON-able (None, bool, numbers, str, list, dict): {error}"
         ) from None
+    try:
+        msgspec.json.encode(options.autoscaling_config)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ConfigError(f"{where}: the arguments of the autoscaling policy must be JSON-able: {error}") from None
     return options
 
 

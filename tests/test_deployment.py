@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 import dask_serve as serve
-from dask_serve.config import DeploymentOptions
+from dask_serve.config import AutoscalingConfig, DeploymentOptions
 from dask_serve.deployment import Application, Deployment, deployment, methods
 from dask_serve.exceptions import ConfigError
 from dask_serve.shipping.code import unpack
@@ -75,13 +75,22 @@ def test_options_copies():
     [
         ({"num_replicas": 0}, r"option '?num_replicas'? = 0 is not valid"),
         ({"num_replica": 1}, "did you mean 'num_replicas'"),
-        ({"num_replicas": "auto"}, "give a number"),
         ({"ray_actor_options": {"runtime_env": {}}}, r"ray_actor_options\['runtime_env'\] has no counterpart here"),
         ({"ray_actor_options": {"num_tpus": 1}}, "is not known; known keys: 'num_cpus'"),
         ({"ray_actor_options": 1}, "ray_actor_options = 1 is not valid: it is a dict"),
         ({"ray_actor_options": {"num_cpus": 2}, "threads": 2}, "is threads= here, which is given too"),
         ({"num_cpus": "2"}, "num_cpus = '2' is not valid: give a number"),
         ({"max_concurrent_queries": 0}, "max_ongoing_requests = 0 is not valid"),
+        ({"num_replicas": "automatic"}, 'a number from 1 on, or "auto"'),
+        ({"num_replicas": 2, "autoscaling_config": {}}, "exclude each other"),
+        ({"autoscaling_config": None}, "give num_replicas="),
+        ({"autoscaling_config": {"min_replica": 0}}, "did you mean 'min_replicas'"),
+        ({"autoscaling_config": {"min_replicas": -1}}, "option min_replicas = -1 is not valid"),
+        ({"autoscaling_config": {"min_replicas": 3, "max_replicas": 2}}, "min_replicas=3 is more than max_replicas=2"),
+        ({"autoscaling_config": {"initial_replicas": 0}}, "initial_replicas=0 is not between min_replicas=1"),
+        ({"autoscaling_config": {"policy": "function"}}, "write 'module:function'"),
+        ({"autoscaling_config": {"policy": ["a:b", {"x": object()}]}}, "must be JSON-able"),
+        ({"autoscaling_config": 3}, "autoscaling_config = 3 is not valid"),
         ({"max_replicas_per_node": 3}, "use max_replicas_per_worker="),
         ({"gpus": 1.5}, "gpus = 1.5 is not valid: give a whole number"),
         ({"gpu": 1}, "did you mean 'gpus'"),
@@ -103,6 +112,18 @@ def test_wrong_options(options, expected):
         @deployment(**options)
         class Model:
             pass
+
+
+def test_numbers_that_follow_the_load():
+    auto = Plain.options(num_replicas="auto")
+    assert auto.all_options.autoscaling_config == AutoscalingConfig()
+    to_zero = Plain.options(autoscaling_config={"min_replicas": 0, "max_replicas": 5})
+    assert to_zero.num_replicas == "auto"
+    assert to_zero.all_options.autoscaling_config == AutoscalingConfig(min_replicas=0, max_replicas=5)
+    assert repr(to_zero) == "<Deployment 'Plain', 0 to 5 replicas>"
+    assert Plain.options(autoscaling_config=AutoscalingConfig(max_replicas=2)).num_replicas == "auto"
+    assert to_zero.options(threads=2).all_options.autoscaling_config == to_zero.all_options.autoscaling_config
+    assert to_zero.options(num_replicas=3).all_options.autoscaling_config is None
 
 
 def test_wrong_targets():

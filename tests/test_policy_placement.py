@@ -287,3 +287,16 @@ def test_wanted_workers():
     # 10 threads on 4: half more than two such workers again.
     assert wanted_workers([worker(1, threads=10, total=10)], 0) == 3
     assert wanted_workers([worker(1, threads=4, total=4)], 0) == 1
+    # Replicas that wait for free threads: as many workers more as have so many.
+    assert wanted_workers([], 0, 5) == 1
+    assert wanted_workers([worker(1, threads=4, total=4)], 0, 4) == 2
+    assert wanted_workers([worker(1, threads=4, total=4), worker(2, threads=3, total=1)], 1, 5) == 5
+
+
+def test_replicas_that_are_to_add_something_need_free_threads():
+    workers = [worker(1, threads=4), worker(2, threads=3)]
+    assert place(Need(only_free_threads=True), workers).worker == workers[1].address
+    full = place(Need(threads=2, only_free_threads=True), workers)
+    assert full.worker is None
+    assert "no worker has a thread that no replica uses (threads=2)" in full.reason
+    assert place(Need(threads=2), workers).worker is not None

@@ -52,9 +52,13 @@ class Front:
         Saves the options.
     on_change : callable
         Called when URL, message or the state of a process changed.
+    on_backlogs : callable
+        Called with what a proxy tells of the requests that wait there, the arguments of `Scaling.waits`.
     """
 
-    def __init__(self, security: Security, editor: Editor, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self, security: Security, editor: Editor, on_change: Callable[[], None], on_backlogs: Callable[..., None]
+    ) -> None:
         #: Where HTTP is served; empty while it is not.
         self.url = ""
         #: Why it is not, in words.
@@ -64,6 +68,7 @@ class Front:
         self._security = security
         self._editor = editor
         self._on_change = on_change
+        self._on_backlogs = on_backlogs
         self._proxies: Any = None
         self._table = b""
         self._starting = asyncio.Lock()
@@ -162,5 +167,7 @@ class Front:
         return rows + self.elsewhere.rows
 
     def _on_event(self, slot: int, event: str, details: dict[str, Any]) -> None:
-        if event != "stats":
+        if event == "backlogs":
+            self._on_backlogs(**details)
+        elif event != "stats":
             self._on_change()

@@ -30,11 +30,13 @@ from ..policy.history import By
 from ..routing.table import Table, encode_table
 from .changes import Changes
 from .editor import Editor
+from .events import Events
 from .front import Front, first_options
 from .history import History, encode_history
 from .promises import Promises
 from .reconciler import Reconciler
 from .registry import Registry
+from .scaling import Scaling
 from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, WorkerStatus, encode_status
 from .store import Store
@@ -102,9 +104,11 @@ class Controller(SchedulerPlugin):
         self.registry = Registry(History(history_length()))
         self.reconciler = Reconciler(scheduler, self.registry, self._publish)
         self.editor = Editor(self.registry, self.reconciler.wake)
+        self.events = Events(scheduler)
+        self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
         self.promises = Promises()
         self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
-        self.front = Front(scheduler.security, self.editor, self._publish)
+        self.front = Front(scheduler.security, self.editor, self._publish, self.scaling.waits)
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
         self._tables = Changes()
@@ -114,6 +118,7 @@ class Controller(SchedulerPlugin):
         self._not_idle = PeriodicCallback(self._keep_awake, NOT_IDLE * 1000)
         for name in OPERATIONS:
             scheduler.handlers[name] = getattr(self, name)
+        scheduler.stream_handlers["serve-load"] = self._on_load
         self._adaptive_before = scheduler.adaptive_target
         # Both names are used: Dask's own Adaptive asks over the wire, dashboards and gateways call the method.
         scheduler.adaptive_target = scheduler.handlers["adaptive_target"] = self._adaptive_target
@@ -153,6 +158,7 @@ class Controller(SchedulerPlugin):
         self._statuses.close()
         self.promises.close()
         await self.tunnels.close()
+        self.scaling.close()
         await self.reconciler.close()
         await self.front.close()
         if self._client is not None:
@@ -168,6 +174,7 @@ class Controller(SchedulerPlugin):
     def remove_worker(self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any) -> None:
         """Its replicas leave the table at once, and are replaced."""
         self.tunnels.forget(worker)
+        self.scaling.lost(worker)
         self.reconciler.lost_worker(worker)
 
     def restart(self, scheduler: Scheduler) -> None:
@@ -182,6 +189,7 @@ class Controller(SchedulerPlugin):
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """Nobody will settle the promises of this client any more."""
         self.promises.remove_client(client)
+        self.scaling.lost(client)
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:
         """Keep the workers that hold replicas."""
@@ -222,6 +230,7 @@ class Controller(SchedulerPlugin):
             spec = msgspec.msgpack.decode(application, type=ApplicationSpec)
         except msgspec.ValidationError as error:
             raise ConfigError(f"the scheduler's dask_serve does not understand this application: {error}") from None
+        await self.scaling.check(spec)
         missing = self.editor.lacks([deployment.revision for deployment in spec.deployments], code)
         if missing:
             # Another session deleted meanwhile what had the same code.
@@ -296,6 +305,19 @@ class Controller(SchedulerPlugin):
             logger.warning("replica %s reports %r, which this version does not know", replica, event)
         return {}
 
+    # -- the load
+
+    async def serve_backlogs(
+        self, source: str, number: int, queued: dict[str, float], owner: str = ""
+    ) -> dict[str, Any]:
+        """Hear how many requests wait at a process's routers."""
+        self.scaling.waits(source, number, queued, owner)
+        return {}
+
+    def _on_load(self, running: dict[str, float], worker: str, **_: Any) -> None:
+        """Hear how many requests run at a worker's replicas."""
+        self.scaling.runs(worker, running)
+
     # -- operations: tunnels
 
     async def serve_tunnel(self, comm: Comm, process: str) -> Status:
@@ -368,6 +390,7 @@ class Controller(SchedulerPlugin):
             proxies=self.front.describe(),
             url=self.front.url,
             message="\n".join(text for text in (self.front.message, *self.editor.trouble) if text),
+            events=self.events.latest(),
         )
         if status != self._status or not status.version:
             self._status = msgspec.structs.replace(status, version=self._status.version + 1)
@@ -376,6 +399,7 @@ class Controller(SchedulerPlugin):
             self._not_idle.start()
         elif not registry.applications and self._not_idle.is_running():
             self._not_idle.stop()
+        self.scaling.look()
 
     def _with_workers(self) -> ServeStatus:
         # Each heartbeat changes it, which is no news to those who watch the status.
@@ -384,7 +408,7 @@ class Controller(SchedulerPlugin):
             for worker in self.scheduler.workers.values()
             if worker.metrics.get("serve")
         ]
-        return msgspec.structs.replace(self._status, workers=workers)
+        return msgspec.structs.replace(self._status, workers=workers, loads=self.scaling.loads())
 
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.

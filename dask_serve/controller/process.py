@@ -32,7 +32,7 @@ EXIT_GRACE = 2.0
 #: Seconds between two looks whether a process that closed its lifeline has ended.
 REAP_INTERVAL = 0.01
 
-#: Called with the slot, what happened ("ready", "stats", "exited") and details.
+#: Called with the slot, what happened ("ready", "stats", "backlogs", "exited") and details.
 OnEvent = Callable[[int, str, dict[str, Any]], None]
 
 
@@ -171,6 +171,8 @@ class Process:
         elif kind == wire.APPLIED:
             self.applied = payload
             self._on_event(self.slot, "applied", {"pid": self.pid})
+        elif kind == wire.BACKLOGS:
+            self._on_event(self.slot, "backlogs", msgspec.msgpack.decode(payload, type=dict[str, Any]))
         elif kind == wire.STATS:
             self.stats = msgspec.msgpack.decode(payload, type=dict[str, Any])
             if self.stats.get("draining"):

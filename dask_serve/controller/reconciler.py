@@ -13,6 +13,7 @@ import msgspec
 from dask.utils import format_bytes
 from distributed import Client
 from distributed.protocol import to_serialize
+from msgspec.structs import replace
 
 from ..policy.lifecycle import ENDS
 from ..policy.placement import Need, booking, place, wanted_workers
@@ -67,6 +68,8 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: set[str] = set()
+        #: Of the replicas that found no worker: how many wait only for free threads, and for how many.
+        self._crowded = (0, 0)
 
     # -- life
 
@@ -99,7 +102,8 @@ class Reconciler:
 
     def wanted_workers(self) -> int:
         """Return how many workers an adaptive cluster should have for our replicas."""
-        return wanted_workers(self.workers.views(), sum(number for number, _ in self.registry.unplaced.values()))
+        unplaced = sum(number for number, _ in self.registry.unplaced.values())
+        return wanted_workers(self.workers.views(), unplaced - self._crowded[0], self._crowded[1])
 
     # -- events
 
@@ -203,6 +207,7 @@ class Reconciler:
         registry.tidy()
         late = self._hold_keys()
         registry.unplaced = {}
+        self._crowded = (0, 0)
         todo = plan(registry.wanted(), registry.seen(), registry.tries(), now)
         registry.failed = todo.failed
         for action in todo.actions:
@@ -239,6 +244,7 @@ class Reconciler:
             memory=options.memory or 0,
             workers=options.workers,
             max_replicas_per_worker=options.max_replicas_per_worker,
+            only_free_threads=self.registry.is_extra(action.deployment, spec),
         )
         views = self.workers.views(action.deployment, action.revision)
         if options.gpus:
@@ -249,6 +255,8 @@ class Reconciler:
             if options.gpus and self.workers.devices.being_asked:
                 # Their answer wakes us.
                 return
+            if need.only_free_threads and place(replace(need, only_free_threads=False), views).worker is not None:
+                self._crowded = (self._crowded[0] + 1, self._crowded[1] + need.threads)
             number, _ = self.registry.unplaced.get(action.deployment, (0, ""))
             self.registry.unplaced[action.deployment] = (number + 1, choice.reason)
             return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ..config import AutoscalingConfig
 from ..exceptions import ApplicationNotFoundError, ConfigError
 from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
 from ..policy.devices import Device
@@ -18,7 +19,7 @@ from ..policy.reconcile import ATTEMPTS, Attempts, Seen, Want
 from ..policy.routes import check_free, check_prefix
 from ..routing.table import DeploymentEntry, ReplicaEntry, RouteEntry
 from .history import History, told_of
-from .status import ApplicationStatus, DeploymentStatus, Health, ReplicaStatus, worst
+from .status import ApplicationStatus, AutoscalingStatus, DeploymentStatus, Health, ReplicaStatus, worst
 
 if TYPE_CHECKING:
     from ..config import DeploymentOptions
@@ -31,7 +32,12 @@ FORGOTTEN = 300.0
 
 def settings_of(options: DeploymentOptions) -> bytes:
     """Return a token of the options that a running replica must learn of when they change."""
-    return msgspec.msgpack.encode(msgspec.structs.replace(options, num_replicas=1))
+    if options.autoscaling_config is not None:
+        # They report their load; how many of them there are is not their business.
+        options = msgspec.structs.replace(options, autoscaling_config=AutoscalingConfig())
+    else:
+        options = msgspec.structs.replace(options, num_replicas=1)
+    return msgspec.msgpack.encode(options)
 
 
 class Replica:
@@ -109,6 +115,9 @@ class Registry:
         self.unplaced: dict[str, tuple[int, str]] = {}
         #: Ids of the deployments that were given up.
         self.failed: frozenset[str] = frozenset()
+        #: Of deployments that follow their load: how many replicas they should have, and why.
+        self.targets: dict[str, int] = {}
+        self.reasons: dict[str, str] = {}
 
     # -- desired
 
@@ -121,6 +130,10 @@ class Registry:
         application = Application(spec)
         if before is not None and not before.deleting:
             self._carry_over(before, application)
+        else:
+            # One of that name before has nothing to do with this one.
+            for id in [id for id in self.targets if id.startswith(spec.name + "/")]:
+                del self.targets[id], self.reasons[id]
         self.applications[spec.name] = application
         if before is not None:
             before.replaced.set()
@@ -159,11 +172,59 @@ class Registry:
                 previous = application.previous.get(spec.name)
                 wants[deployment_id(name, spec.name)] = Want(
                     revision=spec.revision,
-                    replicas=spec.options.num_replicas,
+                    replicas=self.target(name, spec),
                     settings=settings_of(spec.options),
                     previous=None if previous is None else previous.revision,
                 )
         return wants
+
+    def target(self, app: str, spec: DeploymentSpec) -> int:
+        """Return how many replicas a deployment should have."""
+        config, number = spec.options.autoscaling_config, spec.options.num_replicas
+        if config is None:
+            assert isinstance(number, int)
+            return number
+        id = deployment_id(app, spec.name)
+        if id not in self.targets:
+            # One that had a fixed number keeps it until its load says otherwise.
+            there = sum(r.deployment == id and r.state in ("starting", "ready") for r in self.replicas.values())
+            self.targets[id] = max(config.start_replicas, there)
+            self.reasons[id] = "to begin with"
+        return config.clip(self.targets[id])
+
+    def scaled(self) -> dict[str, AutoscalingConfig]:
+        """Return the deployments that follow their load, each of which has a target then."""
+        found = {}
+        for name, application in self._living():
+            for spec in application.spec.deployments:
+                config = spec.options.autoscaling_config
+                if config is not None:
+                    self.target(name, spec)
+                    if spec.name not in application.reached:
+                        # No request is no reason to stop what is to prove that the code works.
+                        config = msgspec.structs.replace(config, min_replicas=config.start_replicas)
+                    found[deployment_id(name, spec.name)] = config
+        for id in self.targets.keys() - found.keys():
+            del self.targets[id], self.reasons[id]
+        return found
+
+    def _least(self, app: str, application: Application, spec: DeploymentSpec) -> int:
+        """Return with how many replicas a deployment runs: those that its load has it start are not missed."""
+        config, target = spec.options.autoscaling_config, self.target(app, spec)
+        if config is None:
+            return target
+        return min(target, config.min_replicas if spec.name in application.reached else config.start_replicas)
+
+    def is_extra(self, id: str, spec: DeploymentSpec) -> bool:
+        """Whether a deployment can do without another replica, which its load asks for: it should not crowd others."""
+        config = spec.options.autoscaling_config
+        if config is None:
+            return False
+        living = [r for r in self.replicas.values() if r.deployment == id and r.state in ("starting", "ready")]
+        if any(r.spec.revision != spec.revision for r in living):
+            # Those of a rolling update take the threads of the ones that they replace.
+            return False
+        return len(living) >= max(config.min_replicas, 1)
 
     def keys(self) -> set[str]:
         """Return the Dask keys that bound arguments refer to."""
@@ -216,7 +277,7 @@ class Registry:
                 del self.applications[name]
                 continue
             for spec in application.spec.deployments:
-                if self._ready(deployment_id(name, spec.name), spec.revision) >= spec.options.num_replicas:
+                if self._ready(deployment_id(name, spec.name), spec.revision) >= self._least(name, application, spec):
                     application.reached.add(spec.name)
                     application.previous.pop(spec.name, None)
             if not application.deleting and len(application.reached) == len(application.spec.deployments):
@@ -250,6 +311,7 @@ class Registry:
                     failure=self._failure(id, spec) if id in self.failed and not ready else None,
                     body_limit=spec.options.body_limit,
                     retries_on_loss=spec.options.retries_on_loss,
+                    scales=spec.options.autoscaling_config is not None,
                 )
         return entries
 
@@ -342,15 +404,22 @@ class Registry:
             status = "deleting"
         elif id in self.failed:
             status = "failed"
-        elif self._ready(id, spec.revision) >= spec.options.num_replicas:
+        elif self._ready(id, spec.revision) >= self._least(app, application, spec):
             status = "running"
         elif spec.name in application.reached:
             status = "unhealthy"
+        config = spec.options.autoscaling_config
+        target = 0 if application.deleting else self.target(app, spec)
         return DeploymentStatus(
             status=status,
-            message=self._deployment_message(id, spec, status, replicas),
             setback=self._setback(id, spec),
-            target=0 if application.deleting else spec.options.num_replicas,
+            message=self._deployment_message(id, spec, status, replicas, target),
+            target=target,
+            autoscaling=None
+            if config is None or application.deleting
+            else AutoscalingStatus(
+                min_replicas=config.min_replicas, max_replicas=config.max_replicas, why=self.reasons[id]
+            ),
             counts=dict(sorted(Counter(r.state for r in replicas).items())),
             replicas=[
                 ReplicaStatus(
@@ -371,17 +440,19 @@ class Registry:
             return ""
         return tried.message if tried.failures == 1 else f"{tried.message} ({tried.failures} times in a row)"
 
-    def _deployment_message(self, id: str, spec: DeploymentSpec, status: Health, replicas: list[Replica]) -> str:
+    def _deployment_message(
+        self, id: str, spec: DeploymentSpec, status: Health, replicas: list[Replica], target: int
+    ) -> str:
         if status == "failed":
             serving = self._ready(id)
             note = f"{serving} replicas of the previous revision go on serving\n" if serving else ""
             return note + self._failure(id, spec)
-        if status in ("running", "deleting"):
-            return ""
         told = []
-        if id in self.unplaced:
+        if id in self.unplaced and status != "deleting":
             number, reason = self.unplaced[id]
-            told.append(f"{number} of {spec.options.num_replicas} replicas wait for a worker: {reason}")
+            told.append(f"{number} of {target} replicas wait for a worker: {reason}")
+        if status in ("running", "deleting"):
+            return "\n".join(told)
         tried = self.attempts.get((id, spec.revision))
         if tried is not None:
             told.append(f"starting failed {tried.failures} times, trying again: {_last_line(tried.message)}")

@@ -54,7 +54,8 @@ class RemoteProxies:
         self._given = given
         security = security or Security()
         self._scheduler: Any = rpc(address, connection_args=security.get_connection_args("client"))
-        self._proxies = Proxies(heartbeat=False, security=security)
+        self._proxies = Proxies(self._on_proxy, heartbeat=False, security=security)
+        self._telling: set[asyncio.Task[None]] = set()
         self._known = ("", 0)
         #: What the controller calls these proxies.
         self._name = f"{socket.gethostname()}-{os.getpid()}"
@@ -106,6 +107,17 @@ class RemoteProxies:
         with contextlib.suppress(OSError):
             await self._scheduler.close_rpc()
         await self._proxies.stop()
+
+    def _on_proxy(self, slot: int, event: str, details: dict[str, Any]) -> None:
+        if event == "backlogs":
+            task = asyncio.get_running_loop().create_task(self._tell(details))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+
+    async def _tell(self, backlogs: dict[str, Any]) -> None:
+        """Pass on how many requests wait; the next report makes up for one that is lost."""
+        with contextlib.suppress(OSError):
+            await self._scheduler.serve_backlogs(**backlogs)
 
     def _here(self, options: HTTPOptions) -> HTTPOptions:
         defaults = HTTPOptions()

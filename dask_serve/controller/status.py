@@ -8,17 +8,23 @@ import msgspec
 from dask.utils import format_bytes
 from msgspec import Struct
 
+from .events import Event
 from .history import signed
 
 __all__ = [
     "ApplicationStatus",
+    "AutoscalingStatus",
     "DeploymentStatus",
+    "LoadStatus",
     "ReplicaStatus",
     "ServeStatus",
     "WorkerStatus",
     "decode_status",
     "encode_status",
 ]
+
+#: How many events `print(serve.status())` shows.
+EVENTS_SHOWN = 5
 
 Health = Literal["deploying", "running", "unhealthy", "failed", "deleting"]
 
@@ -54,6 +60,50 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
     devices: list[str] = []
 
 
+class AutoscalingStatus(Struct, frozen=True, kw_only=True):
+    """How a deployment follows its load.
+
+    Attributes
+    ----------
+    min_replicas, max_replicas : int
+        The bounds.
+    why : str
+        Why it should have as many replicas as its ``target`` says.
+    """
+
+    min_replicas: int
+    max_replicas: int
+    why: str
+
+
+class LoadStatus(Struct, frozen=True, kw_only=True):
+    """The load of a deployment that follows it, at this moment.
+
+    Attributes
+    ----------
+    running, queued : float
+        Requests that run at replicas, and that wait at routers.
+    needed : int
+        How many replicas that needs, within the bounds.
+    due_in : float or None
+        Seconds until the target changes if the load stays as it is; None: it will not.
+    policy_error : str
+        Why the policy of the user's cannot be asked; the load decides then.
+    """
+
+    running: float
+    queued: float
+    needed: int
+    due_in: float | None = None
+    policy_error: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.running:.3g} requests run, {self.queued:.3g} wait, {self.needed} replicas needed"
+        if self.due_in is not None:
+            text += f"; the target changes in {self.due_in:.0f} s if it stays so"
+        return text + (f"; its policy failed: {self.policy_error}" if self.policy_error else "")
+
+
 class DeploymentStatus(Struct, frozen=True, kw_only=True):
     """One deployment: how many replicas it should have, and those it has.
 
@@ -73,6 +123,8 @@ class DeploymentStatus(Struct, frozen=True, kw_only=True):
         Replicas by state.
     replicas : list of ReplicaStatus
         The replicas, the oldest first.
+    autoscaling : AutoscalingStatus or None
+        Why that many, where the number follows the load.
     """
 
     status: Health
@@ -81,12 +133,15 @@ class DeploymentStatus(Struct, frozen=True, kw_only=True):
     counts: dict[str, int]
     replicas: list[ReplicaStatus]
     setback: str = ""
+    autoscaling: AutoscalingStatus | None = None
 
     def __str__(self) -> str:
         counts = ", ".join(f"{number} {state}" for state, number in self.counts.items()) or "no replicas"
         lines = [f"{self.status}, {counts} of {self.target} wanted", *_indented(self.message)]
         if self.setback and self.setback not in self.message:
             lines += _indented(self.setback)
+        if (scaling := self.autoscaling) is not None:
+            lines.append(f"  {self.target} of {scaling.min_replicas} to {scaling.max_replicas}, {scaling.why}")
         for replica in self.replicas:
             note = f": {replica.message}" if replica.message else ""
             lines.append(f"  {replica.id} is {replica.state} on {replica.worker}{note}")
@@ -195,6 +250,10 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
         Where HTTP is served; empty when it is not.
     message : str
         What is wrong with the service as a whole, such as proxies that cannot be started.
+    loads : dict
+        `LoadStatus` by ``application/deployment``, of the deployments that follow their load.
+    events : list of Event
+        The last decisions of the controller, the oldest first.
     """
 
     version: int = 0
@@ -203,6 +262,8 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
     workers: list[WorkerStatus] = []
     url: str = ""
     message: str = ""
+    loads: dict[str, LoadStatus] = {}
+    events: list[Event] = []
 
     def __str__(self) -> str:
         lines = [f"HTTP at {self.url}" if self.url else "HTTP is not served"]
@@ -213,6 +274,8 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
         if not self.applications:
             lines.append("no applications")
         lines += [f"application {name}: {application}" for name, application in self.applications.items()]
+        lines += [f"load of {id}: {load}" for id, load in self.loads.items()]
+        lines += [str(event) for event in self.events[-EVENTS_SHOWN:]]
         return "\n".join(lines)
 
 

@@ -166,6 +166,7 @@ class Dispatcher:
         "_port",
         "_random",
         "_taken",
+        "on_level",
         "online",
         "queued",
         "step",
@@ -177,6 +178,8 @@ class Dispatcher:
         #: Live requests in the backlog, and how many of them are online ones.
         self.queued = 0
         self.online = 0
+        #: Called when the level of the backlog has changed: it left or reached 0, doubled or halved.
+        self.on_level: Callable[[], None] | None = None
         self._order: list[Target] = []
         self._backlog = Backlog()
         self._port = port
@@ -475,6 +478,8 @@ class Dispatcher:
             and self._announced_urgent == self._backlog.urgent
         ):
             return
+        if self.on_level is not None:
+            self.on_level()
         if queued:
             self._ask(now, queued)
             return

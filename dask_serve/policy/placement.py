@@ -30,6 +30,8 @@ class Need(Struct, frozen=True, kw_only=True):
     #: Names or addresses; empty means any worker.
     workers: Sequence[str] = ()
     max_replicas_per_worker: int | None = None
+    #: Only where it does not exceed the worker's threads: it is to add to what the workers can do.
+    only_free_threads: bool = False
 
 
 class WorkerView(Struct, frozen=True, kw_only=True):
@@ -114,6 +116,10 @@ def place(need: Need, workers: Sequence[WorkerView]) -> Placement:
     if not left:
         notes = [describe_devices(w.devices) for w in few]
         return Placement(None, f"no worker has gpus={need.gpus:g} free (workers: {_list(few, notes=notes)})")
+    full, left = left, [w for w in left if _has_threads(need, w)]
+    if not left:
+        free = f"a thread that no replica uses (threads={need.threads})"
+        return Placement(None, f"no worker has {free}; there are more with more workers (workers: {_list(full)})")
     on_host: dict[str, int] = {}
     for worker in workers:
         on_host[worker.host] = on_host.get(worker.host, 0) + worker.replicas
@@ -148,16 +154,26 @@ def booking(need: Need, declared: Mapping[str, float]) -> dict[str, float]:
     return taken
 
 
-def wanted_workers(workers: Sequence[WorkerView], unplaced: int) -> int:
+def wanted_workers(workers: Sequence[WorkerView], unplaced: int, short: int = 0) -> int:
     """Return how many workers an adaptive cluster should have for our replicas.
 
     At least those that hold some; more when replicas could not be placed, or when their threads exceed the
     threads there are. Without any worker one is asked for first: what it is like tells how many more.
+
+    Parameters
+    ----------
+    workers : sequence of WorkerView
+        Those there are.
+    unplaced : int
+        Replicas that no worker can hold, whatever its free threads.
+    short : int
+        Threads of the replicas that only wait for free threads.
     """
     if not workers:
-        return 1 if unplaced else 0
+        return 1 if unplaced or short else 0
     nthreads = sum(w.nthreads for w in workers)
-    excess = sum(w.threads for w in workers) - nthreads
+    # Free threads that these replicas cannot use, scattered or on workers that close, are not counted on.
+    excess = max(sum(w.threads for w in workers) - nthreads, 0) + short
     more = unplaced + (-(-excess * len(workers) // max(nthreads, 1)) if excess > 0 else 0)
     return len(workers) + more if more else sum(1 for w in workers if w.total)
 
@@ -173,6 +189,10 @@ def _lacks(need: Need, worker: WorkerView, *taken: Mapping[str, float]) -> str |
         if left < amount - TOLERANCE:
             return name
     return None
+
+
+def _has_threads(need: Need, worker: WorkerView) -> bool:
+    return not need.only_free_threads or worker.threads + need.threads <= worker.nthreads
 
 
 def _size(nbytes: int) -> str:

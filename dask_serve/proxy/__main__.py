@@ -58,7 +58,10 @@ def build(options: HTTPOptions, presence: Presence, doors: ssl.SSLContext | None
     from ..routing.table import decode_table
     from .app import ProxyApp
 
-    fabric = Fabric(asyncio.get_running_loop(), name=f"proxy-{os.getpid()}", ssl=doors)
+    def report(backlogs: dict[str, Any]) -> None:
+        presence.tell(wire.BACKLOGS, msgspec.msgpack.encode(backlogs))
+
+    fabric = Fabric(asyncio.get_running_loop(), name=f"proxy-{os.getpid()}", ssl=doors, report=report)
 
     def apply(encoded: bytes) -> None:
         table = decode_table(encoded)
@@ -96,6 +99,7 @@ class Process:
 
     async def run(self, listener: socket.socket, lifeline: socket.socket, admin: socket.socket | None = None) -> None:
         self._lifeline = await wire.connect(lifeline, self._on_frame, self._on_eof)
+        self._presence.tell = self._lifeline.send_latest
         # The first frames may have come before there was anything to answer on.
         self._tell_news()
         # Without a table every answer would be 404: connections wait in the kernel's queue until there is one.

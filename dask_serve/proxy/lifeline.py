@@ -16,6 +16,7 @@ from typing import cast
 
 __all__ = [
     "APPLIED",
+    "BACKLOGS",
     "DOORS",
     "DRAIN",
     "OPTIONS",
@@ -44,6 +45,8 @@ PING = b"P"
 REFUSED = b"X"
 #: From the proxy: it routes by the table with this checksum (`checksum`) from now on.
 APPLIED = b"A"
+#: From the proxy: how many requests wait (`dask_serve.routing.backlogs.Backlogs`).
+BACKLOGS = b"B"
 
 #: More than any table can have: a length above it means that the stream is broken.
 MAX_PAYLOAD = 1 << 28

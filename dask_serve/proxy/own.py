@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from ..routing.fabric import Fabric
+from ..routing.router import Router
 from .errors import error_answer, request_id_in
 from .forwarded import is_local
 from .presence import Presence
@@ -101,12 +102,18 @@ async def _reachable(fabric: Fabric, forwarder: Forwarder) -> bool:
     deadline = monotonic() + FIRST_CONTACT
     while True:
         routers = [fabric.router(entry.deployment) for entry in forwarder.routes.entries]
-        if any(router.ready for router in routers):
+        if any(router.ready or _wakes(router) for router in routers):
             return True
         expected = any(router.entry is not None and router.entry.replicas for router in routers)
         if not expected or monotonic() > deadline:
             return False
         await asyncio.sleep(0.02)
+
+
+def _wakes(router: Router) -> bool:
+    """Whether there are no replicas only because nobody asks for them."""
+    entry = router.entry
+    return router.scales and entry is not None and not entry.replicas and entry.failure is None
 
 
 def _metrics(fabric: Fabric, forwarder: Forwarder, state: ProxyState) -> list[str]:

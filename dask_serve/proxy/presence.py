@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import monotonic
 
 __all__ = ["AWAY_AFTER", "Presence"]
@@ -11,11 +12,13 @@ AWAY_AFTER = 5.0
 
 
 class Presence:
-    """When the controller was last heard of."""
+    """When the controller was last heard of, and how to tell it something."""
 
-    __slots__ = ("_heard", "gone")
+    __slots__ = ("_heard", "gone", "tell")
 
     def __init__(self) -> None:
+        #: Sends a frame of the lifeline, which replaces earlier ones of its kind.
+        self.tell: Callable[[bytes, bytes], None] = lambda kind, payload: None
         #: It will not come back: its end of the lifeline is closed.
         self.gone = False
         self._heard = monotonic()

@@ -17,6 +17,7 @@ from .execution import Answer, Execution
 from .inflow import Inflow
 
 if TYPE_CHECKING:
+    from .load import LoadReports
     from .room import Room
     from .user import UserCode
 
@@ -54,6 +55,8 @@ class ReplicaCore:
         self.result_size = ResultSize()
         #: Set when the door opens for it.
         self.room: Room | None = None
+        #: Set while the deployment scales by its load.
+        self.load: LoadReports | None = None
         self.draining = False
         #: Everything is answered; what user code still answers is dropped.
         self.closed = False
@@ -103,6 +106,8 @@ class ReplicaCore:
         if not self._books_are_due:
             self._books_are_due = True
             self._loop.call_later(BOOKS_EVERY, self._keep_books)
+            if self.load is not None:
+                self.load.wake()
 
     def _held_back(self, call: Call) -> None:
         """A call was refused, and maybe not because all slots are taken."""

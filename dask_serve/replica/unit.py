@@ -26,6 +26,7 @@ from .core import ReplicaCore
 from .door import Door
 from .health import Health
 from .hold import Hold
+from .load import LoadReports
 from .user import CLEAN_UP, UserCode
 
 if TYPE_CHECKING:
@@ -133,10 +134,15 @@ class ReplicaUnit:
             self.end()
 
     async def _open(self, door: Door, core: ReplicaCore) -> None:
-        core.set_limit(self.options.max_ongoing_requests)
+        self._settle_options(door, core)
         door.add(core)
         self._health = Health(self.user, core, door, lambda: self.options, self._report_health)
         self._health.start()
+
+    def _settle_options(self, door: Door, core: ReplicaCore) -> None:
+        """Let the door's part of the replica have the present options (on the door's loop)."""
+        core.set_limit(self.options.max_ongoing_requests)
+        LoadReports.follow(core, self._worker, door.loop, self.options.autoscaling_config is not None)
 
     async def _report_health(self, event: str, message: str) -> None:
         await self.report(event, message=message)
@@ -191,7 +197,7 @@ class ReplicaUnit:
         self.options = options
         self.user.inline_below = options.inline_result_bytes
         if door is not None and core is not None:
-            door.call(lambda: core.set_limit(options.max_ongoing_requests))
+            door.call(lambda: self._settle_options(door, core))
         if not changed or self.user.instance is None:
             # While it is constructed, `_construct` comes to it.
             return

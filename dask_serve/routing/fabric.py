@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from time import monotonic
 from typing import Any
 
+from .backlogs import Backlogs
 from .dial import Ways
 from .link import Link
 from .router import Router
@@ -42,6 +43,8 @@ class Fabric:
         For doors with TLS.
     ways : Ways, optional
         How to get to worker processes; by default only directly.
+    report : callable, optional
+        Takes what the controller should know of waiting requests; see `Backlogs`.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Fabric:
         secret: bytes = b"",
         ssl: Any = None,
         ways: Ways | None = None,
+        report: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self.table: Table | None = None
         self.closed = False
@@ -66,6 +70,7 @@ class Fabric:
         self._ssl = ssl
         self._ways = ways or Ways()
         self._links: dict[str, Link] = {}
+        self._backlogs = None if report is None else Backlogs(self.routers, loop, report)
         self._check: asyncio.TimerHandle | None = None
         self._redial: asyncio.TimerHandle | None = None
 
@@ -107,6 +112,8 @@ class Fabric:
         router = self.routers.get(deployment)
         if router is None:
             router = self.routers[deployment] = Router(deployment)
+            if self._backlogs is not None:
+                router.on_backlog = self._backlogs.wake
             if self._absent is not None:
                 router.close(self._absent)
             elif self.table is not None:
@@ -191,6 +198,8 @@ class Fabric:
         for timer in (self._check, self._redial):
             if timer is not None:
                 timer.cancel()
+        if self._backlogs is not None:
+            self._backlogs.close()
         for router in self.routers.values():
             router.close("the service, or this process's connection to it, was shut down")
         for link in list(self._links.values()):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -57,6 +57,8 @@ class Router:
         self._draining: set[str] = set()
         self._unreachable: set[str] = set()
         self._gone_for_good: str | None = None
+        #: Called while the deployment scales by its load, when the level of the backlog has changed.
+        self.on_backlog: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         replicas = len(self._dispatcher.targets)
@@ -71,6 +73,11 @@ class Router:
     def in_flight(self) -> int:
         """Requests that are at replicas."""
         return sum(target.mine for target in self._dispatcher.targets.values())
+
+    @property
+    def scales(self) -> bool:
+        """The deployment has as many replicas as its load needs, perhaps none."""
+        return self.entry is not None and self.entry.scales
 
     @property
     def ready(self) -> bool:
@@ -293,6 +300,9 @@ class Router:
         if self.entry is None and entry is not None and entry.request_timeout_s is not None:
             self._set_deadlines(entry.request_timeout_s, now)
         self.entry = entry
+        dispatcher.on_level = self.on_backlog if self.scales else None
+        if dispatcher.on_level is not None and dispatcher.queued:
+            dispatcher.on_level()
         grown = False
         listed = {} if entry is None else {replica.id: replica for replica in entry.replicas}
         self._draining &= listed.keys()

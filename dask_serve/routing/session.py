@@ -195,7 +195,7 @@ class Session:
             if self._engine is None or self._engine_fabric is None or self._engine.pid != os.getpid():
                 self._check_open()
                 engine = Engine.acquire()
-                fabric = Fabric(engine.loop, name="engine", ssl=self._ssl, ways=self._ways)
+                fabric = Fabric(engine.loop, name="engine", ssl=self._ssl, ways=self._ways, report=self._report)
                 self._engine, self._engine_fabric = engine, fabric
                 if self.table is not None:
                     engine.put(fabric.apply, self.table)
@@ -211,7 +211,7 @@ class Session:
                 assert self._engine_fabric is not None
                 return self._engine_fabric
             self._check_open()
-            fabric = Fabric(loop, name=f"loop-{id(loop):x}", ssl=self._ssl, ways=self._ways)
+            fabric = Fabric(loop, name=f"loop-{id(loop):x}", ssl=self._ssl, ways=self._ways, report=self._report)
             with self._lock:
                 self._fabrics[loop] = fabric
                 table, absent = self.table, self.absent
@@ -319,6 +319,17 @@ class Session:
             asyncio.run_coroutine_threadsafe(send(), self._loop)
         except RuntimeError:
             logger.debug("%s came after the client was closed", op)
+
+    def _report(self, backlogs: dict[str, Any]) -> None:
+        """Tell the controller how many requests wait; the next report makes up for one that is lost."""
+        owner = self.owner.address if self.in_worker else self.owner.id
+
+        async def send() -> None:
+            with contextlib.suppress(Exception):
+                await self.owner.scheduler.serve_backlogs(owner=owner, **backlogs)
+
+        with contextlib.suppress(RuntimeError):
+            asyncio.run_coroutine_threadsafe(send(), self._loop)
 
     # ------------------------------------------------------------------ the end
 

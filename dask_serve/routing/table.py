@@ -36,6 +36,8 @@ class DeploymentEntry(Struct, frozen=True, array_like=True):
     body_limit: int | None = None
     #: How often a request may be sent again where nobody says so; None: as usual.
     retries_on_loss: int | None = None
+    #: Its replicas follow its load: routers tell the controller how many requests wait, and wait where there are none.
+    scales: bool = False
 
 
 class RouteEntry(Struct, frozen=True, array_like=True):
