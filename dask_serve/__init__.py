@@ -22,12 +22,14 @@ if TYPE_CHECKING:
         status,
         url,
     )
+    from .batching import batch
     from .context import get_multiplexed_model_id, get_replica_context, get_request_context
     from .deployment import Application, Deployment, deployment
     from .exceptions import (
         ApplicationNotFoundError,
         ArgumentsError,
         BackPressureError,
+        BatchError,
         ConfigError,
         DeploymentFailedError,
         DeploymentUnavailableError,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from .gathering import gather
     from .handle import DeploymentHandle
     from .ingress import ingress
+    from .multiplex import multiplexed
     from .response import DeploymentResponse
     from .streaming import DeploymentResponseGenerator
 
@@ -55,6 +58,7 @@ __all__ = [
     "ApplicationNotFoundError",
     "ArgumentsError",
     "BackPressureError",
+    "BatchError",
     "ConfigError",
     "Deployment",
     "DeploymentFailedError",
@@ -73,6 +77,7 @@ __all__ = [
     "StartTimeoutError",
     "UserCodeError",
     "__version__",
+    "batch",
     "delete",
     "deployment",
     "gather",
@@ -82,6 +87,7 @@ __all__ = [
     "get_replica_context",
     "get_request_context",
     "ingress",
+    "multiplexed",
     "run",
     "shutdown",
     "start",
@@ -91,11 +97,13 @@ __all__ = [
 
 _MODULES = {
     "api": ("delete", "get_app_handle", "get_deployment_handle", "run", "shutdown", "start", "status", "url"),
+    "batching": ("batch",),
     "context": ("get_multiplexed_model_id", "get_replica_context", "get_request_context"),
     "deployment": ("Application", "Deployment", "deployment"),
     "gathering": ("gather",),
     "handle": ("DeploymentHandle",),
     "ingress": ("ingress",),
+    "multiplex": ("multiplexed",),
     "response": ("DeploymentResponse",),
     "streaming": ("DeploymentResponseGenerator",),
 }

@@ -11,6 +11,7 @@
     └── RequestError                               one request failed, and not by user code
         ├── MethodNotFoundError    (AttributeError)
         ├── ArgumentsError         (TypeError)     the method does not take these arguments
+        ├── BatchError             (ValueError)    a batched method did not return one result for each call
         ├── PayloadError           (TypeError)     an argument or a result cannot be sent
         ├── DeploymentUnavailableError             nothing is there that could answer
         ├── BackPressureError                      refused: too many requests wait already
@@ -28,6 +29,7 @@ __all__ = [
     "ApplicationNotFoundError",
     "ArgumentsError",
     "BackPressureError",
+    "BatchError",
     "ConfigError",
     "DeploymentFailedError",
     "DeploymentUnavailableError",
@@ -104,6 +106,10 @@ class MethodNotFoundError(RequestError, AttributeError):
 
 class ArgumentsError(RequestError, TypeError):
     """The method does not take the arguments of the call; the message tells which, and its signature."""
+
+
+class BatchError(RequestError, ValueError):
+    """A batched method did not return one result for each call, in their order."""
 
 
 class PayloadError(RequestError, TypeError):

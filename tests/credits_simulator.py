@@ -37,6 +37,7 @@ class Request:
     dropped: bool = False
     background: bool = False
     prefers: frozenset[str] | None = None
+    model_id: str = ""
     urgent: bool = False
     #: Where it is: connection and target.
     place: Any = None

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from .backlog import Backlog
+from .models import choose_holder
 
 __all__ = ["Dispatcher", "Port", "Queued", "Target"]
 
@@ -42,6 +43,11 @@ class Queued(Protocol):
     prefers: frozenset[str] | None
     #: It is admitted even where results have no room; it goes before others.
     urgent: bool
+    #: The model that it is for, or "".
+    model_id: str
+
+
+_NONE: frozenset[str] = frozenset()
 
 
 class Target:
@@ -63,9 +69,24 @@ class Target:
         A want of this router stands there.
     usable : bool
         False while its door is silent: no new requests go there.
+    models, loading : frozenset of str
+        The models that it has, and those that it loads or will have to.
     """
 
-    __slots__ = ("asked", "heard", "id", "limit", "link", "mine", "others", "places", "usable", "wanted")
+    __slots__ = (
+        "asked",
+        "heard",
+        "id",
+        "limit",
+        "link",
+        "loading",
+        "mine",
+        "models",
+        "others",
+        "places",
+        "usable",
+        "wanted",
+    )
 
     def __init__(self, id: str, limit: int, link: Any = None, places: frozenset[str] = frozenset()) -> None:
         self.id = id
@@ -78,6 +99,8 @@ class Target:
         self.wanted = 0
         self.asked = False
         self.usable = True
+        self.models: frozenset[str] = _NONE
+        self.loading: frozenset[str] = _NONE
 
     def load(self, now: float) -> int:
         """Requests there, as far as is known: own ones for certain, those of others by the last answer."""
@@ -128,7 +151,7 @@ class Dispatcher:
     def submit(self, call: Queued) -> None:
         """Take a new request: send it, or let it wait."""
         if not self.queued:
-            target = self._choose(call.since, call.prefers)
+            target = self._choose(call.since, call.prefers) if not call.model_id else self._holder(call, call.since)
             if target is not None:
                 # Reserved in the step that chooses, so that the next choice sees it.
                 target.mine += 1
@@ -158,7 +181,7 @@ class Dispatcher:
     def put_back(self, call: Queued, now: float) -> None:
         """A request whose replica went away is to be sent again: at once, or from the head of the backlog."""
         if not self.queued:
-            target = self._choose(now, call.prefers)
+            target = self._choose(now, call.prefers) if not call.model_id else self._holder(call, now)
             if target is not None:
                 target.mine += 1
                 self._port.send(target, call, False)
@@ -196,7 +219,9 @@ class Dispatcher:
             self._port.give_back(target)
 
     def _send_head(self, target: Target, credit: bool, now: float) -> None:
-        call = self._backlog.pop()
+        call = self._backlog.pop(target.models)
+        if call.model_id:
+            _will_have(target, call.model_id)
         self.queued -= 1
         target.mine += 1
         self._port.send(target, call, credit)
@@ -278,6 +303,13 @@ class Dispatcher:
         free = [target for target in order if target.mine < target.limit and target.usable]
         return min(free, key=lambda target: target.load(now)) if free else None
 
+    def _holder(self, call: Queued, now: float) -> Target | None:
+        """Choose a replica by the model that it has."""
+        target = choose_holder(self._order, call.model_id, now)
+        if target is not None:
+            _will_have(target, call.model_id)
+        return target
+
     # ------------------------------------------------------------------ wants
 
     def _announce(self, now: float) -> None:
@@ -311,3 +343,9 @@ class Dispatcher:
         for target in asked:
             target.asked = True
             self._port.want(target, min(self.queued, target.limit + 1), oldest, urgent)
+
+
+def _will_have(target: Target, model: str) -> None:
+    """The replica will load a model that it does not have; it tells when it does."""
+    if model not in target.models and model not in target.loading:
+        target.loading |= {model}

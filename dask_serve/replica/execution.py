@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from ..context import RequestContext
 from ..wire.frames import Buffer
-from ..wire.messages import Call
+from ..wire.messages import Call, model_id_of
 
 if TYPE_CHECKING:
     from .core import ReplicaCore
@@ -101,18 +101,7 @@ class Execution:
         context = self.user_context
         if context is None:
             call = self.call
-            model_id = call.model_id if call.http is None else _model_id(call.http.headers)
+            model_id = call.model_id if call.http is None else model_id_of(call.http.headers)
             context = RequestContext(call.request_id, self.deadline, model_id, call.background)
             self.user_context = context
         return context
-
-
-def _model_id(headers: Sequence[tuple[bytes, bytes]]) -> str:
-    for name, value in headers:
-        if name in _MODEL_ID:
-            return value.decode("latin-1")
-    return ""
-
-
-#: The second form passes gateways that drop headers with underscores.
-_MODEL_ID = (b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")

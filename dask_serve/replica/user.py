@@ -21,6 +21,7 @@ from typing import Any
 from starlette.types import ASGIApp
 
 from .. import exceptions
+from ..batching import BatchedFunction, is_batched
 from ..context import ReplicaContext, replica_context, request_context
 from ..exceptions import (
     ArgumentsError,
@@ -38,6 +39,7 @@ from ..wire.messages import Attachment, Kind
 from .clients import Clients
 from .door import Door
 from .execution import Answer, Execution
+from .host import Host, enter_host
 from .http import HttpAdapter
 from .ingress import Lifespan
 from .ingress import build as build_app
@@ -98,6 +100,9 @@ class UserCode:
         self.clients: Clients | None = None
         self._pool = Pool(threads, f"{id}-def")
         self._context = context
+        #: What batched methods and multiplexed models run on.
+        self.host = Host(self.loop, self._pool)
+        context.run(enter_host, self.host)
         self._inbox = Mailbox(self.loop, self._on_mail, context)
         self._methods: dict[str, tuple[Callable[..., Any], bool] | None] = {}
         #: Answers of this tick of the loop.
@@ -151,6 +156,7 @@ class UserCode:
             _, pending = await asyncio.wait(pending, timeout=CLEAN_UP)
         if pending:
             logger.warning("User code of replica %s goes on after it was cancelled; it is dropped", self.id)
+        await self.host.close()
         if lifespan is not None:
             await lifespan.stop()
         if self.clients is not None:
@@ -228,13 +234,17 @@ class UserCode:
                 what = f"no method {name!r}" if function is None else f"{name!r}, a {_kind(function)} and no method"
                 raise MethodNotFoundError(f"{self._deployment} has {what}; it has: {', '.join(self.public_methods())}")
             call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
-            found = self._methods[name] = (function, inspect.iscoroutinefunction(call))
+            # A call waits for its batch on the loop, whatever runs the batch.
+            is_async = inspect.iscoroutinefunction(call) or is_batched(function)
+            found = self._methods[name] = (function, is_async)
         return found
 
     def _find(self, name: str) -> Any:
         """Return what the user's object has under a name; properties are not evaluated."""
         if name != "__call__" and name.startswith("_"):
             return None
+        if isinstance(self.instance, BatchedFunction):
+            return self.instance.bound() if name == "__call__" else None
         if inspect.isfunction(self.instance):
             return self.instance if name == "__call__" else None
         static = inspect.getattr_static(self.instance, name, None)
@@ -247,7 +257,7 @@ class UserCode:
 
     def public_methods(self) -> list[str]:
         """Names that handles can call."""
-        if inspect.isfunction(self.instance):
+        if inspect.isfunction(self.instance) or isinstance(self.instance, BatchedFunction):
             return ["__call__"]
         names = [name for name in dir(type(self.instance)) if not name.startswith("_")]
         names = [name for name in names if callable(getattr(type(self.instance), name, None))]

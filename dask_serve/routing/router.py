@@ -52,6 +52,8 @@ class Router:
         self._draining: set[str] = set()
         self._unreachable: set[str] = set()
         self._gone_for_good: str | None = None
+        #: Replicas of this deployment load models: over HTTP requests may name one.
+        self.knows_models = False
 
     def __repr__(self) -> str:
         replicas = len(self._dispatcher.targets)
@@ -192,6 +194,11 @@ class Router:
     def on_credit(self, target: Target) -> None:
         self._dispatcher.credited(target, monotonic())
 
+    def on_models(self, target: Target) -> None:
+        """A replica's models have changed."""
+        self.knows_models = True
+        target.models, target.loading = target.link.models[target.id]
+
     def on_link_lost(self, call: Outgoing, executed: bool) -> None:
         """The connection broke under a request."""
         target = call.target[1]
@@ -273,6 +280,8 @@ class Router:
             places = frozenset((replica.process, replica.worker))
             target = Target(replica.id, entry.max_ongoing_requests, link, places)
             target.usable = not link.silent
+            if replica.id in link.models:
+                self.on_models(target)
             link.targets[replica.id] = (self, target)
             dispatcher.add(target, now)
         self._gone_for_good = None
