@@ -19,8 +19,9 @@ _FORGET = 0.9
 #: Samples this many times as long as expected are set aside (a compilation, a pause), unless several come in a row.
 _OUTLIER, _IN_A_ROW = 5.0, 3
 
-#: The next batch is held for at most this part of the fixed cost, and this many seconds.
-HELD_FOR, HELD_AT_MOST = 0.25, 0.01
+#: The next batch is held for at most this part of the fixed cost (less, where holding has paid less), and this many
+#: seconds.
+HELD_FOR, HELD_AT_MOST = 0.5, 0.02
 #: Holding goes on while at least this share of the holds brought back half of the callers; below it every
 #: `_TRIED_EVERY` th batch tries again.
 _WORTH, _TRIED_EVERY = 0.3, 16
@@ -241,7 +242,7 @@ class Pace:
     def ended(self, now: float, size: float, waiting: float) -> None:
         """A batch of this size has ended; so much waits."""
         self._batches += 1
-        hold = min(HELD_FOR * self._cost.fixed, HELD_AT_MOST)
+        hold = min(HELD_FOR * max(self.worth, _WORTH) * self._cost.fixed, HELD_AT_MOST)
         if hold > 0 and (self.worth >= _WORTH or self._batches % _TRIED_EVERY == 0):
             self._answered, self._left = size, waiting
             self._target = size + waiting

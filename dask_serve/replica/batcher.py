@@ -233,6 +233,7 @@ class Batcher:
         #: Sizes of the waiting calls.
         self._size = 0.0
         self._timer: asyncio.TimerHandle | None = None
+        self._rings = 0.0
         self._batches: dict[Item, Batch] = {}
 
     def __len__(self) -> int:
@@ -375,14 +376,13 @@ class Batcher:
 
     def _arm(self, due: float) -> None:
         assert self.loop is not None
-        delay = max(0.0, due - time.monotonic())
-        timer = self._timer
-        if timer is not None:
-            if timer.when() <= self.loop.time() + delay:
+        if self._timer is not None:
+            if self._rings <= due:
                 # It looks again itself.
                 return
-            timer.cancel()
-        self._timer = self.loop.call_later(delay, self._on_timer)
+            self._timer.cancel()
+        self._rings = due
+        self._timer = self.loop.call_later(max(0.0, due - time.monotonic()), self._on_timer)
 
     def _on_timer(self) -> None:
         self._timer = None

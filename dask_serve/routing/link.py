@@ -303,7 +303,9 @@ class Link:
             else:
                 entry[0].on_credit(entry[1])
         elif kind == Kind.DRAINING:
-            entry = self.targets.pop(decode_replica(frame.header).replica, None)
+            name = decode_replica(frame.header).replica
+            self.models.pop(name, None)
+            entry = self.targets.pop(name, None)
             if entry is not None:
                 entry[0].forget(entry[1], draining=True)
         elif kind == Kind.WINDOW:
