@@ -39,13 +39,16 @@ class CostModel:
         Seconds that one more call adds (``a``).
     fixed : float
         Seconds that a batch takes however small it is (``b``).
+    settled : bool
+        Both were told apart.
     """
 
-    __slots__ = ("_begun", "_n", "_nn", "_nt", "_outliers", "_t", "_weight", "each", "fixed")
+    __slots__ = ("_begun", "_n", "_nn", "_nt", "_outliers", "_t", "_weight", "each", "fixed", "settled")
 
     def __init__(self) -> None:
         self.each = 0.0
         self.fixed = 0.0
+        self.settled = False
         self._begun = False
         self._outliers = 0
         self._weight = self._n = self._t = self._nn = self._nt = 0.0
@@ -67,7 +70,8 @@ class CostModel:
         if not self._begun:
             self._begun = True
             return
-        if self.known and seconds > _OUTLIER * self.time(size):
+        # A small batch is not unusual because it takes as long as the large ones so far.
+        if self.known and seconds > _OUTLIER * max(self.time(size), self._t / self._weight):
             self._outliers += 1
             if self._outliers < _IN_A_ROW:
                 return
@@ -86,6 +90,7 @@ class CostModel:
         spread = self._nn / self._weight - size * size
         if spread > 1e-3 * size * size:
             self.each = (self._nt / self._weight - size * seconds) / spread
+            self.settled = True
         elif self.each == self.fixed == 0.0:
             self.each = seconds / size
         # Sizes that are all the same tell the sum of both only: what one more call adds stays as it was.
@@ -242,7 +247,9 @@ class Pace:
     def ended(self, now: float, size: float, waiting: float) -> None:
         """A batch of this size has ended; so much waits."""
         self._batches += 1
-        hold = min(HELD_FOR * max(self.worth, _WORTH) * self._cost.fixed, HELD_AT_MOST)
+        # Not told apart, all that one call takes may be fixed: to find out takes two in a batch.
+        fixed = self._cost.fixed if self._cost.settled else self._cost.time(1)
+        hold = min(HELD_FOR * max(self.worth, _WORTH) * fixed, HELD_AT_MOST)
         if hold > 0 and (self.worth >= _WORTH or self._batches % _TRIED_EVERY == 0):
             self._answered, self._left = size, waiting
             self._target = size + waiting
