@@ -31,7 +31,7 @@ class BatchedFunction:
         self.is_async = inspect.iscoroutinefunction(function)
         self.streams = inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
         #: Of a plain function, by the replica or event loop that calls it (None: threads).
-        self._kept: dict[Any, Batcher] = {}
+        self._kept: dict[Any, Any] = {}
 
     def __reduce__(self) -> Any:
         # What runs stays where it runs.
@@ -74,12 +74,15 @@ class BatchedFunction:
                 found = batchers.get((self, place))
                 if found is None:
                     forget_closed(batchers)
-                    found = batchers[self, place] = self._make(call)
+                    settings = batchers.get((self, "settings"))
+                    if settings is None:
+                        settings = batchers[self, "settings"] = self._settings()
+                    found = batchers[self, place] = self._make(call, settings)
         return found
 
-    def _make(self, call: Callable[..., Any]) -> Batcher:
-        options, host = self.options, current_host()
-        settings = BatchSettings(
+    def _settings(self) -> BatchSettings:
+        options = self.options
+        return BatchSettings(
             most=options["max_batch_size"],
             wait=options["batch_wait_timeout_s"],
             concurrent=options["max_concurrent_batches"],
@@ -87,6 +90,9 @@ class BatchedFunction:
             bisect=options["bisect"],
             stack=options["stack"],
         )
+
+    def _make(self, call: Callable[..., Any], settings: BatchSettings) -> Batcher:
+        host = current_host()
         loop = running_loop() if host is None else host.loop
         kind = StreamBatcher if self.streams else Batcher
         batcher = kind(
