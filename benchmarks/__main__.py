@@ -10,21 +10,26 @@ from pathlib import Path
 
 from distributed import Client
 
-from . import arrays, chain, door, dropped, handle_calls, http_noop, memory, streams
+from . import arrays, batching, chain, door, dropped, handle_calls, http_noop, memory, streams
 from .load import generator
 from .processes import DEADLINE, cluster
 from .table import Row, page
 
-PARTS = ("http", "handle", "streams", "refs", "memory", "door")
+PARTS = ("http", "handle", "streams", "batching", "refs", "memory", "door")
 PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
 
 
 def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
-    """Measure one part after the other; the first three share a cluster, each other one has its own."""
-    if {"http", "handle", "streams"} & {*parts}:
+    """Measure one part after the other; the first four share a cluster, each other one has its own."""
+    if {"http", "handle", "streams", "batching"} & {*parts}:
         with cluster() as running, Client(running.address, set_as_default=False) as client:
-            for name, part in [("http", http_noop), ("handle", handle_calls), ("streams", streams)]:
+            for name, part in [
+                ("http", http_noop),
+                ("handle", handle_calls),
+                ("streams", streams),
+                ("batching", batching),
+            ]:
                 if name in parts:
                     yield from part.rows(running, client, pairs, seconds)
     if "refs" in parts:

@@ -357,7 +357,7 @@ class Batcher:
         if leader is not None:
             leader.wake()
         elif due > now:
-            if loop is not None:
+            if loop is not None and (self._timer is None or self._rings > due):
                 self._on_its_loop(partial(self._arm, due))
         elif loop is None:
             self._called -= 1
