@@ -332,6 +332,10 @@ class Model(Recorder):
         self.batches.append(len(requests))
         return [request.query_params["x"] for request in requests]
 
+    @serve.batch
+    async def recursive(self, values):
+        return [await self.recursive(value) for value in values]
+
     async def through_coroutine(self, value):
         return await self.slow(value), await self.double(value)
 
@@ -444,6 +448,23 @@ def test_http_requests_share_batches(client, handle, batches):
 def test_batched_function_as_deployment(client):
     handle = serve.run(negate.bind(), name="negate", route_prefix=None, client=client)
     assert [ref.result(20) for ref in [handle.remote(i) for i in range(6)]] == [-i for i in range(6)]
+
+
+def test_a_batch_that_calls_itself(handle):
+    with pytest.raises(serve.ServeError, match="would wait for itself"):
+        handle.recursive.remote(1).result(20)
+
+
+def test_example(client):
+    pytest.importorskip("sklearn")
+    from examples.batched_digits import app
+    from examples.digits import split
+
+    handle = serve.run(app, name="digits", route_prefix=None, client=client)
+    _, images, _, labels = split()
+    refs = [handle.predict.remote(image) for image in images[:100]]
+    right = sum(ref.result(30)["digit"] == label for ref, label in zip(refs, labels, strict=False))
+    assert right >= 95
 
 
 def test_status_tells_of_batches(client, handle):

@@ -318,3 +318,15 @@ def test_models_in_use_limit_what_is_loaded(handle):
     refs = [use(handle, name, seconds=0.05) for name in names * 2]
     assert [ref.result(30)[0] for ref in refs] == [f"model {name}" for name in names * 2]
     assert threading.active_count() < 100
+
+
+def test_example(client):
+    pytest.importorskip("sklearn")
+    from examples.digits import split
+    from examples.many_digits import app
+
+    handle = serve.run(app, name="many", route_prefix=None, client=client)
+    _, images, _, labels = split()
+    for image, label in list(zip(images, labels, strict=True))[:10]:
+        even_or_odd = handle.predict.options(multiplexed_model_id="02468" if label % 2 == 0 else "13579")
+        assert even_or_odd.remote(image).result(30) == label

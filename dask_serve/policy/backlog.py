@@ -84,13 +84,14 @@ class Backlog:
         online, background = _live(self._urgent) or _live(self._online), _live(self._background)
         if online and background and self._passed < BACKGROUND_EVERY - 1:
             self._passed += 1
-            return self._next(online, models)
-        self._passed = 0
-        return self._next(background or online, models)
+            calls = online
+        else:
+            self._passed = 0
+            calls = background or online
+        return self._pop_for(models, calls) if models and calls[0].model_id else calls.popleft()
 
-    def _next(self, calls: deque[Any], models: Collection[str]) -> Any:
-        head = calls[0]
-        if head.model_id and head.model_id not in models and models and self._overtaken < OVERTAKEN_AT_MOST:
+    def _pop_for(self, models: Collection[str], calls: deque[Any]) -> Any:
+        if calls[0].model_id not in models and self._overtaken < OVERTAKEN_AT_MOST:
             for place, call in enumerate(islice(calls, LOOKED_AT)):
                 if call.model_id in models and not call.dropped:
                     self._overtaken += 1

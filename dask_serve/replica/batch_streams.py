@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from ..context import request_context
 from ..exceptions import BatchError, ServeError
 from .batcher import Batch, Batcher, Item
 
@@ -104,7 +103,7 @@ class StreamBatcher(Batcher):
                 self.loop.call_soon_threadsafe(self._room.set)
 
     async def _run_task(self, batch: Batch) -> None:
-        request_context.set(batch.context)
+        batch.enter()
         todo = [batch.items]
         try:
             while todo:

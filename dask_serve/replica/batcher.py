@@ -181,6 +181,11 @@ class Batch:
         self.context = BatchContext([item.request for item in items if item.request is not None], owner)
         self.task: asyncio.Task[None] | None = None
 
+    def enter(self) -> None:
+        """The present context is the batch's; outside of requests it stays as it is."""
+        if self.context.requests:
+            request_context.set(self.context)
+
     def cancel(self) -> None:
         """Nobody waits for it any more."""
         task = self.task
@@ -480,7 +485,7 @@ class Batcher:
         self._ended(batch)
 
     def _call(self, batch: Batch, part: Sequence[Item]) -> list[Any]:
-        request_context.set(batch.context)
+        batch.enter()
         args, kwargs = self.columns(part)
         began = time.monotonic()
         result = part[0].call(*args, **kwargs)
@@ -488,7 +493,7 @@ class Batcher:
         return self.split(result, part)
 
     async def _run_task(self, batch: Batch) -> None:
-        request_context.set(batch.context)
+        batch.enter()
         todo = [batch.items]
         try:
             while todo:
