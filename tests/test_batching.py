@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import logging
 import pickle
+import random
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,7 +21,10 @@ import pytest
 from distributed import Client, LocalCluster
 
 import dask_serve as serve
+from dask_serve.context import RequestContext, request_context
 from dask_serve.exceptions import ArgumentsError, BatchError, ConfigError
+from dask_serve.replica.host import Host, enter_host
+from dask_serve.replica.pool import Pool
 
 
 def gather(*awaitables, **kwargs):
@@ -296,6 +302,59 @@ def test_declarations():
     starred = serve.batch(lambda *values: values)
     with pytest.raises(ConfigError, match="have no list"):
         starred(1)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("concurrent", [1, 2])
+def test_no_call_is_lost(threads, concurrent):
+    """Coroutines, threads of the pool, cancellations, deadlines and failures at once: each call ends, with its own."""
+    source = random.Random(threads * 10 + concurrent)
+    most = []
+
+    @serve.batch(max_batch_size=5, max_concurrent_batches=concurrent)
+    def double(values):
+        most.append(len(values))
+        time.sleep(source.choice([0, 0, 0.001, 0.003]))
+        if any(value % 50 == 7 for value in values):
+            raise ValueError("seven")
+        return [2 * value for value in values]
+
+    async def run():
+        host = Host(asyncio.get_running_loop(), Pool(threads, "pool"))
+        enter_host(host)
+        ends: Counter[str] = Counter()
+
+        async def one(value):
+            await asyncio.sleep(source.random() * 0.3)
+            timeout = source.choice([None, None, 0.002, 0.05])
+            deadline = None if timeout is None else time.monotonic() + timeout
+            request_context.set(RequestContext(str(value), deadline))
+            in_thread = value % 3 == 0
+            context = contextvars.copy_context()
+            call = host.pool.run(lambda: context.run(double, value)) if in_thread else double(value)
+            try:
+                assert await asyncio.wait_for(call, 20 if value % 11 or in_thread else 0.005) == 2 * value
+                ends["answered"] += 1
+            except ValueError:
+                assert value % 50 == 7
+                ends["failed"] += 1
+            except serve.RequestTimeoutError:
+                assert timeout is not None
+                ends["late"] += 1
+            except asyncio.TimeoutError:
+                ends["cancelled"] += 1
+
+        await asyncio.wait_for(asyncio.gather(*[one(value) for value in range(400)]), 40)
+        assert sum(ends.values()) == 400
+        assert ends["answered"] > 100
+        counts = double.get_batch_counts()
+        assert counts["waiting"] == 0
+        # Nothing is left that keeps the next one from its turn.
+        assert await double(1) == 2
+        host.pool.stop()
+
+    asyncio.run(run())
+    assert max(most) == 5
 
 
 # -- replicas ----------------------------------------------------------------------------------------------------------
