@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
+import random
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +19,8 @@ from distributed import Client, LocalCluster
 import dask_serve as serve
 from dask_serve.context import RequestContext, request_context
 from dask_serve.exceptions import ArgumentsError, ConfigError
+from dask_serve.replica.host import Host, enter_host
+from dask_serve.replica.pool import Pool
 
 
 class Loaded:
@@ -207,6 +212,84 @@ def test_wrong_use():
         loader.load_here(3)
     with pytest.raises(ArgumentsError, match="got no model id"):
         loader.load_here("")
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_models_in_use_stay_whatever_happens(kind):
+    """Coroutines and threads of the pool, some cancelled, some loads failing: no model goes while a request has it."""
+    source = random.Random(len(kind))
+    there: set[Model] = set()
+    most = [0]
+
+    class Model:
+        def __init__(self, name):
+            self.name, self.alive = name, True
+            there.add(self)
+            most[0] = max(most[0], len(there))
+
+        def unload(self):
+            self.alive = False
+            there.discard(self)
+
+    def make(name):
+        if name == "broken":
+            raise ValueError(name)
+        return Model(name)
+
+    @serve.multiplexed(max_num_models_per_replica=3)
+    def load(name):
+        time.sleep(0.001)
+        return make(name)
+
+    @serve.multiplexed(max_num_models_per_replica=3)
+    async def load_async(name):
+        await asyncio.sleep(0.001)
+        return make(name)
+
+    async def run():
+        host = Host(asyncio.get_running_loop(), Pool(4, "pool"))
+        enter_host(host)
+        get = load if kind == "def" else load_async
+        ends: Counter[str] = Counter()
+
+        async def one(number):
+            await asyncio.sleep(source.random() * 0.5)
+            context = RequestContext(str(number))
+            request_context.set(context)
+            name = source.choice(["a", "b", "c", "d", "e", "f", "broken"])
+
+            async def use():
+                if kind == "def" and number % 4 == 0:
+                    copied = contextvars.copy_context()
+                    model = await host.pool.run(lambda: copied.run(load, name))
+                else:
+                    model = await get(name)
+                for _ in range(3):
+                    assert model.alive
+                    assert model.name == name
+                    await asyncio.sleep(0.001)
+                assert model.alive
+
+            try:
+                await asyncio.wait_for(use(), 0.003 if number % 7 == 3 else 30)
+                ends["used"] += 1
+            except ValueError:
+                assert name == "broken"
+                ends["failed"] += 1
+            except asyncio.TimeoutError:
+                ends["cancelled"] += 1
+            context.end()
+
+        await asyncio.wait_for(asyncio.gather(*[one(number) for number in range(300)]), 60)
+        assert sum(ends.values()) == 300
+        assert ends["used"] > 100
+        await asyncio.wait_for(get("a"), 10)
+        assert sorted(host.loaded()[0]) == sorted(model.name for model in there)
+        host.pool.stop()
+
+    asyncio.run(run())
+    # One may come while the hook of another one still runs.
+    assert most[0] <= 5
 
 
 # -- replicas ----------------------------------------------------------------------------------------------------------
