@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any, overload
 
 from .exceptions import ConfigError, ServeError
+from .replica.batch_items import BatchSettings, Item
 from .replica.batch_streams import BatchStream, StreamBatcher
 from .replica.batch_values import Parameters, Stack, kind_of, rows_of
-from .replica.batcher import Batcher, BatchSettings, Item
+from .replica.batcher import Batcher
 from .replica.host import current_host
 from .replica.kept import forget_closed, kept_by
 from .wire.loops import running_loop

@@ -12,7 +12,8 @@ from functools import partial
 from typing import Any
 
 from ..exceptions import BatchError, ServeError
-from .batcher import Batch, Batcher, Item
+from .batch_items import Batch, Item
+from .batcher import Batcher
 
 __all__ = ["BatchStream", "StreamBatcher"]
 
