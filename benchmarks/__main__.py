@@ -12,6 +12,7 @@ import dask_serve as serve
 
 from . import (
     arrays,
+    batching,
     chain,
     door,
     dropped,
@@ -39,6 +40,7 @@ SHARED = {
     "events": http_events,
     "handle": handle_calls,
     "streams": streams,
+    "batching": batching,
 }
 PARTS = (*SHARED, "proxies", "refs", "memory", "door", "overload", "soak")
 PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")

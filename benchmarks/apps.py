@@ -68,6 +68,39 @@ class Streamer:
             yield number
 
 
+#: Seconds that the batches of `Batched` take: so many, and so many more for each call.
+FIXED, EACH = 0.02, 0.001
+
+
+@serve.deployment(max_ongoing_requests=200)
+class Batched:
+    """A model whose batches cost little more than single calls, and methods that do nothing, batched and not."""
+
+    @serve.batch(max_batch_size=64)
+    def model(self, values: list[int]) -> list[int]:
+        """Take as long as a model on a GPU would: the processor is free meanwhile."""
+        time.sleep(FIXED + EACH * len(values))
+        return values
+
+    def plain(self, value: int) -> int:
+        """Return the argument."""
+        return value
+
+    async def aplain(self, value: int) -> int:
+        """Return the argument."""
+        return value
+
+    @serve.batch
+    def batched(self, values: list[int]) -> list[int]:
+        """Return the arguments."""
+        return values
+
+    @serve.batch
+    async def abatched(self, values: list[int]) -> list[int]:
+        """Return the arguments."""
+        return values
+
+
 @serve.deployment
 class Busy:
     """Computes in four Python threads, for ever, and answers beside that."""

@@ -24,12 +24,14 @@ if TYPE_CHECKING:
         status,
         url,
     )
+    from .batching import batch
     from .context import get_multiplexed_model_id, get_replica_context, get_request_context
     from .deployment import Application, Deployment, deployment
     from .exceptions import (
         ApplicationNotFoundError,
         ArgumentsError,
         BackPressureError,
+        BatchError,
         ConfigError,
         ConflictError,
         DeploymentFailedError,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from .gathering import gather
     from .handle import DeploymentHandle
     from .ingress import ingress
+    from .multiplex import multiplexed
     from .response import DeploymentResponse
     from .streaming import DeploymentResponseGenerator
 
@@ -58,6 +61,7 @@ __all__ = [
     "ApplicationNotFoundError",
     "ArgumentsError",
     "BackPressureError",
+    "BatchError",
     "ConfigError",
     "ConflictError",
     "Deployment",
@@ -77,6 +81,7 @@ __all__ = [
     "StartTimeoutError",
     "UserCodeError",
     "__version__",
+    "batch",
     "delete",
     "deployment",
     "gather",
@@ -87,6 +92,7 @@ __all__ = [
     "get_request_context",
     "history",
     "ingress",
+    "multiplexed",
     "rollback",
     "run",
     "shutdown",
@@ -108,11 +114,13 @@ _MODULES = {
         "status",
         "url",
     ),
+    "batching": ("batch",),
     "context": ("get_multiplexed_model_id", "get_replica_context", "get_request_context"),
     "deployment": ("Application", "Deployment", "deployment"),
     "gathering": ("gather",),
     "handle": ("DeploymentHandle",),
     "ingress": ("ingress",),
+    "multiplex": ("multiplexed",),
     "response": ("DeploymentResponse",),
     "streaming": ("DeploymentResponseGenerator",),
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .exceptions import ServeError
 
 __all__ = [
+    "BatchContext",
     "ReplicaContext",
     "RequestContext",
     "get_multiplexed_model_id",
@@ -54,6 +55,8 @@ class RequestContext:
     ----------
     request_id : str
         The same through a whole chain of calls; over HTTP the ``X-Request-ID``.
+    request_ids : tuple of str
+        In a batch those of all its calls, else that one.
     deadline : float or None
         Monotonic time by which the answer is due.
     multiplexed_model_id : str
@@ -67,11 +70,13 @@ class RequestContext:
     """
 
     __slots__ = (
+        "__weakref__",
         "_refuses",
         "_under_way",
         "background",
         "cancelled",
         "deadline",
+        "leases",
         "multiplexed_model_id",
         "request_id",
         "trace",
@@ -91,6 +96,8 @@ class RequestContext:
         self.background = background
         self.trace = trace
         self.cancelled = False
+        #: What gives back at its end what the request has the use of: models.
+        self.leases: dict[Any, Callable[[RequestContext], object]] | None = None
         self._refuses = False
         #: By what is under way: how it is cancelled. Made with the first call, since most requests make none.
         self._under_way: dict[Any, Callable[[], object]] | None = None
@@ -112,6 +119,11 @@ class RequestContext:
     def tracestate(self) -> str:
         """What goes with `traceparent`, or ""."""
         return "" if self.trace is None else self.trace[1]
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """The request's id; in a batch those of all its calls."""
+        return (self.request_id,)
 
     @property
     def refuses(self) -> bool:
@@ -140,6 +152,12 @@ class RequestContext:
         if self._under_way is not None:
             self._under_way.pop(work, None)
 
+    def end(self) -> None:
+        """It is answered: give back what it has the use of. From any thread."""
+        leases, self.leases = self.leases, None
+        for give_back in list((leases or {}).values()):
+            give_back(self)
+
     def cancel(self, refuse: bool) -> None:
         """Cancel what is under way.
 
@@ -154,6 +172,35 @@ class RequestContext:
         if self._under_way:
             for cancel in list(self._under_way.values()):
                 cancel()
+
+
+class BatchContext(RequestContext):
+    """For whom a batch runs: several requests at once.
+
+    ``request_id`` is that of the first one, the deadline that of the last. It is cancelled when nobody waits any more.
+
+    Parameters
+    ----------
+    requests : sequence of RequestContext
+    batcher : object
+        What runs the batch.
+    """
+
+    __slots__ = ("batcher", "requests")
+
+    def __init__(self, requests: Sequence[RequestContext], batcher: Any) -> None:
+        first = requests[0] if requests else RequestContext("")
+        deadlines = [request.deadline for request in requests]
+        latest = None if not deadlines or None in deadlines else max(filter(None, deadlines))
+        background = bool(requests) and all(request.background for request in requests)
+        super().__init__(first.request_id, latest, first.multiplexed_model_id, background)
+        self.requests = tuple(requests)
+        self.batcher = batcher
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Ids of the requests, in the order of the batch."""
+        return tuple(request.request_id for request in self.requests)
 
 
 #: Two threads of one request may make their first calls at once.

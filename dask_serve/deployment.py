@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from .batching import BatchedFunction
 from .config import AutoscalingConfig, DeploymentOptions, build_options, change_options
 from .exceptions import ConfigError, ServeError
 from .ingress import ingress_of
@@ -40,6 +42,7 @@ class Deployment:
         self.func_or_class = func_or_class
         self.name = check_name(name, "a deployment")
         self._options = options
+        _check_batches(func_or_class, options.max_ongoing_requests, name)
 
     @property
     def num_replicas(self) -> int | str:
@@ -348,7 +351,7 @@ def check_name(name: Any, what: str) -> str:
 def _check_target(target: Any) -> None:
     if isinstance(target, (Deployment, Application)):
         raise ConfigError(f"{target!r} is a deployment already; change its options with .options(...)")
-    if not isinstance(target, type) and not inspect.isroutine(target):
+    if not isinstance(target, type) and not inspect.isroutine(target) and not isinstance(target, BatchedFunction):
         raise ConfigError(
             f"@serve.deployment takes a class or a function, not {target!r}; an object that exists already is best "
             "built in the __init__ of a class"
@@ -362,6 +365,29 @@ def _check_target(target: Any) -> None:
                     f"class {target.__name__}: no method may be called {name!r}, because handles have an attribute "
                     f"of that name; rename it, e.g. to {'get_' + name if name != 'remote' else 'call_remote'!r}"
                 )
+
+
+def _check_batches(target: Any, limit: int, name: str) -> None:
+    """Warn of batches that can never be full: the calls that wait for them run, as far as limits are concerned."""
+    found = {"__call__": target}
+    if isinstance(target, type):
+        found = {name: inspect.getattr_static(target, name) for name in dir(target)}
+    for method, function in found.items():
+        if isinstance(function, BatchedFunction) and function.largest > limit:
+            warnings.warn(
+                f"deployment {name!r} runs max_ongoing_requests={limit} requests at a time, and the batches of "
+                f"{method!r} take {function.largest} (max_batch_size * max_concurrent_batches): they will never be "
+                "full; raise the one, or lower the other",
+                stacklevel=_outside(),
+            )
+
+
+def _outside() -> int:
+    """Return the stack level of the line that is not ours."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__") in {__name__, "functools"}:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def reserved_names() -> list[str]:

@@ -12,6 +12,7 @@
     └── RequestError                               one request failed, and not by user code
         ├── MethodNotFoundError    (AttributeError)
         ├── ArgumentsError         (TypeError)     the method does not take these arguments
+        ├── BatchError             (ValueError)    a batched method did not return one result for each call
         ├── PayloadError           (TypeError)     an argument or a result cannot be sent
         ├── DeploymentUnavailableError             nothing is there that could answer
         ├── BackPressureError                      refused: too many requests wait already
@@ -29,6 +30,7 @@ __all__ = [
     "ApplicationNotFoundError",
     "ArgumentsError",
     "BackPressureError",
+    "BatchError",
     "ConfigError",
     "ConflictError",
     "DeploymentFailedError",
@@ -112,6 +114,10 @@ class MethodNotFoundError(RequestError, AttributeError):
 
 class ArgumentsError(RequestError, TypeError):
     """The method does not take the arguments of the call; the message tells which, and its signature."""
+
+
+class BatchError(RequestError, ValueError):
+    """A batched method did not return one result for each call, in their order."""
 
 
 class PayloadError(RequestError, TypeError):

@@ -38,6 +38,7 @@ class Request:
     dropped: bool = False
     background: bool = False
     prefers: frozenset[str] | None = None
+    model_id: str = ""
     urgent: bool = False
     deadline: float | None = None
     sent: float = 0.0

@@ -21,6 +21,7 @@ class Call:
     number: int = 0
     background: bool = False
     prefers: frozenset[str] | None = None
+    model_id: str = ""
     urgent: bool = False
     deadline: float | None = None
     sent: float = 0.0

@@ -215,6 +215,12 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     replicas : dict
         Counts of its replicas, by their id: ``running``, ``answered``, ``failed``, ``dropped`` (cancelled while they
         ran), and ``seconds_wasted`` on those.
+    batches : dict
+        What batched methods did, by replica and method: how many ``batches`` and ``calls``, ``mean_size`` and the
+        ``largest``, ``mean_wait_s`` of a call, ``mean_run_s`` of a batch, ``reruns`` after failures, calls that
+        ``failed``, were refused because they would have been ``late``, or are ``waiting``.
+    models : dict
+        Multiplexed models that are loaded, by replica.
     """
 
     address: str
@@ -224,13 +230,25 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     limit: int | None
     promoted: int = 0
     replicas: dict[str, dict[str, float]] = {}
+    batches: dict[str, dict[str, dict[str, float]]] = {}
+    models: dict[str, list[str]] = {}
 
     def __str__(self) -> str:
         limit = "" if self.limit is None else f" of {format_bytes(self.limit)}"
-        return (
-            f"{self.address} holds {self.results} results, {format_bytes(self.result_bytes)}{limit}; "
-            f"{self.promoted} became Dask's"
-        )
+        lines = [
+            (
+                f"{self.address} holds {self.results} results, {format_bytes(self.result_bytes)}{limit}; "
+                f"{self.promoted} became Dask's"
+            )
+        ]
+        for replica, methods in self.batches.items():
+            for method, counts in methods.items():
+                lines.append(
+                    f"  {replica} batches {method}: {counts['calls']:.0f} calls in {counts['batches']:.0f} batches, "
+                    f"{counts['waiting']:.0f} wait"
+                )
+        lines += [f"  {replica} has models {', '.join(names)}" for replica, names in self.models.items()]
+        return "\n".join(lines)
 
 
 class ServeStatus(Struct, frozen=True, kw_only=True):
@@ -270,7 +288,9 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
         lines += _indented(self.message)
         for proxy in self.proxies:
             lines.append("  proxy " + ", ".join(f"{name} {value}" for name, value in proxy.items()))
-        lines += [f"  worker {worker}" for worker in self.workers]
+        for worker in self.workers:
+            first, *rest = str(worker).splitlines()
+            lines += [f"  worker {first}", *_indented("\n".join(rest))]
         if not self.applications:
             lines.append("no applications")
         lines += [f"application {name}: {application}" for name, application in self.applications.items()]

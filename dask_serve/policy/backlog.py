@@ -7,7 +7,8 @@ admitted even where results have no room, because they leave none, or make room.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import islice
 from typing import Any
 
 __all__ = ["BACKGROUND_EVERY", "Backlog"]
@@ -16,13 +17,17 @@ __all__ = ["BACKGROUND_EVERY", "Backlog"]
 BACKGROUND_EVERY = 10
 
 
+#: A request for a model that is not loaded where there is room lets so many others go first; so many are looked at.
+OVERTAKEN_AT_MOST, LOOKED_AT = 32, 32
+
+
 class Backlog:
     """Requests that wait, each class first in, first out.
 
     Requests that are given up stay until they get to the head; whoever gives them up calls `prune` where they pile up.
     """
 
-    __slots__ = ("_background", "_online", "_passed", "_urgent")
+    __slots__ = ("_background", "_online", "_overtaken", "_passed", "_urgent")
 
     def __init__(self) -> None:
         self._urgent: deque[Any] = deque()
@@ -30,6 +35,8 @@ class Backlog:
         self._background: deque[Any] = deque()
         #: Online requests that have left since a background one did, while one waited.
         self._passed = 0
+        #: Requests for loaded models that have passed the one at the head, for which one has to be loaded.
+        self._overtaken = 0
 
     def __len__(self) -> int:
         return len(self._urgent) + len(self._online) + len(self._background)
@@ -73,14 +80,32 @@ class Backlog:
             self._passed >= BACKGROUND_EVERY - 1 or not (_live(self._urgent) or _live(self._online))
         )
 
-    def pop(self) -> Any:
-        """Return the next request that was not given up; there must be one."""
+    def pop(self, models: Collection[str] = ()) -> Any:
+        """Return the next request that was not given up; there must be one.
+
+        Parameters
+        ----------
+        models : collection of str
+            Those that are loaded where it goes: a request for one of them may pass a few that are for others.
+        """
         online, background = _live(self._urgent) or _live(self._online), _live(self._background)
         if online and background and self._passed < BACKGROUND_EVERY - 1:
             self._passed += 1
-            return online.popleft()
-        self._passed = 0
-        return background.popleft() if background else online.popleft()
+            calls = online
+        else:
+            self._passed = 0
+            calls = background or online
+        return self._pop_for(models, calls) if models and calls[0].model_id else calls.popleft()
+
+    def _pop_for(self, models: Collection[str], calls: deque[Any]) -> Any:
+        if calls[0].model_id not in models and self._overtaken < OVERTAKEN_AT_MOST:
+            for place, call in enumerate(islice(calls, LOOKED_AT)):
+                if call.model_id in models and not call.dropped:
+                    self._overtaken += 1
+                    del calls[place]
+                    return call
+        self._overtaken = 0
+        return calls.popleft()
 
     def since(self) -> float:
         """When the oldest request came that was not given up; there must be one."""

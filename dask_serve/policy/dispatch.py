@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from .backlog import Backlog
 from .forecast import APART, SAFE, Caution, Forecast, Pace, Spread
+from .models import choose_holder
 
 __all__ = ["Dispatcher", "Port", "Queued", "Target"]
 
@@ -59,6 +60,11 @@ class Queued(Protocol):
     #: Set when it is sent: the time, and how many others are at the replica, as far as is known.
     sent: float
     found: int
+    #: The model that it is for, or "".
+    model_id: str
+
+
+_NONE: frozenset[str] = frozenset()
 
 
 class Target:
@@ -86,6 +92,8 @@ class Target:
         Seconds that hardly any request exceeds there, whatever the load.
     handicap : float
         1.0, or for a slow replica how many times longer it takes than the fastest one. 0.0: try it again.
+    models, loading : frozenset of str
+        The models that it has, and those that it loads or will have to.
     """
 
     __slots__ = (
@@ -96,7 +104,9 @@ class Target:
         "id",
         "limit",
         "link",
+        "loading",
         "mine",
+        "models",
         "others",
         "places",
         "usable",
@@ -118,6 +128,8 @@ class Target:
         self.forecast = Forecast()
         self.worst = 0.0
         self.handicap = 1.0
+        self.models: frozenset[str] = _NONE
+        self.loading: frozenset[str] = _NONE
 
     def load(self, now: float) -> int:
         """Requests there, as far as is known: own ones for certain, those of others by the last answer."""
@@ -210,7 +222,7 @@ class Dispatcher:
         """
         now = call.since
         if not (self.queued if call.background else self.online):
-            target = self._choose(now, call.prefers)
+            target = self._holder(call, now) if call.model_id else self._choose(now, call.prefers)
             # A background one does not come unasked to where others run.
             if target is not None and not (call.background and target.mine + target.others):
                 if call.deadline is not None and target.worst > call.deadline - now:
@@ -269,6 +281,8 @@ class Dispatcher:
         call.found = target.mine + target.others
         # Reserved in the step that chooses, so that the next choice sees it.
         target.mine += 1
+        if call.model_id:
+            _will_have(target, call.model_id)
         self._port.send(target, call, credit)
 
     def cancelled(self, call: Queued, now: float) -> None:
@@ -291,7 +305,7 @@ class Dispatcher:
     def put_back(self, call: Queued, now: float) -> None:
         """A request whose replica went away is to be sent again: at once, or from the head of the backlog."""
         if not (self.queued if call.background else self.online):
-            target = self._choose(now, call.prefers)
+            target = self._holder(call, now) if call.model_id else self._choose(now, call.prefers)
             if target is not None and not (call.background and target.mine + target.others):
                 self._send(target, call, False, now)
                 return
@@ -348,7 +362,7 @@ class Dispatcher:
     def _send_head(self, target: Target, credit: bool, now: float) -> None:
         least = target.forecast.least if target.mine else 0.0
         while self.queued:
-            call = self._backlog.pop()
+            call = self._backlog.pop(target.models)
             self._count(call, -1)
             self._pace.left(now, self.queued > 0)
             if call.deadline is None or now + least <= call.deadline:
@@ -467,6 +481,10 @@ class Dispatcher:
         free = [target for target in order if target.mine < target.limit and target.usable]
         return min(free, key=lambda target: (target.load(now) + 1) * target.handicap) if free else None
 
+    def _holder(self, call: Queued, now: float) -> Target | None:
+        """Choose a replica by the model that it has."""
+        return choose_holder(self._order, call.model_id, now)
+
     # ------------------------------------------------------------------ wants
 
     def _announce(self, now: float) -> None:
@@ -514,3 +532,9 @@ class Dispatcher:
 def _is_near(level: int, told: int) -> bool:
     """It has neither doubled nor halved since it was told."""
     return told < 2 * level < 4 * told
+
+
+def _will_have(target: Target, model: str) -> None:
+    """The replica will load a model that it does not have; it tells when it does."""
+    if model not in target.models and model not in target.loading:
+        target.loading |= {model}

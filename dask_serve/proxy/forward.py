@@ -26,7 +26,7 @@ from ..routing.calls import ONCE
 from ..routing.fabric import Fabric
 from ..routing.router import Router
 from ..routing.table import RouteEntry, Table
-from ..wire.messages import HttpHead
+from ..wire.messages import HttpHead, model_id_of
 from .answers import respond, write_whole
 from .calls import HttpCall
 from .errors import ID_HEADER, Refusal, error_answer
@@ -202,6 +202,8 @@ class Forwarder:
         return request_id, timeout, refusal
 
     def submit(self, router: Router, call: HttpCall, timeout: float | None) -> None:
+        if router.knows_models and call.http is not None:
+            call.model_id = model_id_of(call.http.headers)
         entry = router.entry
         limit = MAX_QUEUED
         if entry is not None:

@@ -192,6 +192,9 @@ class ReplicaCore:
         connection = execution.connection
         if execution.outflow is not None:
             execution.outflow.drain()
+        context = execution.user_context
+        if context is not None and context.leases:
+            context.end()
         now = time.monotonic()
         self._active -= 1
         if kind == Kind.ERROR:
@@ -334,6 +337,19 @@ class ReplicaCore:
         self._send_credits(self.admission.lapse(time.monotonic()))
         if self._lapse is None:
             self._arm_lapse()
+
+    def loaded(self) -> tuple[list[str], list[str]]:
+        """Return the models that are there, and those that are being loaded."""
+        return self.user.host.loaded()
+
+    @property
+    def on_models(self) -> Callable[[], object]:
+        """What is called when they change."""
+        return self.user.host.on_models
+
+    @on_models.setter
+    def on_models(self, tell: Callable[[], object]) -> None:
+        self.user.host.on_models = tell
 
     def stats(self) -> dict[str, Any]:
         """Counts for the status of the worker."""

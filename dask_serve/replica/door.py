@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future as ConcurrentFuture
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from ..wire.mailbox import Mailbox
 from ..wire.messages import (
     Failure,
     Kind,
+    Models,
     Reply,
     decode_body_end,
     decode_call,
@@ -71,6 +72,10 @@ class Visitor(DoorConnection):
         notice_silence(transport)
         self._door.connections.add(self)
 
+    def _welcome(self) -> None:
+        super()._welcome()
+        self._door.welcome(self)
+
 
 class Door:
     """The listener, its connections, and the replicas behind it.
@@ -104,6 +109,8 @@ class Door:
         self.served = 0
         self.replicas: dict[str, ReplicaCore] = {}
         self.connections: set[Visitor] = set()
+        #: Replicas whose models callers have heard of.
+        self._told: set[str] = set()
         self.loop = new_event_loop()
         self.mailbox = Mailbox(self.loop, self._on_mail)
         self.room = Room(self.store, self.replicas.values(), self.loop, self.call)
@@ -329,6 +336,22 @@ class Door:
         if not core.draining:
             core.room = self.room
             self.replicas[core.id] = core
+            core.on_models = lambda: self.call(lambda: self._tell_models(core))
+            self._tell_models(core)
+
+    def welcome(self, connection: Visitor) -> None:
+        """A caller has come: tell it what others were told before."""
+        for id in self._told:
+            self._tell_models(self.replicas[id], [connection])
+
+    def _tell_models(self, core: ReplicaCore, connections: Iterable[Visitor] | None = None) -> None:
+        """Tell callers what models a replica has, if it has any (on the door's loop)."""
+        ready, loading = core.loaded()
+        if core.id in self.replicas and (ready or loading or core.id in self._told):
+            self._told.add(core.id)
+            header = encode(Models(core.id, ready, loading))
+            for connection in self.connections if connections is None else connections:
+                connection.send(Kind.MODELS, 0, header)
 
     def retire(self, core: ReplicaCore, patience: float, ended: Callable[[], None]) -> None:
         """Take no more requests, and remove the replica once nothing runs, at the latest after ``patience`` seconds.
@@ -348,6 +371,7 @@ class Door:
     def remove(self, core: ReplicaCore) -> None:
         """No request reaches the replica any more, and what runs there is answered (on the door's loop)."""
         self.replicas.pop(core.id, None)
+        self._told.discard(core.id)
         if not core.closed:
             core.drain(list(self.connections))
             core.close(self.connections)

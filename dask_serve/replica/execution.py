@@ -11,7 +11,7 @@ from msgspec import Struct
 from ..context import RequestContext
 from ..policy.tracing import Trace, read_trace
 from ..wire.frames import Buffer
-from ..wire.messages import Call
+from ..wire.messages import MODEL_ID_HEADERS, Call, model_id_of
 
 if TYPE_CHECKING:
     from .core import ReplicaCore
@@ -121,12 +121,8 @@ def _asked(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, Trace | None]:
     """Return the model that an HTTP request is for, and the trace it belongs to."""
     for name, _ in headers:
         if name in _ASKED:
-            return _model_id(headers), _trace(headers)
+            return model_id_of(headers), _trace(headers)
     return "", None
-
-
-def _model_id(headers: Sequence[tuple[bytes, bytes]]) -> str:
-    return next((value.decode("latin-1") for name, value in headers if name in _MODEL_ID), "")
 
 
 def _trace(headers: Sequence[tuple[bytes, bytes]]) -> Trace | None:
@@ -134,6 +130,4 @@ def _trace(headers: Sequence[tuple[bytes, bytes]]) -> Trace | None:
     return read_trace(parents, [value for name, value in headers if name == b"tracestate"])
 
 
-#: The second form passes gateways that drop headers with underscores.
-_MODEL_ID = (b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
-_ASKED = frozenset({*_MODEL_ID, b"traceparent", b"tracestate"})
+_ASKED = frozenset({*MODEL_ID_HEADERS, b"traceparent", b"tracestate"})

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..batching import BatchedFunction, is_batched
 from ..exceptions import MethodNotFoundError
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Methods(dict[str, tuple[Callable[..., Any], bool]]):
                     f"deployment {self._user.deployment!r} has {what}; it has: {', '.join(self._public())}"
                 )
             call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
-            found = self[name] = (function, inspect.iscoroutinefunction(call))
+            # A call waits for its batch on the loop, whatever runs the batch.
+            found = self[name] = (function, inspect.iscoroutinefunction(call) or is_batched(function))
         return found
 
     def _look_up(self, name: str) -> Any:
@@ -51,6 +53,8 @@ class Methods(dict[str, tuple[Callable[..., Any], bool]]):
         if name != "__call__" and name.startswith("_"):
             return None
         instance = self._user.instance
+        if isinstance(instance, BatchedFunction):
+            return instance.bound() if name == "__call__" else None
         if inspect.isfunction(instance):
             return instance if name == "__call__" else None
         static = inspect.getattr_static(instance, name, None)
@@ -58,7 +62,7 @@ class Methods(dict[str, tuple[Callable[..., Any], bool]]):
 
     def _public(self) -> list[str]:
         instance = self._user.instance
-        if inspect.isfunction(instance):
+        if inspect.isfunction(instance) or isinstance(instance, BatchedFunction):
             return ["__call__"]
         names = [name for name in dir(type(instance)) if not name.startswith("_")]
         names = [name for name in names if callable(getattr(type(instance), name, None))]

@@ -76,7 +76,7 @@ class ServeProcess:
             loop = worker.loop.asyncio_loop
             asyncio.run_coroutine_threadsafe(worker.plugin_add(DrainAtClose(), name=DrainAtClose.name), loop).result(10)
             # Travels with the worker's heartbeats.
-            worker.metrics["serve"] = lambda worker: {**door.report(), "replicas": _counts(worker)}
+            worker.metrics["serve"] = lambda worker: {**door.report(), **_counts(worker)}
             if worker.status in _LEAVING:
                 # It may have looked for plugins to tear down before ours was there.
                 cls.leave(worker)
@@ -117,8 +117,15 @@ class ServeProcess:
 
 
 def _counts(worker: Worker) -> dict[str, dict[str, Any]]:
-    """Return the counts of a worker's replicas."""
-    return {unit.id: unit.core.stats() for unit in ServeProcess.units_of(worker) if unit.core is not None}
+    """Return the counts of a worker's replicas, of their batches, and the models that they have."""
+    units = [unit for unit in ServeProcess.units_of(worker) if unit.core is not None]
+    batches = {unit.id: unit.user.host.batch_counts() for unit in units}
+    models = {unit.id: unit.user.host.loaded()[0] for unit in units}
+    return {
+        "replicas": {unit.id: unit.core.stats() for unit in units if unit.core is not None},
+        "batches": {id: counts for id, counts in batches.items() if counts},
+        "models": {id: names for id, names in models.items() if names},
+    }
 
 
 class DrainAtClose(WorkerPlugin):

@@ -14,6 +14,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from ..batching import BatchedMethod
 from ..context import request_context
 from ..exceptions import PayloadError
 from ..wire.messages import Kind
@@ -71,6 +72,8 @@ async def _stream(user: UserCode, execution: Execution) -> None:
 
 
 def _only_makes_a_generator(function: Callable[..., Any]) -> bool:
+    if isinstance(function, BatchedMethod):
+        return function.streams
     call = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
     return inspect.isgeneratorfunction(call) or inspect.isasyncgenfunction(call)
 

@@ -35,6 +35,7 @@ from .execution import Answer, Execution
 from .failures import CANCELLED, answer_for
 from .fetching import fetch_all
 from .hooks import finish
+from .host import Host, enter_host
 from .http import HttpAdapter
 from .ingress import Lifespan
 from .ingress import build as build_app
@@ -106,6 +107,9 @@ class UserCode:
         #: Seconds that ``shutdown()`` may take.
         self._patience = CLEAN_UP
         self._context = context
+        #: What batched methods and multiplexed models run on.
+        self.host = Host(self.loop, self.pool)
+        context.run(enter_host, self.host)
         self._inbox = Mailbox(self.loop, self._on_mail, context)
         #: Answers of this tick of the loop.
         self._answers: list[tuple[Execution, Answer]] = []
@@ -159,6 +163,7 @@ class UserCode:
             _, pending = await asyncio.wait(pending, timeout=CLEAN_UP)
         if pending:
             logger.warning("User code of replica %s goes on after it was cancelled; it is dropped", self.id)
+        await self.host.close()
         if lifespan is not None:
             await lifespan.stop()
         await finish(self, self._patience)

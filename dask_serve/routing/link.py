@@ -16,6 +16,7 @@ from ..wire.messages import (
     Call,
     Event,
     Kind,
+    Models,
     Names,
     ReplicaName,
     Want,
@@ -23,6 +24,7 @@ from ..wire.messages import (
     decode_chunk,
     decode_event,
     decode_failure,
+    decode_models,
     decode_replica,
     decode_reply,
     decode_window,
@@ -80,6 +82,8 @@ class Link:
         self.silent_since = 0.0
         #: Routers with a target on this link, by replica.
         self.targets: dict[str, tuple[Router, Target]] = {}
+        #: What the door told of models, by replica: loaded ones, and those that are being loaded.
+        self.models: dict[str, tuple[frozenset[str], frozenset[str]]] = {}
         self._loop = asyncio.get_running_loop()
         self._calls: dict[int, Any] = {}
         self._number = 0
@@ -300,7 +304,9 @@ class Link:
             else:
                 entry[0].on_credit(entry[1])
         elif kind == Kind.DRAINING:
-            entry = self.targets.pop(decode_replica(frame.header).replica, None)
+            name = decode_replica(frame.header).replica
+            self.models.pop(name, None)
+            entry = self.targets.pop(name, None)
             if entry is not None:
                 entry[0].forget(entry[1], draining=True)
         elif kind == Kind.WINDOW:
@@ -311,8 +317,16 @@ class Link:
             call = self._calls.get(frame.request)
             if call is not None and not call.dropped:
                 call.on_event(decode_event(frame.header), frame.parts)
+        elif kind == Kind.MODELS:
+            self._on_models(decode_models(frame.header))
         elif kind != Kind.PONG:
             connection._refuse(f"a door does not send frames of kind {kind}")
+
+    def _on_models(self, told: Models) -> None:
+        self.models[told.replica] = frozenset(told.ready), frozenset(told.loading)
+        entry = self.targets.get(told.replica)
+        if entry is not None:
+            entry[0].on_models(entry[1])
 
 
 class _Fetch:

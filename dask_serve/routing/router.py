@@ -59,6 +59,8 @@ class Router:
         self._gone_for_good: str | None = None
         #: Called while the deployment scales by its load, when the level of the backlog has changed.
         self.on_backlog: Callable[[], None] | None = None
+        #: Replicas of this deployment load models: over HTTP requests may name one.
+        self.knows_models = False
 
     def __repr__(self) -> str:
         replicas = len(self._dispatcher.targets)
@@ -234,6 +236,11 @@ class Router:
     def on_credit(self, target: Target) -> None:
         self._dispatcher.credited(target, monotonic())
 
+    def on_models(self, target: Target) -> None:
+        """A replica's models have changed."""
+        self.knows_models = True
+        target.models, target.loading = target.link.models[target.id]
+
     def on_link_lost(self, call: Outgoing, executed: bool) -> None:
         """The connection broke under a request."""
         target = call.target[1]
@@ -317,23 +324,28 @@ class Router:
                 target.limit = entry.max_ongoing_requests
         if grown:
             dispatcher.fill(now)
-        for replica in listed.values():
-            link = links.get(replica.process)
-            if link is None or link.lost or replica.id in dispatcher.targets:
-                continue
-            if replica.id in self._draining or replica.id in self._unreachable:
-                continue
-            assert entry is not None
-            places = frozenset((replica.process, replica.worker))
-            target = Target(replica.id, entry.max_ongoing_requests, link, places)
-            target.usable = not link.silent
-            link.targets[replica.id] = (self, target)
-            dispatcher.add(target, now)
+        if entry is not None:
+            self._add_new(entry, links, now)
         self._gone_for_good = None
         if entry is None:
             self._fail_all(f"deployment {self.id!r} does not exist (any more); deploy it with serve.run()")
         elif entry.failure is not None and not listed:
             self._fail_all(f"deployment {self.id!r} has no replica, and none can be started: {entry.failure}")
+
+    def _add_new(self, entry: DeploymentEntry, links: dict[str, Link], now: float) -> None:
+        for replica in entry.replicas:
+            link = links.get(replica.process)
+            if link is None or link.lost or replica.id in self._dispatcher.targets:
+                continue
+            if replica.id in self._draining or replica.id in self._unreachable:
+                continue
+            places = frozenset((replica.process, replica.worker))
+            target = Target(replica.id, entry.max_ongoing_requests, link, places)
+            target.usable = not link.silent
+            if replica.id in link.models:
+                self.on_models(target)
+            link.targets[replica.id] = (self, target)
+            self._dispatcher.add(target, now)
 
     def _set_deadlines(self, timeout: float, now: float) -> None:
         """Give the calls that came before the deployment was known the deadline that it declares."""

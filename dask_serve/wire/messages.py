@@ -11,6 +11,7 @@ FULL or DRAINING may come back. Over HTTP the payload of those CHUNKs is bytes, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import msgspec
@@ -19,6 +20,7 @@ from msgspec import Struct
 __all__ = [
     "BODY_WINDOW",
     "LEAST",
+    "MODEL_ID_HEADERS",
     "WINDOW",
     "WINDOW_STEP",
     "Attachment",
@@ -30,12 +32,14 @@ __all__ = [
     "Hello",
     "HttpHead",
     "Kind",
+    "Models",
     "Proof",
     "ReplicaName",
     "Reply",
     "Want",
     "encode",
     "is_websocket",
+    "model_id_of",
 ]
 
 #: The wire's versions that this code speaks, the preferred one first.
@@ -74,6 +78,7 @@ class Kind:
     FETCH: Final = 17
     RELEASE: Final = 18
     EVENT: Final = 19
+    MODELS: Final = 20
 
 
 class Hello(Struct, array_like=True, gc=False):
@@ -237,6 +242,14 @@ class ReplicaName(Struct, array_like=True, gc=False):
     replica: str
 
 
+class Models(Struct, array_like=True, gc=False):
+    """Header of MODELS, sent by a door when it changes: the models that a replica has, and those that it loads."""
+
+    replica: str
+    ready: list[str]
+    loading: list[str]
+
+
 class Names(Struct, array_like=True, gc=False):
     """Header of FETCH and RELEASE: names in the process's store."""
 
@@ -247,6 +260,17 @@ def is_websocket(head: HttpHead) -> bool:
     """Whether a request is the beginning of a WebSocket."""
     return head.scheme in {"ws", "wss"}
 
+
+def model_id_of(headers: Sequence[tuple[bytes, bytes]]) -> str:
+    """Return the model that an HTTP request is for, or ""."""
+    for name, value in headers:
+        if name in MODEL_ID_HEADERS:
+            return value.decode("latin-1")
+    return ""
+
+
+#: The second form passes gateways that drop headers with underscores.
+MODEL_ID_HEADERS: Final = (b"serve_multiplexed_model_id", b"serve-multiplexed-model-id")
 
 encode = msgspec.msgpack.Encoder().encode
 
@@ -261,4 +285,5 @@ decode_body_end = msgspec.msgpack.Decoder(BodyEnd).decode
 decode_window = msgspec.msgpack.Decoder(Window).decode
 decode_want = msgspec.msgpack.Decoder(Want).decode
 decode_replica = msgspec.msgpack.Decoder(ReplicaName).decode
+decode_models = msgspec.msgpack.Decoder(Models).decode
 decode_names = msgspec.msgpack.Decoder(Names).decode
