@@ -479,7 +479,8 @@ def test_cancelled_and_late_calls_are_left_out(handle, batches):
     for ref in cancelled:
         ref.cancel()
     for ref in late:
-        with pytest.raises(serve.RequestTimeoutError):
+        # Refused when it came, where it is known already how long such a call takes.
+        with pytest.raises((serve.RequestTimeoutError, serve.BackPressureError)):
             ref.result(20)
     assert {ref.result(20) for ref in first + second} == {"first", "second"}
     taken = [value for batch in batches() for value in batch]

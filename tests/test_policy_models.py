@@ -27,6 +27,9 @@ class Call:
     background: bool = False
     urgent: bool = False
     prefers: frozenset[str] | None = None
+    deadline: float | None = None
+    sent: float = 0.0
+    found: int = 0
 
 
 def replicas(*models: str, limit: int = 100) -> list[Target]:
