@@ -126,7 +126,8 @@ def test_what_waits_at_routers_counts_whoever_waits(client, run):
 
 
 def test_constant_load_moves_nothing(client, run):
-    handle = run(scaled().bind())
+    # Reports of two workers may count a request twice that has just gone from one to the other.
+    handle = run(scaled(target_ongoing_requests=3).bind())
     stop = time.monotonic() + 3.0
 
     def ask() -> None:
@@ -136,13 +137,14 @@ def test_constant_load_moves_nothing(client, run):
     threads = [threading.Thread(target=ask) for _ in range(5)]
     for thread in threads:
         thread.start()
-    until(lambda: deployment(client).target == 3)
+    until(lambda: deployment(client).target == 2)
     number = len(serve.status(client=client).events)
+    until(lambda: time.monotonic() > stop - 0.3)
+    events = serve.status(client=client).events
     for thread in threads:
         thread.join()
-    events = serve.status(client=client).events
-    # Down again at the end, perhaps.
-    assert len(events) <= number + 2, [event.text for event in events]
+    # A thread that comes late is a call less, for a moment.
+    assert len(events) <= number + 1, [event.text for event in events]
 
 
 # -- zero

@@ -481,12 +481,23 @@ def test_the_oldest_of_both_classes_is_told():
 def test_others_backlogs_are_known_from_answers():
     dispatcher, _, (target,) = make(1)
     submit(dispatcher, 4)
+    # 3 wait here; it was told of them when they were 1, and 2.
     assert dispatcher.everywhere(0.0) == 3
-    # Of the 10 that wait for the replica 2 were told by this router.
-    assert dispatcher.queued == 3
     dispatcher.answered(target, 1, 10, 0, 1.0)
     assert dispatcher.everywhere(1.0) == 3 + 10 - 2
     assert dispatcher.everywhere(1.0 + 2 * STALE_AFTER) == 3
+
+
+def test_answers_on_their_way_count_what_waited_here():
+    dispatcher, _, (target,) = make(1)
+    calls = submit(dispatcher, 101)
+    for call in calls[1:]:
+        call.dropped = True
+        dispatcher.cancelled(call, 1.0)
+    # The replica had not heard of that yet.
+    dispatcher.answered(target, 0, 64, 0, 1.01)
+    submit(dispatcher, 2, now=1.02)
+    assert dispatcher.everywhere(1.02) == dispatcher.queued == 1
 
 
 # -- every method in every order

@@ -8,7 +8,7 @@ import pytest
 
 from dask_serve.config import HTTPOptions, build_options, parse_options
 from dask_serve.exceptions import ConfigError
-from dask_serve.proxy.errors import Pace, error_answer, request_id_in, wants_text
+from dask_serve.proxy.errors import error_answer, request_id_in, wants_text
 from dask_serve.proxy.forwarded import TrustedProxies, is_local
 
 
@@ -42,17 +42,6 @@ def test_request_ids():
     assert request_id_in([(b"x-request-id", b"mine")]) == "mine"
     made = {request_id_in([(b"x-request-id", bad)]) for bad in (b"", b"a b", b"x" * 129, b"\xff")}
     assert len(made) == 4
-
-
-def test_the_pace_of_a_deployment():
-    pace = Pace(100)
-    assert pace.wait(1000) == 1  # nothing is known yet
-    pace.tick(110)
-    assert pace.wait(100) == 5  # half of them at 10 a second
-    for _ in range(30):
-        pace.tick(110)
-    assert pace.wait(100) == 60  # the most that is said
-    assert pace.wait(0) == 1
 
 
 def scope(client, **headers):

@@ -178,6 +178,8 @@ class Dispatcher:
         "_port",
         "_random",
         "_taken",
+        "_told",
+        "_told_until",
         "on_level",
         "online",
         "queued",
@@ -204,6 +206,9 @@ class Dispatcher:
         #: How many wait at other routers, and when that was heard.
         self._elsewhere = 0
         self._elsewhere_heard = 0.0
+        #: The most that was told of this backlog lately: answers that are on their way may count it still.
+        self._told = 0
+        self._told_until = 0.0
         self._pace = Pace()
         #: Seconds that requests take once they are sent.
         self._taken = Spread()
@@ -346,7 +351,7 @@ class Dispatcher:
         target.others = others if others > 0 else 0
         target.wanted = wanted
         target.heard = now
-        elsewhere = wanted - self._announced if target.asked else wanted
+        elsewhere = wanted - self._own_share(now) if target.asked or now < self._told_until else wanted
         if elsewhere >= self._elsewhere or now - self._elsewhere_heard > STALE_AFTER:
             # Not all replicas are asked by all routers.
             self._elsewhere = max(elsewhere, 0)
@@ -379,6 +384,16 @@ class Dispatcher:
         self.queued += change
         if not call.background:
             self.online += change
+
+    def _note_told(self, level: int, now: float) -> None:
+        if level < self._announced:
+            self._told = self._own_share(now)
+            self._told_until = now + STALE_AFTER
+        self._announced = level
+
+    def _own_share(self, now: float) -> int:
+        """Return how many of the requests that a replica says wait for it may be those of this router."""
+        return max(self._announced, self._told) if now < self._told_until else self._announced
 
     def everywhere(self, now: float) -> int:
         """Return how many requests wait at all routers, as far as is known here."""
@@ -501,7 +516,7 @@ class Dispatcher:
         if queued:
             self._ask(now, queued)
             return
-        self._announced = 0
+        self._note_told(0, now)
         self._announced_online = 0
         self._announced_urgent = False
         self._pace.stopped()
@@ -513,7 +528,7 @@ class Dispatcher:
 
     def _ask(self, now: float, enough: int) -> None:
         """Tell ``enough`` replicas how many wait: those that know of it already, and the least loaded others."""
-        self._announced = self.queued
+        self._note_told(self.queued, now)
         self._announced_urgent = urgent = self._backlog.urgent
         self._announced_online = self.online
         asked = [target for target in self._order if target.asked]

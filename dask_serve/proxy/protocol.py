@@ -8,7 +8,7 @@ drained. What is refused here, before any application has seen it, is answered i
 from __future__ import annotations
 
 import re
-from asyncio import Protocol, TimerHandle, Transport
+from asyncio import TimerHandle, Transport
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, cast
@@ -21,6 +21,7 @@ from ..config import HTTPOptions
 from .complaints import Complaints
 from .errors import error_answer, request_id_in
 from .http10 import restrain
+from .lingering import linger
 
 __all__ = ["CONNECTION", "ProxyProtocol", "ProxyState", "limited"]
 
@@ -323,15 +324,8 @@ class ProxyProtocol(HttpToolsProtocol):
         self._linger()
 
     def _linger(self) -> None:
-        # Closing with unread bytes in the kernel resets the connection, and the client, still sending, would lose
-        # the answer. So only our direction closes, and for a moment what comes is read and thrown away.
-        if not self.transport.can_write_eof():
-            self.transport.close()
-            return
-        self.transport.write_eof()
-        self.transport.set_protocol(_Discard(self))
         self._unset_keepalive_if_required()
-        self.timeout_keep_alive_task = self.loop.call_later(self.linger, self.timeout_keep_alive_handler)
+        linger(self.transport, self, self.linger)
 
     # Draining
 
@@ -384,16 +378,6 @@ class _Trailers(list[tuple[bytes, bytes]]):
 
 
 _NO_TRAILERS = _Trailers()
-
-
-class _Discard(Protocol):
-    """Takes the place of a `ProxyProtocol` that refused its client."""
-
-    def __init__(self, refused: ProxyProtocol) -> None:
-        self._refused = refused
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._refused.connection_lost(exc)
 
 
 def limited(options: HTTPOptions) -> type[ProxyProtocol]:

@@ -19,6 +19,7 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 
 from .protocol import ProxyProtocol, ProxyState
+from .websocket_protocol import websocket_protocol
 
 __all__ = ["ProxyServer", "make_config", "serve"]
 
@@ -54,6 +55,7 @@ def make_config(
         proxy_headers=False,  # one more coroutine for each request
         root_path=root_path,
         timeout_keep_alive=keep_alive,  # type: ignore[arg-type] # it is only ever added to the time
+        ws=websocket_protocol(),
         ws_max_size=message_limit,
     )
 
