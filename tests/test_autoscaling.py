@@ -207,7 +207,7 @@ def test_changes_restart_nothing(client, run):
     assert deployment(client).target == 3
     assert ids(client) == three
     # Those that were started without it report their load too.
-    refs = [handle.slow.remote(1.0) for _ in range(8)]
+    refs = [handle.slow.remote(2.5) for _ in range(8)]
     until(lambda: len(ids(client)) == 4)
     four = ids(client)
     assert three < four

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from math import ceil
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from dask_serve.config import AutoscalingConfig
 from dask_serve.exceptions import ConfigError
-from dask_serve.policy.autoscaling import STEP, Load, Scale, Wish, decide, explain, wish_of
+from dask_serve.policy.autoscaling import SEEN, SETTLED, STEP, Load, Scale, Wish, decide, explain, wish_of
 
 AUTO = AutoscalingConfig(max_replicas=20, upscale_delay_s=0, downscale_delay_s=60)
 
@@ -31,14 +32,25 @@ def follow(config: AutoscalingConfig, scale: Scale, load: Load, now: float, unti
 # -- examples
 
 
-def test_up_at_once():
+def test_many_more_come_as_soon_as_they_are_seen_to_be_needed():
     decision = decide(AUTO, Scale(target=1), Load(running=3, queued=17), 5.0)
-    assert decision.scale.target == decision.needed == 10
-    assert decision.wake_at is None
+    assert decision.needed == 10
+    assert decision.wake_at == 5.0 + SEEN
+    assert follow(AUTO, Scale(target=1), Load(running=3, queued=17), 5.0, 100.0) == [(5.0 + SEEN, 10)]
+
+
+def test_a_few_more_have_to_be_needed_for_longer():
+    """What processes tell is only roughly right for a second."""
+    assert follow(AUTO, Scale(target=1), Load(running=4), 5.0, 100.0) == [(5.0 + SETTLED, 2)]
+    more = decide(AUTO, Scale(target=3), Load(running=8), 0.0)
+    back = decide(AUTO, more.scale, Load(running=6), SETTLED / 2)
+    again = decide(AUTO, back.scale, Load(running=8), SETTLED)
+    assert again.scale.target == 3
+    assert again.wake_at == 2 * SETTLED
 
 
 def test_no_more_than_the_bounds():
-    assert decide(AUTO, Scale(target=1), Load(queued=1000), 0.0).scale.target == 20
+    assert follow(AUTO, Scale(target=1), Load(queued=1000), 0.0, 10.0) == [(SEEN, 20)]
     assert follow(AUTO, Scale(target=20), Load(), 0.0, 1000.0) == [(60.0, 1)]
 
 
@@ -91,16 +103,13 @@ def test_to_zero_and_back():
 
 def test_steps_of_factors_have_a_pace_of_their_own():
     up = AutoscalingConfig(upscaling_factor=0.5)
-    assert follow(up, Scale(target=1), Load(running=18), 7.0, 100.0) == [
-        (7.0, 5),
-        (7.0 + STEP, 7),
-        (7.0 + 2 * STEP, 8),
-        (7.0 + 3 * STEP, 9),
-    ]
+    steps = follow(up, Scale(target=1), Load(running=18), 7.0, 100.0)
+    assert [target for _, target in steps] == [5, 7, 8, 9]
+    assert all(after - before >= STEP for (before, _), (after, _) in itertools.pairwise(steps))
     down = AutoscalingConfig(downscaling_factor=0.5, downscale_delay_s=10)
     assert [target for _, target in follow(down, Scale(target=9), Load(running=2), 0.0, 1000.0)] == [5, 3, 2, 1]
     over = AutoscalingConfig(upscaling_factor=2)
-    assert follow(over, Scale(target=1), Load(running=20), 0.0, 1000.0) == [(0.0, 19), (60.0, 10)]
+    assert follow(over, Scale(target=1), Load(running=20), 0.0, 1000.0) == [(SEEN, 19), (SEEN + 60.0, 10)]
 
 
 def test_a_wish_replaces_the_load_and_nothing_else():

@@ -15,10 +15,28 @@ from msgspec import Struct
 from ..config import AutoscalingConfig
 from ..exceptions import ConfigError
 
-__all__ = ["STEP", "Decision", "Load", "Scale", "ScalingContext", "Wish", "decide", "explain", "wish_of"]
+__all__ = [
+    "SEEN",
+    "SETTLED",
+    "STEP",
+    "Decision",
+    "Load",
+    "Scale",
+    "ScalingContext",
+    "Wish",
+    "decide",
+    "explain",
+    "wish_of",
+]
 
 #: Between two steps up of an ``upscaling_factor`` below 1, and likewise down, pass at least this many seconds.
 STEP = 1.0
+#: What processes tell of their load is about right within a second, and roughly at once (`dask_serve.policy.load`); a
+#: request that has just gone from one to the other may count in both. So the need for a few more replicas has to last
+#: for `SETTLED` seconds, and that for many (more than `FEW` of those there are) for `SEEN`.
+SETTLED = 1.2
+SEEN = 0.25
+FEW = 0.5
 #: A load that exceeds what the replicas should have by less than this share of it asks for no more of them.
 TOLERANCE = 0.05
 
@@ -124,7 +142,7 @@ def decide(config: AutoscalingConfig, scale: Scale, load: Load, now: float, wish
     else:
         level, since = needed, now
     scale = Scale(target=scale.target, side=side, since=since, level=level, changed=scale.changed)
-    goal, wake_at = (_up if side > 0 else _down)(config, scale, now)
+    goal, wake_at = _up(config, scale, now, wish) if side > 0 else _down(config, scale, now)
     if goal == scale.target:
         return Decision(scale=scale, needed=needed, wake_at=wake_at)
     if side < 0 and level == 0 and goal:
@@ -150,9 +168,12 @@ def _needed(config: AutoscalingConfig, target: int, load: Load, wish: Wish | Non
     return config.clip(needed)
 
 
-def _up(config: AutoscalingConfig, scale: Scale, now: float) -> tuple[int, float | None]:
+def _up(config: AutoscalingConfig, scale: Scale, now: float, wish: Wish | None) -> tuple[int, float | None]:
     """Return the next target, or the present one and when that may change."""
-    due = scale.since if scale.target == 0 else scale.since + config.upscale_delay_s
+    delay = config.upscale_delay_s
+    if wish is None:
+        delay = max(delay, SETTLED if scale.level - scale.target <= max(1.0, FEW * scale.target) else SEEN)
+    due = scale.since if scale.target == 0 else scale.since + delay
     if config.upscaling_factor < 1:
         due = max(due, scale.changed + STEP)
     if now < due:
