@@ -351,6 +351,10 @@ class Dispatcher:
         target.others = others if others > 0 else 0
         target.wanted = wanted
         target.heard = now
+        if wanted or self._elsewhere:
+            self._remember_backlogs(target, wanted, now)
+
+    def _remember_backlogs(self, target: Target, wanted: int, now: float) -> None:
         elsewhere = wanted - self._own_share(now) if target.asked or now < self._told_until else wanted
         if elsewhere >= self._elsewhere or now - self._elsewhere_heard > STALE_AFTER:
             # Not all replicas are asked by all routers.

@@ -19,6 +19,7 @@ from ..exceptions import (
     RequestTimeoutError,
 )
 from ..policy.dispatch import Dispatcher, Target
+from ..policy.forecast import APART
 from ..policy.retries import RetryBudget
 from ..wire.frames import Buffer
 from ..wire.messages import Chunk, Failure, Reply
@@ -193,7 +194,7 @@ class Router:
 
     def on_result(self, target: Target, call: Outgoing, reply: Reply, parts: Sequence[Buffer]) -> None:
         now = monotonic()
-        if call.sent:
+        if call.sent and now - target.forecast.sampled > APART:
             self._dispatcher.measure(target, call, now)
         self._dispatcher.answered(target, reply.running, reply.wanted, reply.credits, now)
         if call.dropped:
