@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp
 
+from ..context import request_context
 from ..exceptions import MethodNotFoundError
 from ..wire.messages import HttpHead, is_websocket
 from .conversation import Conversation
@@ -62,25 +63,29 @@ class HttpAdapter:
             return
         conversation = Conversation(user, execution, call.http)
         try:
-            user.enter(execution)
             if self._app is not None:
+                user.enter(execution)
                 user.send(execution, await conversation.run(self._app))
                 return
             if self._function is None:
                 raise self._error
             function = self._function
             if self._is_async:
+                user.enter(execution)
                 result = await (function(conversation.request()) if self._takes_request else function())
             else:
                 request = conversation.request()
 
                 def run() -> Any:
+                    # Not before: one that waits for its thread has not begun, and can still leave.
                     user.enter(execution, blocking=True)
                     result = function(request) if self._takes_request else function()
                     # Rendered here: a large one would hold up the loop.
                     return result if is_stream(result) or inspect.iscoroutine(result) else response_of(result)
 
                 result = await user.in_pool(run)
+                # What is left of it runs here.
+                request_context.set(execution.context())
                 if inspect.iscoroutine(result):
                     # An async method behind a plain decorator.
                     result = await result
