@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
@@ -457,6 +459,27 @@ def test_a_busy_default_port_gives_the_next_one_and_a_warning(monkeypatch, caplo
         assert f"Port {busy} is in use; HTTP is served on port {port} instead" in caplog.text
         for sock in slots:
             sock.close()
+
+
+def test_services_that_start_together_do_not_share_a_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = threading.Barrier(4)
+
+    def claim(_):
+        together.wait()
+        try:
+            return sockets._probe_and_listen(socket.AF_INET, "127.0.0.1", port)
+        except OSError:
+            return None
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(200):
+            claimed = [sock for sock in pool.map(claim, range(4)) if sock is not None]
+            for sock in claimed:
+                sock.close()
+            assert len(claimed) <= 1
 
 
 def test_a_port_that_becomes_free_is_waited_for():

@@ -8,6 +8,7 @@ import errno
 import logging
 import socket
 import stat
+import sys
 from pathlib import Path
 
 from ..exceptions import ConfigError
@@ -24,6 +25,9 @@ PORTS_TRIED = 100
 BACKLOG = 2048
 #: Seconds between two tries of a busy port.
 RETRY_INTERVAL = 0.1
+
+#: Linux lets a socket share its port once it listens.
+_SHARES_LATER = sys.platform.startswith("linux")
 
 _HOW_TO_CHANGE = "choose another with serve.start(port=...) (from the shell: --port), or let port=0 take a free one"
 
@@ -196,14 +200,19 @@ def _next_free(family: int, address: str) -> socket.socket:
 
 
 def _probe_and_listen(family: int, address: str, port: int) -> socket.socket:
-    # Sockets that share a port may belong to different services of one user, who would then each get half of the
+    # Sockets that share a port may belong to different services of one user, who would then each get a part of the
     # connections. A socket that does not share finds out.
+    if _SHARES_LATER:
+        # No two services that start together get it.
+        return _listen(family, (address, port), share=False, share_later=True)
     with _listen(family, (address, port), share=False) as probe:
         name = probe.getsockname()
     return _listen(family, name, share=True)
 
 
-def _listen(family: int, address: tuple[str, int] | tuple[str, int, int, int], *, share: bool) -> socket.socket:
+def _listen(
+    family: int, address: tuple[str, int] | tuple[str, int, int, int], *, share: bool, share_later: bool = False
+) -> socket.socket:
     sock = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -213,6 +222,9 @@ def _listen(family: int, address: tuple[str, int] | tuple[str, int, int, int], *
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)
         sock.listen(BACKLOG)
+        if share_later:
+            # Not before: several may be bound to a port that nobody listens on.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.setblocking(False)
     except OSError:
         sock.close()
