@@ -189,6 +189,22 @@ def rollback(name: str, version: int | None, scheduler: str | None) -> None:
 
 
 @serve.command()
+@click.argument("worker")
+@click.option("--stay", is_flag=True, help="Take it back: the worker may hold replicas again.")
+@_scheduler_option
+def drain(worker: str, stay: bool, scheduler: str | None) -> None:
+    """Bring WORKER (its address or name) to hold no replicas.
+
+    Replicas start elsewhere first. The worker goes on as a worker of Dask, and gets no new replicas until --stay.
+    """
+    from .session.peers import ask
+
+    with _errors(), _connected(scheduler) as client:
+        answer = client.sync(ask, client.scheduler, "serve_drain", worker=worker, stay=stay)
+    click.echo(f"{answer['worker']} {'may hold replicas again' if stay else 'holds no replicas'}")
+
+
+@serve.command()
 @_scheduler_option
 def shutdown(scheduler: str | None) -> None:
     """Delete all applications and end the proxies of a cluster; its scheduler and workers go on."""

@@ -27,6 +27,8 @@ Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 Path = Annotated[str, Meta(min_length=1)]
 Delay = Annotated[float, Meta(ge=0)]
+#: A number of replicas, or a fraction of them.
+Share = Annotated[int, Meta(ge=0)] | Annotated[float, Meta(ge=0, le=1)]
 #: An import path, alone or with keyword arguments.
 Middleware = str | tuple[str, dict[str, Any]]
 
@@ -129,13 +131,20 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Names or addresses of the workers that may hold replicas; empty means all.
     max_replicas_per_worker : int or None, default None
         The most replicas of this deployment that one worker may hold.
+    max_surge : int or float, default 0.25
+        How many replicas a rolling update may run beyond ``num_replicas``: a number, or a fraction of them (up to
+        1.0), rounded up.
+    max_unavailable : int or float, default 0
+        How many replicas may be missing during a rolling update: a number, or a fraction, rounded down. Old replicas
+        are stopped before new ones are ready only where there is no room to surge.
     graceful_shutdown_timeout_s : float, default 20.0
         Seconds that a stopping replica may take to finish what it runs, and for its ``shutdown()`` or ``__del__``.
     health_check_period_s : float, default 5.0
         Seconds between two calls of the replica's ``check_health()``, if it has one. Three failures in a row replace
         the replica.
     health_check_timeout_s : float, default 10.0
-        Seconds that one ``check_health()`` may take.
+        Seconds that one ``check_health()`` may take. A worker that hangs for so long, of which neither door nor
+        heartbeat is heard, is given up, and its replicas are replaced.
     stuck_timeout_s : float or None, default None
         Seconds without any progress after which a replica is replaced although what it runs has not returned: its
         event loop is blocked, or all its threads are busy while requests wait. None: never; the status tells.
@@ -170,6 +179,8 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     memory: Count | None = None
     workers: list[str] = []
     max_replicas_per_worker: Count | None = None
+    max_surge: Share = 0.25
+    max_unavailable: Share = 0
     graceful_shutdown_timeout_s: Annotated[float, Meta(ge=0)] = 20.0
     health_check_period_s: Seconds = 5.0
     health_check_timeout_s: Seconds = 10.0
@@ -193,6 +204,8 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
             )
         if (self.num_replicas == "auto") != (self.autoscaling_config is not None):
             raise ValueError('autoscaling_config goes with num_replicas="auto", and not with a number')
+        if not self.max_surge and not self.max_unavailable:
+            raise ValueError("max_surge=0 needs max_unavailable=1 or more: an update could not begin otherwise")
 
 
 #: The options whose change restarts replicas; all others change in place.

@@ -174,6 +174,15 @@ async def test_replicas_get_devices(c, s, a, b):
     assert (await (await run(c, Model.options(gpus=2).bind(), name="both")).remote())[0] == (0, 1)
 
 
+@gen_cluster(client=True, nthreads=ONE, config={"serve.gpus": "0"})
+async def test_an_update_has_the_device_of_what_it_replaces(c, s, a):
+    handle = await run(c, Model.options(gpus=1, max_unavailable=1, threads=1).bind())
+    assert (await handle.remote())[0] == (0,)
+    # There is no other one.
+    await run(c, Model.options(gpus=1, max_unavailable=1, threads=2).bind())
+    assert [r.devices for r in (await deployment_of(c, "app")).replicas if r.state == "ready"] == [["0"]]
+
+
 async def _waits(client: Client, app: str) -> str | None:
     message = (await deployment_of(client, app)).message
     return message if "wait for a worker" in message and "looked up" not in message else None

@@ -411,7 +411,7 @@ async def test_update_that_fails_rolls_back(c, s, a, b):
     await serve.deploy(spec("r2", num_replicas=2), b"fail")
     status = await serve.until(lambda s: s.applications["app"].status == "failed")
     assert "2 replicas of the previous revision go on serving" in status.applications["app"].message
-    assert replicas(status) == before
+    assert replicas(status, state="ready") == before
     entry = (await serve.table()).deployments["app/d"]
     assert entry.failure is None
     assert len(entry.replicas) == 2
@@ -422,6 +422,106 @@ async def test_update_that_fails_rolls_back(c, s, a, b):
         lambda s: len(replicas(s, state="ready")) == 2 and lost.id not in {r.id for r in replicas(s)}
     )
     assert {r.revision for r in replicas(status)} == {"r1"}
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_a_failed_update_is_taken_back_as_a_whole(c, s, a, b):
+    def two(revision: str, *names: str) -> ApplicationSpec:
+        options = msgspec.convert({"num_replicas": 2}, DeploymentOptions)
+        deployments = [
+            DeploymentSpec(name=name, revision=f"{revision}{name}", options=options, methods=[]) for name in names
+        ]
+        return ApplicationSpec(name="app", route_prefix=None, ingress="d", deployments=deployments)
+
+    serve = await service(c)
+    await serve.deploy(two("r1", "d", "e"))
+    await serve.running()
+    told = []
+    s.plugins["dask-serve"].registry.on_taken_back = lambda name, spec, why: told.append((name, spec, why))
+    failing = two("r2", "d", "f")
+    await serve.rpc.serve_deploy(
+        application=msgspec.msgpack.encode(failing),
+        code={"r2d": to_serialize(b"ok"), "r2f": to_serialize(b"fail: no model")},
+    )
+    # What the new version has no more is called by the old one's replicas until the end.
+    for _ in range(20):
+        assert len((await serve.table()).deployments["app/e"].replicas) == 2
+        await asyncio.sleep(0.01)
+    status = await serve.until(lambda s: s.applications["app"].status == "failed")
+    assert "the update was taken back" in status.applications["app"].message
+    assert "ValueError: fail: no model" in status.applications["app"].message
+    status = await serve.until(lambda s: [r.revision for r in replicas(s)] == ["r1d"] * 2)
+    assert sorted((await serve.table()).deployments) == ["app/d", "app/e"]
+    assert list(status.applications["app"].deployments) == ["d", "e"]
+    assert [(name, spec) for name, spec, _ in told] == [("app", failing)]
+    # Whoever deploys again tries again.
+    await serve.rpc.serve_deploy(
+        application=msgspec.msgpack.encode(failing),
+        code={"r2d": to_serialize(b"ok"), "r2f": to_serialize(b"ok")},
+    )
+    await serve.running()
+    assert sorted((await serve.table()).deployments) == ["app/d", "app/f"]
+
+
+@gen_cluster(client=True, nthreads=ONE, worker_kwargs={"resources": {"GPU": 2}})
+async def test_an_update_without_room(c, s, a):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2, resources={"GPU": 1}))
+    before = replicas(await serve.running())
+    await serve.deploy(spec("r2", num_replicas=2, resources={"GPU": 1}))
+    status = await serve.until(lambda s: "max_unavailable=1" in s.applications["app"].message)
+    assert "no worker has resources GPU=1 free" in status.applications["app"].message
+    assert replicas(status) == before
+    await serve.deploy(spec("r2", num_replicas=2, resources={"GPU": 1}, max_unavailable=1))
+    ready = []
+
+    def updated(status: ServeStatus) -> bool:
+        ready.append(len(replicas(status, state="ready")))
+        return [replica.revision for replica in replicas(status, state="ready")] == ["r2"] * 2
+
+    await serve.until(updated)
+    assert min(ready) == 1
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_retired_workers_lose_their_replicas_first(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    await serve.running()
+    FakeReplica.gates["r1"] = asyncio.Event()
+    retiring = asyncio.ensure_future(c.retire_workers([a.address]))
+    status = await serve.until(lambda s: len(replicas(s, state="draining")) == 1)
+    assert [replica.worker for replica in replicas(status, state="ready")] == [b.address] * 2
+    assert a.address in s.workers
+    FakeReplica.gates["r1"].set()
+    assert list(await retiring) == [a.address]
+    # The last one goes as well, when it is told to: without a replacement.
+    with pytest.raises(TypeError, match="mutually exclusive"):
+        await s.retire_workers(workers=[b.address], names=["b"])
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_a_worker_that_dask_does_not_retire(c, s, a):
+    serve = await service(c)
+    kept = await c.scatter(1)
+    await serve.deploy(spec())
+    before = replicas(await serve.running())
+    # Its data has nowhere to go.
+    assert await c.retire_workers([a.address]) == {}
+    status = await serve.running()
+    assert before[0].id not in {replica.id for replica in replicas(status)}
+    assert kept.status == "finished"
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_drain_by_name(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    await serve.running()
+    answer = await serve.rpc.serve_drain(worker=str(a.name))
+    assert (answer["worker"], list(answer["left"])) == (a.address, [])
+    assert {replica.worker for replica in replicas(await serve.status())} == {b.address}
+    assert "there is no worker 'nobody'" in (await serve.rpc.serve_drain(worker="nobody"))["error"][1]
 
 
 @gen_cluster(client=True, nthreads=ONE)

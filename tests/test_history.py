@@ -230,6 +230,26 @@ async def test_what_the_controller_does_by_itself_is_saved(tmp_path: Path) -> No
 
 
 @gen_test()
+async def test_an_update_that_is_taken_back_is_another_version(tmp_path: Path) -> None:
+    state = StateFile(tmp_path / "state")
+    async with cluster(state) as (_, _, client):
+        handle = await serve.run(model(1), route_prefix=None, client=client)
+        with pytest.raises(DeploymentFailedError, match=r"(?s)automatic rollback: .*ValueError: it is broken"):
+            await serve.run(broken(), route_prefix=None, client=client)
+        application = (await serve.status(client=client)).applications["default"]
+        assert (application.version, application.owner, application.status) == (3, "dask_serve", "failed")
+        assert "the update was taken back" in application.message
+        assert [(r.ran, r.current) for r in await serve.history("default", client=client)] == [
+            (True, False),
+            (False, False),
+            (True, True),
+        ]
+        assert await handle.remote() == 1
+    async with cluster(state) as (_, _, client):
+        assert (await running(client, "default")).version == 3
+
+
+@gen_test()
 async def test_a_damaged_file_is_told_by_the_status(tmp_path: Path) -> None:
     state = StateFile(tmp_path / "state")
     state.path.write_bytes(b"damaged")

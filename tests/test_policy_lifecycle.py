@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import get_args
 
 import pytest
 
-from dask_serve.policy.lifecycle import ENDS, MOVES, Event, State, advance
+from dask_serve.policy.lifecycle import ENDS, MOVES, Event, State, advance, diagram
 
 STATES = get_args(State)
 EVENTS = get_args(Event)
@@ -40,3 +41,10 @@ def test_living_replicas_take_every_report(event):
 
 def test_draining_never_answers_again():
     assert all(then in ("draining", "gone") for then in MOVES["draining"].values())
+
+
+def test_the_documentation_draws_this_table():
+    page = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
+    drawn = page.partition("<!-- lifecycle -->\n```mermaid\n")[2].partition("\n```")[0]
+    assert drawn == diagram(), "put what diagram() returns into docs/architecture.md"
+    assert all(f" --> {state}" in drawn for state in STATES)

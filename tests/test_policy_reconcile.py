@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from dask_serve.policy.reconcile import Attempts, Reconfigure, Seen, Start, Stop, Want, has_failed, plan
+from dask_serve.policy.reconcile import Attempts, Reconfigure, Seen, Start, Stop, Want, has_failed, plan, share
 
 D = "app/d"
 
@@ -76,9 +76,9 @@ def test_back_off(failures, delay):
 def test_failures_wait_for_their_time():
     tried = Attempts(failures=2, last=10.0)
     early = do(want(1), [], tried, now=10.5)
-    assert (early.actions, early.wake_at) == ([], 11.0)
+    assert (early.actions, early.wake_at) == ([], {D: 11.0})
     late = do(want(1), [], tried, now=11.0)
-    assert (late.actions, late.wake_at) == ([Start(D, "new")], None)
+    assert (late.actions, late.wake_at) == ([Start(D, "new")], {})
 
 
 def test_three_failures_in_a_row_are_the_end():
@@ -86,14 +86,14 @@ def test_three_failures_in_a_row_are_the_end():
     result = do(want(2), [seen("1", "starting")], tried, now=1000.0)
     assert result.failed == {D}
     assert result.actions == [Stop("1")]
-    assert result.wake_at is None
+    assert result.wake_at == {}
 
 
 def test_a_ready_replica_keeps_hope():
     tried = Attempts(failures=3, last=0.0)
     result = do(want(2), [seen("1")], tried, now=1.0)
     assert not result.failed
-    assert result.wake_at == 5.0
+    assert result.wake_at == {D: 5.0}
     assert do(want(2), [seen("1")], tried, now=5.0).actions == [Start(D, "new")]
 
 
@@ -105,18 +105,53 @@ def test_old_replicas_serve_on_when_the_new_fail():
     assert do(want(2), old, tried, now=9.0).failed == {D}
 
 
-def test_roll_back_to_the_previous_revision():
+def test_where_an_older_revision_stands_by_a_ready_replica_is_no_hope():
     tried = Attempts(failures=3, last=0.0)
-    result = do(want(2, previous="old"), [seen("1", revision="old"), seen("2", "starting")], tried, now=9.0)
+    replicas = [seen("1"), seen("2", "starting"), seen("3", revision="old")]
+    result = do(want(3, retreat=True), replicas, tried, now=9.0)
     assert result.failed == {D}
-    assert result.actions == [Stop("2"), Start(D, "old")]
+    assert result.actions == [Stop("2")]
 
 
-def test_roll_back_that_fails_too_ends():
-    tried = Attempts(failures=3, last=0.0)
-    result = plan({D: want(2, previous="old")}, [], {(D, "new"): tried, (D, "old"): tried}, 9.0)
-    assert result == plan({D: want(2)}, [], {(D, "new"): tried}, 9.0)
-    assert result.actions == []
+@pytest.mark.parametrize(
+    ("value", "up", "down"), [(2, 2, 2), (0, 0, 0), (0.25, 2, 1), (0.01, 1, 0), (1.0, 7, 7), (0.5, 4, 3)]
+)
+def test_shares(value, up, down):
+    assert (share(value, 7, up=True), share(value, 7, up=False)) == (up, down)
+
+
+def test_the_surge_is_a_limit():
+    old = [seen(str(n), revision="old") for n in range(4)]
+    assert do(want(4, surge=3), old).actions == [Start(D, "new")] * 3
+    assert do(want(4, surge=9), old).actions == [Start(D, "new")] * 4
+
+
+def test_without_a_surge_old_ones_make_room():
+    old = [seen(str(n), revision="old") for n in range(4)]
+    assert do(want(4, surge=0, unavailable=2), old).actions == [Stop("0"), Stop("1"), Start(D, "new"), Start(D, "new")]
+
+
+def test_old_ones_that_hold_the_last_place_make_room_as_far_as_they_may():
+    old = [seen(str(n), revision="old") for n in range(2)]
+    assert crowded(want(2), old) == [Start(D, "new")]
+    assert crowded(want(2, unavailable=1), old) == [Stop("0"), Start(D, "new"), Start(D, "new")]
+    # While the first drains the second one stays, and when its successor starts as well.
+    assert Stop("1") not in crowded(want(2, unavailable=1), [seen("0", "draining", "old"), old[1]])
+    assert crowded(want(2, unavailable=1), [old[1], seen("2", "starting")]) == [Start(D, "new")]
+    assert crowded(want(2, unavailable=1), [old[1], seen("2")]) == [Stop("1"), Start(D, "new")]
+
+
+def crowded(want: Want, replicas: list[Seen]):
+    return plan({D: want}, replicas, {}, 0.0, [D]).actions
+
+
+def test_replicas_of_leaving_workers_are_replaced_before_they_stop():
+    there = [seen("1", leaving=True), seen("2", leaving=True), seen("3")]
+    # All at once: the worker does not wait.
+    assert do(want(3), there).actions == [Start(D, "new")] * 2
+    assert do(want(3), [*there, seen("4", "starting"), seen("5")]).actions == [Stop("1")]
+    assert do(want(1), [seen("1", "starting", leaving=True)]).actions == [Stop("1"), Start(D, "new")]
+    assert do(want(2), there[:1]).actions == [Start(D, "new")] * 2
 
 
 def test_deployments_are_independent():
@@ -125,7 +160,7 @@ def test_deployments_are_independent():
         {D: want(1), other: want(1)}, [seen("1", deployment=other)], {(D, "new"): Attempts(failures=1, last=0.0)}, 0.1
     )
     assert result.actions == []
-    assert result.wake_at == pytest.approx(0.2)
+    assert result.wake_at == {D: pytest.approx(0.2)}
 
 
 # -- the plan in motion
@@ -202,7 +237,7 @@ def test_a_plan_that_was_carried_out_leaves_nothing_to_do(observed, target):
 @given(observed, st.integers(1, 6), st.booleans())
 def test_failing_starts_end_and_keep_what_serves(observed, target, with_previous):
     replicas = [r for r in start(observed) if r.revision != "new"]
-    world = World(replicas, want(target, previous="old" if with_previous else None))
+    world = World(replicas, want(target, retreat=with_previous))
     serving = min(ready(world.replicas), target)
     for _ in range(50):
         world.step()

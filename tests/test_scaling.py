@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import Any
 
+import msgspec
 import pytest
 from distributed.utils_test import gen_test
 
@@ -43,9 +44,9 @@ class Setup:
         for spec in specs:
             for number in range(replicas):
                 replica = Replica("app", spec, f"tcp://w{number}", 0.0)
+                self.registry.add(replica)
                 replica.move("ready")
-                self.registry.replicas[replica.id] = replica
-        self.registry.tidy()
+        self.registry.tidy([f"app/{spec.name}" for spec in specs])
         self.scheduler = FakeScheduler()
         self.events = Events(self.scheduler)
         self.woken = 0
@@ -140,7 +141,8 @@ async def test_another_application_of_the_name_begins_anew():
     assert setup.registry.target("app", spec.deployments[0]) == 10
     setup.scaling.waits("a", 2, {})
     setup.registry.delete("app")
-    setup.registry.replicas.clear()
+    for replica in list(setup.registry.replicas.values()):
+        replica.move("lost")
     setup.registry.deploy(spec, code)
     setup.scaling.decide()
     assert setup.target() == 1
@@ -180,9 +182,26 @@ def test_the_number_at_the_beginning():
     setup.registry.targets.clear()
     spec = _spec(setup)
     for _ in range(7):
-        replica = Replica("app", spec, "tcp://w", 0.0)
-        setup.registry.replicas[replica.id] = replica
+        setup.registry.add(Replica("app", spec, "tcp://w", 0.0))
     assert setup.registry.target("app", spec) == 7
+
+
+def test_nothing_runs_without_requests_and_is_something_to_go_back_to():
+    setup = Setup(min_replicas=0)
+    (replica,) = setup.registry.replicas.values()
+    replica.move("lost")
+    setup.registry.set_target("app/d0", 0, "it is a test")
+    spec = setup.registry.applications["app"].spec
+    deployments = [msgspec.structs.replace(_spec(setup), revision="other")]
+    setup.registry.deploy(msgspec.structs.replace(spec, deployments=deployments), {"other": b""})
+    assert setup.registry.applications["app"].before == spec
+
+
+def test_those_of_workers_that_leave_are_replaced_where_threads_are_taken():
+    setup = Setup(replicas=2)
+    assert setup.registry.is_extra("app/d0", _spec(setup))
+    setup.registry.leaving.add("tcp://w1")
+    assert not setup.registry.is_extra("app/d0", _spec(setup))
 
 
 def _spec(setup: Setup) -> DeploymentSpec:

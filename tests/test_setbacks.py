@@ -7,6 +7,7 @@ import pytest
 
 from dask_serve.config import DeploymentOptions
 from dask_serve.controller.registry import FORGOTTEN, Registry, Replica
+from dask_serve.controller.views import Views
 from dask_serve.policy.desired import ApplicationSpec, DeploymentSpec
 from dask_serve.policy.reconcile import Attempts, Start, plan
 
@@ -29,13 +30,13 @@ def test_each_one_waits_longer_and_none_is_the_last(registry):
     now, waits = 0.0, []
     for number in range(8):
         registry.count_setback(replica(registry, now), f"fell ill, {number}", now)
-        todo = plan(registry.wanted(), [], registry.tries(), now)
+        todo = plan(registry.wanted(["app/d"]), [], registry.tries(), now)
         assert (todo.actions, todo.failed) == ([], frozenset())
-        waits.append(todo.wake_at - now)
-        now = todo.wake_at
-        assert plan(registry.wanted(), [], registry.tries(), now).actions == [Start("app/d", "r1")]
+        waits.append(todo.wake_at["app/d"] - now)
+        now = todo.wake_at["app/d"]
+        assert plan(registry.wanted(["app/d"]), [], registry.tries(), now).actions == [Start("app/d", "r1")]
     assert waits == pytest.approx([0.2, 1, 5, 25, 30, 30, 30, 30])
-    status = registry.statuses()["app"].deployments["d"]
+    status = Views(registry).statuses()["app"].deployments["d"]
     assert status.setback == "fell ill, 7 (8 times in a row)"
     assert status.setback in status.message
 
@@ -57,4 +58,4 @@ def test_failed_starts_count_beside_them(registry):
     registry.count_setback(replica(registry, 0), "ill", 0.1)
     assert registry.tries()[KEY].message == "ill"
     registry.attempts[KEY] = msgspec.structs.replace(registry.attempts[KEY], failures=3)
-    assert plan(registry.wanted(), [], registry.tries(), 0.2).failed == {"app/d"}
+    assert plan(registry.wanted(["app/d"]), [], registry.tries(), 0.2).failed == {"app/d"}

@@ -62,6 +62,11 @@ class WorkerDevices:
             return None
         return [Device(name, ordinal, 1.0 - taken.get((host, name), 0.0)) for name, ordinal in known]
 
+    @property
+    def known(self) -> bool:
+        """Some workers have told theirs."""
+        return bool(self._known)
+
     def forget(self, worker: str) -> None:
         """A worker is gone."""
         self._known.pop(worker, None)

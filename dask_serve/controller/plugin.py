@@ -28,12 +28,14 @@ from ..logs import join_dask
 from ..policy.desired import ApplicationSpec
 from ..policy.history import By
 from ..routing.table import Table, encode_table
-from .changes import Changes
+from .changes import Changes, Throttle
 from .editor import Editor
 from .events import Events
 from .front import Front, first_options
 from .history import History, encode_history
+from .leaving import Leaving
 from .promises import Promises
+from .pulse import Pulse
 from .reconciler import Reconciler
 from .registry import Registry
 from .scaling import Scaling
@@ -41,6 +43,7 @@ from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, WorkerStatus, encode_status
 from .store import Store
 from .tunnel import Tunnels
+from .views import Views
 
 if TYPE_CHECKING:
     from distributed.comm import Comm
@@ -102,8 +105,12 @@ class Controller(SchedulerPlugin):
         self.epoch = uuid.uuid4().hex
         self.secret = secrets.token_bytes(32)
         self.registry = Registry(History(history_length()))
-        self.reconciler = Reconciler(scheduler, self.registry, self._publish)
+        self.views = Views(self.registry)
+        self._publish_soon = Throttle(self._publish)
+        self.reconciler = Reconciler(scheduler, self.registry, self._publish_soon)
+        self.leaving = Leaving(scheduler, self.registry, self.reconciler)
         self.editor = Editor(self.registry, self.reconciler.wake)
+        self.registry.on_taken_back = self.editor.taken_back
         self.events = Events(scheduler)
         self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
         self.promises = Promises()
@@ -143,7 +150,11 @@ class Controller(SchedulerPlugin):
             )
             if self._http_at_start is not None:
                 self.front.begin(self._http_at_start, self._explicit)
-            await self.reconciler.run(self._client)
+            pulse = asyncio.create_task(Pulse(self.scheduler, self.registry, self.reconciler, self.secret).run())
+            try:
+                await self.reconciler.run(self._client)
+            finally:
+                pulse.cancel()
         except Exception:
             logger.exception("the controller of dask_serve ended")
             raise
@@ -154,6 +165,7 @@ class Controller(SchedulerPlugin):
         self._main.cancel()
         with suppress(asyncio.CancelledError, Exception):
             await self._main
+        self._publish_soon.close()
         self._tables.close()
         self._statuses.close()
         self.promises.close()
@@ -163,19 +175,21 @@ class Controller(SchedulerPlugin):
         await self.front.close()
         if self._client is not None:
             await self._client.close()
+        self.editor.flush()
         await self.editor.close(remove=self._state is not None and self._state.for_crashes)
 
     # -- hooks of the scheduler
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """There is room for replicas that wait."""
-        self.reconciler.wake()
+        self.reconciler.joined_worker(worker)
 
     def remove_worker(self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any) -> None:
         """Its replicas leave the table at once, and are replaced."""
         self.tunnels.forget(worker)
         self.scaling.lost(worker)
         self.reconciler.lost_worker(worker)
+        self._publish_soon.flush()
 
     def restart(self, scheduler: Scheduler) -> None:
         """All replicas are lost."""
@@ -204,15 +218,22 @@ class Controller(SchedulerPlugin):
         def differs() -> bool:
             return (epoch, since) != (self.epoch, self._table.version)
 
-        return {"table": self._table_bytes if await self._tables.until(differs, timeout) else None}
+        self._publish_soon.flush()
+        news = await self._tables.until(differs, timeout)
+        self._publish_soon.flush()
+        return {"table": self._table_bytes if news else None}
 
     async def serve_status(self) -> dict[str, Any]:
         """Return the status."""
+        self._publish_soon.flush()
         return {"status": encode_status(self._with_workers())}
 
     async def serve_watch(self, since: int = 0, timeout: float = 30.0) -> dict[str, Any]:
         """Return the status as soon as it is newer than ``since``, or after ``timeout`` seconds."""
+        self._publish_soon.flush()
         await self._statuses.until(lambda: self._status.version > since, timeout)
+        # More may have happened at the same moment.
+        self._publish_soon.flush()
         return {"status": encode_status(self._with_workers())}
 
     # -- operations: applications
@@ -318,6 +339,26 @@ class Controller(SchedulerPlugin):
         """Hear how many requests run at a worker's replicas."""
         self.scaling.runs(worker, running)
 
+    # -- operations: workers that leave
+
+    async def serve_leaving(self, worker: str, patience: float) -> dict[str, Any]:
+        """Hear that a worker is closing; answer when its replicas have replacements, or after ``patience`` seconds."""
+        await self.leaving.replace([worker], patience, no_place=0.2)
+        return {}
+
+    @_op
+    async def serve_drain(self, worker: str, stay: bool = False) -> dict[str, Any]:
+        """Bring a worker, by address or name, to hold no replicas, and keep it so; ``stay`` takes it back."""
+        there = self.scheduler.workers
+        address = next((one for one, state in there.items() if worker in (one, str(state.name))), None)
+        if address is None:
+            known = ", ".join(sorted(self.scheduler.workers)) or "none"
+            raise ConfigError(f"there is no worker {worker!r}; workers: {known}")
+        if stay:
+            self.leaving.stay([address])
+            return {"worker": address, "left": []}
+        return {"worker": address, "left": [replica.id for replica in await self.leaving.empty([address])]}
+
     # -- operations: tunnels
 
     async def serve_tunnel(self, comm: Comm, process: str) -> Status:
@@ -344,6 +385,7 @@ class Controller(SchedulerPlugin):
 
     async def serve_routed(self, timeout: float = 2.0) -> dict[str, Any]:
         """Answer when all proxies route by the present table, or after ``timeout`` seconds; and which table that is."""
+        self._publish_soon.flush()
         version = self._table.version
         routed = await self.front.until_applied(timeout)
         return {"routed": routed, "epoch": self.epoch, "version": version}
@@ -373,11 +415,13 @@ class Controller(SchedulerPlugin):
             epoch=self.epoch,
             version=self._table.version,
             secret=self.secret,
-            deployments=registry.table_deployments(),
-            routes=registry.table_routes(),
-            applications=registry.table_applications(),
+            deployments=self.views.deployments(),
+            routes=self.views.routes(),
+            applications=self.views.applications(),
             url=self.front.url,
             cluster=self.scheduler.id,
+            silent=self.views.silent(),
+            given_up=registry.given_up,
         )
         if table != self._table or not table.version:
             self._table = msgspec.structs.replace(table, version=self._table.version + 1)
@@ -386,7 +430,7 @@ class Controller(SchedulerPlugin):
             self._tables.happened()
         status = ServeStatus(
             version=self._status.version,
-            applications=registry.statuses(),
+            applications=self.views.statuses(),
             proxies=self.front.describe(),
             url=self.front.url,
             message="\n".join(text for text in (self.front.message, *self.editor.trouble) if text),

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -32,6 +33,10 @@ logger = logging.getLogger("dask_serve.controller")
 RECHECK = 1.0
 #: How long an actor may take to be made before its status says what it waits for.
 QUEUED_AFTER = 0.5
+#: Seconds that one round may hold the scheduler's loop before it lets others run.
+SLICE = 0.004
+#: How many deployments are planned in one round.
+BATCH = 25
 #: Seconds beyond the graceful time before a replica that does not answer is dropped.
 DRAIN_GRACE = 2.0
 RECONFIGURE_TIMEOUT = 60.0
@@ -66,16 +71,23 @@ class Reconciler:
         self._on_change = on_change
         self._client: Client | None = None
         self._wake = asyncio.Event()
+        #: Deployments to be planned anew, and when to look again at those where something waits.
+        self._unplanned = registry.follow()
+        self._again: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._held: set[str] = set()
-        #: Of the replicas that found no worker: how many wait only for free threads, and for how many.
-        self._crowded = (0, 0)
+        #: By deployment: how many of the replicas that found no worker wait only for free threads, and for how many.
+        self._short_of_threads: dict[str, tuple[int, int]] = {}
+        #: Deployments that are placed once workers have told their devices.
+        self._wait_for_devices: set[str] = set()
 
     # -- life
 
     async def run(self, client: Client) -> None:
         """Reconcile until cancelled; ``client`` owns the actors."""
         self._client = client
+        # A tenth of a second that the scheduler's loop would miss with the first replica.
+        await asyncio.get_running_loop().run_in_executor(None, replica_class)
         while True:
             self._wake.clear()
             try:
@@ -83,13 +95,16 @@ class Reconciler:
             except Exception:
                 logger.exception("reconciling failed; trying again in %s s", RECHECK)
                 wake_at = time.monotonic() + RECHECK
-            timeout = None if wake_at is None else max(wake_at - time.monotonic(), 0.001)
+            timeout = None if wake_at is None else wake_at - time.monotonic()
+            if timeout is not None and timeout <= 0:
+                await asyncio.sleep(0)
+                continue
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), timeout)
 
     def wake(self) -> None:
         """Publish what changed and look for what is to be done."""
-        self.registry.tidy()
+        self.registry.tidy(self._unplanned)
         self._on_change()
         self._wake.set()
 
@@ -103,7 +118,9 @@ class Reconciler:
     def wanted_workers(self) -> int:
         """Return how many workers an adaptive cluster should have for our replicas."""
         unplaced = sum(number for number, _ in self.registry.unplaced.values())
-        return wanted_workers(self.workers.views(), unplaced - self._crowded[0], self._crowded[1])
+        short = self._short_of_threads.values()
+        extra, threads = sum(number for number, _ in short), sum(threads for _, threads in short)
+        return wanted_workers(self.workers.views(), unplaced - extra, threads)
 
     # -- events
 
@@ -138,7 +155,7 @@ class Reconciler:
             logger.warning("%s; it is replaced", message)
             self.registry.count_setback(replica, message, time.monotonic())
             self.workers.note_failure(replica)
-            self._stop(replica)
+            self.stop(replica)
             replica.message = f"unhealthy: {reason}"
         self.wake()
 
@@ -183,19 +200,27 @@ class Reconciler:
     def lost_worker(self, worker: str) -> None:
         """A worker is gone, and its replicas with it."""
         self.workers.forget(worker)
-        self._lose(self.registry.on_worker(worker))
+        self.registry.leaving.discard(worker)
+        self.registry.silent.discard(worker)
+        self.lose(self.registry.on_worker(worker))
 
     def restarted(self) -> None:
         """Dask has forgotten all tasks and is about to restart all workers."""
         for worker in self.scheduler.workers:
             self.workers.doom(worker)
         self._held.clear()
-        self._lose(list(self.registry.replicas.values()))
+        self.lose(list(self.registry.replicas.values()))
 
-    def _lose(self, replicas: list[Replica]) -> None:
+    def joined_worker(self, worker: str) -> None:
+        """There is a worker that may hold replicas."""
+        self.registry.touch(*self.registry.unplaced)
+        self.wake()
+
+    def lose(self, replicas: list[Replica], why: str = "is lost with its worker") -> None:
+        """Some replicas are no more, or no more to be reckoned with."""
         for replica in replicas:
             if replica.state not in ENDS:
-                logger.warning("replica %s is lost with its worker %s", replica.id, replica.worker)
+                logger.warning("replica %s %s %s", replica.id, why, replica.worker)
                 replica.move("lost")
                 self._release(replica)
         self.wake()
@@ -204,30 +229,64 @@ class Reconciler:
 
     def _step(self, now: float) -> float | None:
         registry = self.registry
-        registry.tidy()
+        due = self._unplanned | {id for id, at in self._again.items() if at <= now}
+        due = set(islice(due, BATCH))
+        registry.tidy(due)
+        self._unplanned -= due
         late = self._hold_keys()
-        registry.unplaced = {}
-        self._crowded = (0, 0)
-        todo = plan(registry.wanted(), registry.seen(), registry.tries(), now)
-        registry.failed = todo.failed
-        for action in todo.actions:
-            self._do(action, now)
+        todo = plan(registry.wanted(due), registry.seen(due), registry.tries(), now, registry.crowded)
+        for id in due:
+            self._again.pop(id, None)
+            self._short_of_threads.pop(id, None)
+        self._again.update(todo.wake_at)
+        self._note_failed(due, todo.failed)
+        before = {id: registry.unplaced.pop(id, None) for id in due}
+        crowded = registry.crowded & due
+        registry.crowded -= due
+        done = self._do_all(todo.actions)
+        for id, what in before.items():
+            if what != registry.unplaced.get(id) or (id in crowded) != (id in registry.crowded):
+                registry.touch(id)
+            if id in registry.unplaced:
+                self._again[id] = now + RECHECK
         pending = [r for r in registry.replicas.values() if r.state == "starting" and not r.submitted]
         for replica in pending:
             replica.message = self._waits_for(replica, now)
         self._on_change()
-        wakes = [] if todo.wake_at is None else [todo.wake_at]
+        if self._unplanned or not done:
+            # What was done, or is still to be done, may have opened or closed a way.
+            self._unplanned |= set() if done else due
+            return now
+        wakes = list(self._again.values())
         if pending:
             wakes.append(now + QUEUED_AFTER)
-        if late or registry.unplaced:
+        if late:
             wakes.append(now + RECHECK)
         return min(wakes, default=None)
+
+    def _note_failed(self, due: set[str], failed: frozenset[str]) -> None:
+        registry = self.registry
+        before, registry.failed = registry.failed, registry.failed - due | failed
+        registry.touch(*(before ^ registry.failed))
+        for id in failed:
+            # One that failed may have taken the others of its application back with it.
+            if id in registry.failed and registry.take_back(id):
+                logger.warning("the update of deployment %s failed and is taken back", id)
+
+    def _do_all(self, actions: list[Action]) -> bool:
+        """Do what was planned; return whether there was time for all of it."""
+        began = time.monotonic()
+        for number, action in enumerate(actions):
+            if number and time.monotonic() - began > SLICE:
+                return False
+            self._do(action, began)
+        return True
 
     def _do(self, action: Action, now: float) -> None:
         if isinstance(action, Start):
             self._start(action, now)
         elif isinstance(action, Stop):
-            self._stop(self.registry.replicas[action.replica])
+            self.stop(self.registry.replicas[action.replica])
         elif isinstance(action, Reconfigure):
             self._reconfigure(self.registry.replicas[action.replica])
 
@@ -246,25 +305,36 @@ class Reconciler:
             max_replicas_per_worker=options.max_replicas_per_worker,
             only_free_threads=self.registry.is_extra(action.deployment, spec),
         )
-        views = self.workers.views(action.deployment, action.revision)
+        registry, id = self.registry, action.deployment
+        if id in registry.unplaced:
+            # It was found a moment ago that there is no place.
+            number, reason = registry.unplaced[id]
+            registry.unplaced[id] = (number + 1, reason)
+            if id in self._short_of_threads:
+                number, threads = self._short_of_threads[id]
+                self._short_of_threads[id] = (number + 1, threads + need.threads)
+            return
+        views = self.workers.views(id, action.revision)
         if options.gpus:
             for worker in self.workers.devices.unasked():
                 self._spawn(self._ask_for_devices(worker))
         choice = place(need, views)
         if choice.worker is None:
             if options.gpus and self.workers.devices.being_asked:
-                # Their answer wakes us.
+                self._wait_for_devices.add(id)
                 return
+            registry.unplaced[id] = (1, choice.reason)
             if need.only_free_threads and place(replace(need, only_free_threads=False), views).worker is not None:
-                self._crowded = (self._crowded[0] + 1, self._crowded[1] + need.threads)
-            number, _ = self.registry.unplaced.get(action.deployment, (0, ""))
-            self.registry.unplaced[action.deployment] = (number + 1, choice.reason)
+                self._short_of_threads[id] = (1, need.threads)
+            old = [r for r in registry.of(id) if r.state == "ready" and r.spec.revision != action.revision]
+            if old and place(need, self.workers.views(id, action.revision, without=old)).worker is not None:
+                registry.crowded.add(id)
             return
         replica = Replica(app, spec, choice.worker, now)
         view = next(view for view in views if view.address == choice.worker)
         replica.host, replica.devices = view.host, choice.devices
         replica.booked = booking(need, view.resources)
-        self.registry.replicas[replica.id] = replica
+        registry.add(replica)
         if replica.worker in self.workers.equipped:
             self._submit(replica)
         else:
@@ -273,6 +343,8 @@ class Reconciler:
     async def _ask_for_devices(self, worker: str) -> None:
         assert self._client is not None
         await self.workers.devices.ask(self._client, worker, what_is_missing)
+        self.registry.touch(*self._wait_for_devices)
+        self._wait_for_devices.clear()
         self.wake()
 
     async def _ask_and_submit(self, replica: Replica) -> None:
@@ -284,7 +356,7 @@ class Reconciler:
         if replica.state != "starting":
             return
         if replica.worker not in self.scheduler.workers:
-            self._lose([replica])
+            self.lose([replica])
         elif missing:
             self.reported_failed(replica, missing)
         else:
@@ -335,7 +407,7 @@ class Reconciler:
             # Counted, so that whoever cancels them is not answered with an endless loop of new ones.
             self.reported_failed(replica, f"Dask cancelled its actor: {future.status}")
         else:
-            self._lose([replica])
+            self.lose([replica])
 
     def _waits_for(self, replica: Replica, now: float) -> str:
         worker = self.scheduler.workers.get(replica.worker)
@@ -350,7 +422,8 @@ class Reconciler:
             return f"queued on worker {worker.address}: {threads} busy with other tasks"
         return f"worker {worker.address} is loading it"
 
-    def _stop(self, replica: Replica) -> None:
+    def stop(self, replica: Replica) -> None:
+        """Drain a replica and let go of it."""
         replica.message = ""
         replica.move("drain")
         self._spawn(self._drain(replica))
@@ -422,14 +495,15 @@ class Reconciler:
         if replica.held:
             replica.held = False
             self.workers.bookings.give_back(replica.worker, replica.booked)
-        if future.done() or self._withdraw(replica):
+        # At once: Dask does not retire a worker as long as it knows of an actor there.
+        if self._withdraw(replica) or future.done():
             future.release()
         else:
             # Submitted this moment, and not yet known to the scheduler.
             self._spawn(self._withdraw_later(replica, future))
 
     def _withdraw(self, replica: Replica) -> bool:
-        """Withdraw an actor that is not made yet; return whether the scheduler knows of it.
+        """Withdraw an actor; return whether the scheduler knows of it.
 
         An actor that is released while it waits for a thread stays in Dask's set of its worker's actors for ever, and
         keeps that worker from being retired.

@@ -1,11 +1,11 @@
-"""What the controller knows: desired applications, observed replicas, and the table and status made from them."""
+"""What the controller knows: desired applications and observed replicas."""
 
 from __future__ import annotations
 
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,11 +15,9 @@ from ..exceptions import ApplicationNotFoundError, ConfigError
 from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
 from ..policy.devices import Device
 from ..policy.lifecycle import ENDS, Event, State, advance
-from ..policy.reconcile import ATTEMPTS, Attempts, Seen, Want
+from ..policy.reconcile import ATTEMPTS, Attempts, Seen, Want, share
 from ..policy.routes import check_free, check_prefix
-from ..routing.table import DeploymentEntry, ReplicaEntry, RouteEntry
-from .history import History, told_of
-from .status import ApplicationStatus, AutoscalingStatus, DeploymentStatus, Health, ReplicaStatus, worst
+from .history import History
 
 if TYPE_CHECKING:
     from ..config import DeploymentOptions
@@ -32,12 +30,14 @@ FORGOTTEN = 300.0
 
 def settings_of(options: DeploymentOptions) -> bytes:
     """Return a token of the options that a running replica must learn of when they change."""
-    if options.autoscaling_config is not None:
+    # These are the controller's business.
+    ours = msgspec.structs.replace(options, max_surge=1, max_unavailable=0)
+    if ours.autoscaling_config is not None:
         # They report their load; how many of them there are is not their business.
-        options = msgspec.structs.replace(options, autoscaling_config=AutoscalingConfig())
+        ours = msgspec.structs.replace(ours, autoscaling_config=AutoscalingConfig())
     else:
-        options = msgspec.structs.replace(options, num_replicas=1)
-    return msgspec.msgpack.encode(options)
+        ours = msgspec.structs.replace(ours, num_replicas=1)
+    return msgspec.msgpack.encode(ours)
 
 
 class Replica:
@@ -67,15 +67,30 @@ class Replica:
         self.submitted = False
         self.door = ""
         self.process = ""
-        self.message = ""
         self.ended = asyncio.Event()
+        #: Told of each change.
+        self.changed: Callable[[Replica], None] = lambda replica: None
+        self._message = ""
 
     def move(self, event: Event) -> State:
         """Take a move of `dask_serve.policy.lifecycle` and return the new state."""
-        self.state = advance(self.state, event)
+        before, self.state = self.state, advance(self.state, event)
         if self.state in ENDS:
             self.ended.set()
+        if self.state != before:
+            self.changed(self)
         return self.state
+
+    @property
+    def message(self) -> str:
+        """What it waits for, if anything."""
+        return self._message
+
+    @message.setter
+    def message(self, text: str) -> None:
+        if text != self._message:
+            self._message = text
+            self.changed(self)
 
 
 class Application:
@@ -88,24 +103,43 @@ class Application:
         self.replaced = asyncio.Event()
         #: Deployments that have had all their replicas ready since they were last changed.
         self.reached: set[str] = set()
-        #: What served before the present revision, until that one has proved itself.
-        self.previous: dict[str, DeploymentSpec] = {}
+        #: What served before, as a whole, until this has proved itself: it is gone back to when this fails.
+        self.before: ApplicationSpec | None = None
+        #: Why the last update was taken back, by deployment.
+        self.taken_back: dict[str, str] = {}
 
     @property
     def deployments(self) -> dict[str, DeploymentSpec]:
         """The deployments by name."""
         return {spec.name: spec for spec in self.spec.deployments}
 
+    @property
+    def leftovers(self) -> list[DeploymentSpec]:
+        """Deployments that this has no more, and whose callers may still run: they end when this has been reached."""
+        if self.before is None:
+            return []
+        names = {spec.name for spec in self.spec.deployments}
+        return [spec for spec in self.before.deployments if spec.name not in names]
+
+    def standby(self, name: str) -> DeploymentSpec | None:
+        """Return what served before in place of a deployment, if anything does."""
+        return next((spec for spec in self.before.deployments if spec.name == name), None) if self.before else None
+
 
 class Registry:
-    """The state of the controller; no method of it waits for anything."""
+    """The state of the controller; no method of it waits for anything.
+
+    What is derived from it (table, status, plan) is made anew for those deployments only that have changed.
+    """
 
     def __init__(self, history: History | None = None) -> None:
         self.applications: dict[str, Application] = {}
         #: What the applications were before, and who made them so.
         self.history = history or History()
-        #: Replicas that have not ended, the oldest first.
+        #: Replicas that have not ended, the oldest first; the same by deployment and by worker.
         self.replicas: dict[str, Replica] = {}
+        self.by_deployment: dict[str, dict[str, Replica]] = {}
+        self.by_worker: dict[str, dict[str, Replica]] = {}
         self.attempts: dict[tuple[str, str], Attempts] = {}
         #: What befell replicas that had been ready, and put off new ones: memory, health. By (deployment, revision).
         self.setbacks: dict[tuple[str, str], Attempts] = {}
@@ -113,11 +147,65 @@ class Registry:
         self.code: dict[str, Any] = {}
         #: By deployment id: how many replicas found no worker, and why.
         self.unplaced: dict[str, tuple[int, str]] = {}
+        #: Deployments whose new replicas find no place because their old ones hold it.
+        self.crowded: set[str] = set()
         #: Ids of the deployments that were given up.
         self.failed: frozenset[str] = frozenset()
         #: Of deployments that follow their load: how many replicas they should have, and why.
         self.targets: dict[str, int] = {}
         self.reasons: dict[str, str] = {}
+        #: Workers that are about to go: their replicas serve until they are replaced.
+        self.leaving: set[str] = set()
+        #: Workers whose doors do not answer: no new requests go there.
+        self.silent: set[str] = set()
+        #: Processes that were given up though their connections may stand.
+        self.given_up: list[str] = []
+        #: Called when an update was taken back: application, what was to be, and why.
+        self.on_taken_back: Callable[[str, ApplicationSpec, str], None] = lambda name, spec, why: None
+        self._followers: list[set[str]] = []
+        #: Revisions whose code nobody needs now, and for which it was decided whether to keep it.
+        self._spare: set[str] = set()
+
+    # -- changes
+
+    def follow(self) -> set[str]:
+        """Return a set into which the ids of changed deployments are put from now on; its owner empties it."""
+        follower = set(self.by_deployment) | {id for id, _, _ in self._specs()}
+        self._followers.append(follower)
+        return follower
+
+    def touch(self, *deployments: str) -> None:
+        """Note that something about deployments has changed."""
+        for follower in self._followers:
+            follower.update(deployments)
+
+    def touch_application(self, name: str) -> None:
+        """Note that something about all deployments of an application has changed."""
+        # Itself, too: it may have neither replicas nor anything that it should run.
+        ids = [name + "/", *(id for id in self.by_deployment if id.startswith(name + "/"))]
+        self.touch(*ids, *(id for id, app, _ in self._specs() if app == name))
+
+    def touch_worker(self, worker: str) -> None:
+        """Note that something about a worker has changed."""
+        self.touch(*{replica.deployment for replica in self.on_worker(worker)}, *self.unplaced)
+
+    def add(self, replica: Replica) -> None:
+        """A replica is to be started."""
+        replica.changed = self._on_changed
+        self.replicas[replica.id] = replica
+        self.by_deployment.setdefault(replica.deployment, {})[replica.id] = replica
+        self.by_worker.setdefault(replica.worker, {})[replica.id] = replica
+        self.touch(replica.deployment)
+
+    def _on_changed(self, replica: Replica) -> None:
+        self.touch(replica.deployment)
+        if replica.state in ENDS and self.replicas.pop(replica.id, None) is not None:
+            for index, key in ((self.by_deployment, replica.deployment), (self.by_worker, replica.worker)):
+                del index[key][replica.id]
+                if not index[key]:
+                    del index[key]
+            # There is room now.
+            self.touch(*self.unplaced)
 
     # -- desired
 
@@ -134,18 +222,49 @@ class Registry:
             # One of that name before has nothing to do with this one.
             for id in [id for id in self.targets if id.startswith(spec.name + "/")]:
                 del self.targets[id], self.reasons[id]
-        self.applications[spec.name] = application
+        self._put(application)
+
+    def restore(self, spec: ApplicationSpec) -> None:
+        """Make ``spec`` desired, which was so for the scheduler before this one."""
+        self._put(Application(spec))
+
+    def _put(self, application: Application) -> None:
+        name = application.spec.name
+        self.touch_application(name)
+        before = self.applications.get(name)
+        self.applications[name] = application
         if before is not None:
             before.replaced.set()
         # Who deploys again means: try again.
         for tried in (self.attempts, self.setbacks):
-            for key in [key for key in tried if key[0].startswith(spec.name + "/")]:
+            for key in [key for key in tried if key[0].startswith(name + "/")]:
                 del tried[key]
-        self.failed = frozenset(id for id in self.failed if not id.startswith(spec.name + "/"))
+        self.failed = frozenset(id for id in self.failed if not id.startswith(name + "/"))
+        self.touch_application(name)
 
-    def restore(self, spec: ApplicationSpec) -> None:
-        """Make ``spec`` desired, which was so for the scheduler before this one."""
-        self.applications[spec.name] = Application(spec)
+    def take_back(self, id: str) -> bool:
+        """A deployment cannot be brought to its desired revision: go back to what served before, if anything did.
+
+        The application goes back as a whole, since its deployments fit each other.
+        """
+        name, _, deployment = id.partition("/")
+        application = self.applications[name]
+        spec = application.deployments.get(deployment)
+        if application.before is None or spec is None:
+            return False
+        standby = application.standby(deployment)
+        if standby is not None and standby.revision == spec.revision:
+            # It is not this update that it suffers from.
+            return False
+        why = self.failure(id, spec.revision)
+        back = Application(application.before)
+        back.taken_back = {deployment: why}
+        for other in back.spec.deployments:
+            if application.deployments.get(other.name) == other and other.name in application.reached:
+                back.reached.add(other.name)
+        self._put(back)
+        self.on_taken_back(name, application.spec, why)
+        return True
 
     def delete(self, name: str) -> list[Replica]:
         """Stop wanting an application; return the replicas it still has."""
@@ -154,29 +273,50 @@ class Registry:
             known = ", ".join(map(repr, sorted(self.applications))) or "none"
             raise ApplicationNotFoundError(f"there is no application {name!r}; applications: {known}")
         application.deleting = True
+        self.touch_application(name)
         return [replica for replica in self.replicas.values() if replica.app == name]
 
     def spec_of(self, deployment: str, revision: str) -> tuple[str, DeploymentSpec] | None:
-        """Return application and spec of one revision of a deployment, the desired or the previous one."""
-        for name, application in self.applications.items():
-            for spec in (*application.spec.deployments, *application.previous.values()):
-                if deployment_id(name, spec.name) == deployment and spec.revision == revision:
-                    return name, spec
+        """Return application and spec of a deployment, if that is its desired revision."""
+        for id, name, spec in self._specs():
+            if id == deployment and spec.revision == revision:
+                return name, spec
         return None
 
-    def wanted(self) -> dict[str, Want]:
-        """Return the desired state for `dask_serve.policy.reconcile.plan`."""
+    def wanted(self, deployments: Iterable[str]) -> dict[str, Want]:
+        """Return the desired state of some deployments for `dask_serve.policy.reconcile.plan`."""
         wants = {}
-        for name, application in self._living():
-            for spec in application.spec.deployments:
-                previous = application.previous.get(spec.name)
-                wants[deployment_id(name, spec.name)] = Want(
-                    revision=spec.revision,
-                    replicas=self.target(name, spec),
-                    settings=settings_of(spec.options),
-                    previous=None if previous is None else previous.revision,
-                )
+        for id in deployments:
+            found = self.desired(id)
+            if found is None:
+                continue
+            application, spec = found
+            options = spec.options
+            number = self.target(application.spec.name, spec)
+            surge = share(options.max_surge, number, up=True)
+            standby = application.standby(spec.name)
+            wants[id] = Want(
+                revision=spec.revision,
+                replicas=number,
+                settings=settings_of(options),
+                surge=surge,
+                unavailable=max(share(options.max_unavailable, number, up=False), not surge),
+                retreat=application.before is not None and (standby is None or standby.revision != spec.revision),
+            )
         return wants
+
+    def desired(self, id: str) -> tuple[Application, DeploymentSpec] | None:
+        """Return what a deployment should be and its application, if it should be."""
+        name, _, deployment = id.partition("/")
+        application = self.applications.get(name)
+        if application is None or application.deleting:
+            return None
+        for spec in (*application.spec.deployments, *application.leftovers):
+            if spec.name == deployment:
+                return application, spec
+        return None
+
+    # -- numbers of replicas
 
     def target(self, app: str, spec: DeploymentSpec) -> int:
         """Return how many replicas a deployment should have."""
@@ -187,30 +327,34 @@ class Registry:
         id = deployment_id(app, spec.name)
         if id not in self.targets:
             # One that had a fixed number keeps it until its load says otherwise.
-            there = sum(r.deployment == id and r.state in ("starting", "ready") for r in self.replicas.values())
-            self.targets[id] = max(config.start_replicas, there)
-            self.reasons[id] = "to begin with"
+            there = sum(r.state in ("starting", "ready") for r in self.of(id))
+            self.set_target(id, max(config.start_replicas, there), "to begin with")
         return config.clip(self.targets[id])
+
+    def set_target(self, id: str, number: int, why: str) -> None:
+        """Note how many replicas a deployment should have from now on."""
+        self.targets[id], self.reasons[id] = number, why
+        self.touch(id)
 
     def scaled(self) -> dict[str, AutoscalingConfig]:
         """Return the deployments that follow their load, each of which has a target then."""
         found = {}
-        for name, application in self._living():
-            for spec in application.spec.deployments:
-                config = spec.options.autoscaling_config
-                if config is not None:
-                    self.target(name, spec)
-                    if spec.name not in application.reached:
-                        # No request is no reason to stop what is to prove that the code works.
-                        config = msgspec.structs.replace(config, min_replicas=config.start_replicas)
-                    found[deployment_id(name, spec.name)] = config
+        for id, name, spec in self._specs():
+            config = spec.options.autoscaling_config
+            if config is not None:
+                self.target(name, spec)
+                application = self.applications[name]
+                if spec.name in application.deployments and spec.name not in application.reached:
+                    # No request is no reason to stop what is to prove that the code works.
+                    config = msgspec.structs.replace(config, min_replicas=config.start_replicas)
+                found[id] = config
         for id in self.targets.keys() - found.keys():
             del self.targets[id], self.reasons[id]
         return found
 
-    def _least(self, app: str, application: Application, spec: DeploymentSpec) -> int:
+    def least(self, application: Application, spec: DeploymentSpec) -> int:
         """Return with how many replicas a deployment runs: those that its load has it start are not missed."""
-        config, target = spec.options.autoscaling_config, self.target(app, spec)
+        config, target = spec.options.autoscaling_config, self.target(application.spec.name, spec)
         if config is None:
             return target
         return min(target, config.min_replicas if spec.name in application.reached else config.start_replicas)
@@ -220,28 +364,44 @@ class Registry:
         config = spec.options.autoscaling_config
         if config is None:
             return False
-        living = [r for r in self.replicas.values() if r.deployment == id and r.state in ("starting", "ready")]
-        if any(r.spec.revision != spec.revision for r in living):
-            # Those of a rolling update take the threads of the ones that they replace.
+        living = [r for r in self.of(id) if r.state in ("starting", "ready")]
+        if any(r.spec.revision != spec.revision or r.worker in self.leaving for r in living):
+            # Those of a rolling update, and those of workers that go, are in place of others.
             return False
         return len(living) >= max(config.min_replicas, 1)
 
     def keys(self) -> set[str]:
         """Return the Dask keys that bound arguments refer to."""
-        return {key for spec in self._specs() for key in spec.keys}
+        return {key for spec in self._all_specs() for key in spec.keys}
 
     # -- observed
 
-    def seen(self) -> list[Seen]:
-        """Return the observed state for `dask_serve.policy.reconcile.plan`."""
+    def seen(self, deployments: Iterable[str]) -> list[Seen]:
+        """Return the observed state of some deployments for `dask_serve.policy.reconcile.plan`."""
         return [
-            Seen(id=r.id, deployment=r.deployment, revision=r.spec.revision, state=r.state, settings=r.settings)
-            for r in self.replicas.values()
+            Seen(
+                id=r.id,
+                deployment=id,
+                revision=r.spec.revision,
+                state=r.state,
+                settings=r.settings,
+                leaving=r.worker in self.leaving,
+            )
+            for id in deployments
+            for r in self.of(id)
         ]
+
+    def of(self, deployment: str) -> list[Replica]:
+        """Return the replicas of a deployment, the oldest first."""
+        return list(self.by_deployment.get(deployment, {}).values())
 
     def on_worker(self, worker: str) -> list[Replica]:
         """Return the replicas that a worker holds."""
-        return [replica for replica in self.replicas.values() if replica.worker == worker]
+        return list(self.by_worker.get(worker, {}).values())
+
+    def ready(self, deployment: str, revision: str | None = None) -> int:
+        """Return how many replicas of a deployment are ready."""
+        return sum(r.state == "ready" and revision in (None, r.spec.revision) for r in self.of(deployment))
 
     def count_failure(self, replica: Replica, message: str, now: float) -> None:
         """Count a failed start; replicas that were started before the last failure belong to the same attempt."""
@@ -251,6 +411,7 @@ class Registry:
         if before is not None:
             failures = before.failures + (replica.started_at >= before.last)
         self.attempts[key] = Attempts(failures=failures, last=now, message=message)
+        self.touch(replica.deployment)
 
     def count_setback(self, replica: Replica, message: str, now: float) -> None:
         """Note why a replica has to be replaced; the more often, the later. Long ago counts no more."""
@@ -258,6 +419,7 @@ class Registry:
         before = self.setbacks.get(key)
         failures = 1 if before is None or now - before.last > FORGOTTEN else before.failures + 1
         self.setbacks[key] = Attempts(failures=failures, last=now, message=message, final=False)
+        self.touch(replica.deployment)
 
     def tries(self) -> dict[tuple[str, str], Attempts]:
         """Return what puts off new replicas, for `dask_serve.policy.reconcile.plan`."""
@@ -268,84 +430,58 @@ class Registry:
                 tries[key] = tried
         return tries
 
-    def tidy(self) -> None:
-        """Note what has been reached, and forget what has ended and the code that nobody needs."""
-        self.replicas = {id: replica for id, replica in self.replicas.items() if replica.state not in ENDS}
-        busy = {replica.app for replica in self.replicas.values()}
-        for name, application in list(self.applications.items()):
-            if application.deleting and name not in busy:
+    def failure(self, id: str, revision: str) -> str:
+        """Return why a revision could not be started."""
+        tried = self.attempts.get((id, revision))
+        return tried.message if tried is not None else "it could not be started"
+
+    def tidy(self, deployments: Iterable[str]) -> None:
+        """Note what has been reached by deployments that changed, and forget what nobody needs any more."""
+        for name in {id.partition("/")[0] for id in deployments}:
+            application = self.applications.get(name)
+            if application is not None and not application.deleting:
+                self._note_reached(application)
+            elif application is not None and not any(id.startswith(name + "/") for id in self.by_deployment):
                 del self.applications[name]
-                continue
-            for spec in application.spec.deployments:
-                if self._ready(deployment_id(name, spec.name), spec.revision) >= self._least(name, application, spec):
-                    application.reached.add(spec.name)
-                    application.previous.pop(spec.name, None)
-            if not application.deleting and len(application.reached) == len(application.spec.deployments):
-                self.history.prove(name)
-        known = {deployment_id(name, spec.name) for name, a in self._living() for spec in a.spec.deployments}
-        self.attempts = {key: tried for key, tried in self.attempts.items() if key[0] in known}
-        self.setbacks = {key: tried for key, tried in self.setbacks.items() if key[0] in known}
-        needed = {spec.revision for spec in self._specs()} | {r.spec.revision for r in self.replicas.values()}
-        self.code = self.history.kept(self.code, needed)
+                self.touch_application(name)
+        self.attempts = {key: tried for key, tried in self.attempts.items() if self.desired(key[0]) is not None}
+        self.setbacks = {key: tried for key, tried in self.setbacks.items() if self.desired(key[0]) is not None}
+        needed = {spec.revision for spec in self._all_specs()} | {r.spec.revision for r in self.replicas.values()}
+        if not self.code.keys() - needed <= self._spare:
+            self.code = self.history.kept(self.code, needed)
+        self._spare = self.code.keys() - needed
 
-    # -- what others see
-
-    def table_deployments(self) -> dict[str, DeploymentEntry]:
-        """Return the deployments of the routing table."""
-        entries = {}
-        for name, application in self._living():
-            for spec in application.spec.deployments:
-                id = deployment_id(name, spec.name)
-                ready = [
-                    ReplicaEntry(id=r.id, process=r.process, door=r.door, worker=r.worker)
-                    for r in self.replicas.values()
-                    if r.deployment == id and r.state == "ready"
-                ]
-                entries[id] = DeploymentEntry(
-                    id=id,
-                    replicas=ready,
-                    max_ongoing_requests=spec.options.max_ongoing_requests,
-                    max_queued_requests=spec.options.max_queued_requests,
-                    request_timeout_s=spec.options.request_timeout_s,
-                    methods=spec.methods,
-                    failure=self._failure(id, spec) if id in self.failed and not ready else None,
-                    body_limit=spec.options.body_limit,
-                    retries_on_loss=spec.options.retries_on_loss,
-                    scales=spec.options.autoscaling_config is not None,
-                )
-        return entries
-
-    def table_routes(self) -> list[RouteEntry]:
-        """Return the routes of the routing table."""
-        return [
-            RouteEntry(prefix=application.spec.route_prefix, deployment=deployment_id(name, application.spec.ingress))
-            for name, application in self._living()
-            if application.spec.route_prefix is not None
-        ]
-
-    def table_applications(self) -> dict[str, str]:
-        """Return the ingress deployment ids by application."""
-        return {name: deployment_id(name, application.spec.ingress) for name, application in self._living()}
-
-    def statuses(self) -> dict[str, ApplicationStatus]:
-        """Return the status of every application."""
-        return {name: self._application_status(name, app) for name, app in sorted(self.applications.items())}
+    def _note_reached(self, application: Application) -> None:
+        name = application.spec.name
+        specs = application.spec.deployments
+        for spec in specs:
+            if self.ready(deployment_id(name, spec.name), spec.revision) >= self.least(application, spec):
+                application.reached.add(spec.name)
+        if len(application.reached) < len(specs):
+            return
+        self.history.prove(name)
+        if application.before is not None:
+            gone = application.leftovers
+            application.before = None
+            self.touch(*(deployment_id(name, spec.name) for spec in (*specs, *gone)))
 
     # -- inside
 
-    def _living(self) -> Iterable[tuple[str, Application]]:
+    def living(self) -> Iterable[tuple[str, Application]]:
+        """Return the applications that are wanted, with their names."""
         return [(name, app) for name, app in self.applications.items() if not app.deleting]
 
-    def _specs(self) -> Iterable[DeploymentSpec]:
-        for _, application in self._living():
-            yield from application.spec.deployments
-            yield from application.previous.values()
+    def _specs(self) -> Iterable[tuple[str, str, DeploymentSpec]]:
+        """Return what should run: id, application and spec."""
+        for name, application in self.living():
+            for spec in (*application.spec.deployments, *application.leftovers):
+                yield deployment_id(name, spec.name), name, spec
 
-    def _ready(self, deployment: str, revision: str | None = None) -> int:
-        return sum(
-            r.state == "ready" and r.deployment == deployment and revision in (None, r.spec.revision)
-            for r in self.replicas.values()
-        )
+    def _all_specs(self) -> Iterable[DeploymentSpec]:
+        for _, application in self.living():
+            yield from application.spec.deployments
+            if application.before is not None:
+                yield from application.before.deployments
 
     def check(self, spec: ApplicationSpec, code: Mapping[str, Any]) -> None:
         """Raise ConfigError where ``spec`` cannot be deployed."""
@@ -359,7 +495,7 @@ class Registry:
             raise ConfigError(f"application {spec.name!r} has no deployment {spec.ingress!r}; it has {names}")
         if spec.route_prefix is not None:
             check_prefix(spec.route_prefix)
-            check_free(spec.name, spec.route_prefix, {name: a.spec.route_prefix for name, a in self._living()})
+            check_free(spec.name, spec.route_prefix, {name: a.spec.route_prefix for name, a in self.living()})
         here = code.keys() | self.code.keys() | self.history.stored
         missing = [d.name for d in spec.deployments if d.revision not in here]
         if missing:
@@ -370,98 +506,13 @@ class Registry:
         for name, spec in new.items():
             if old.get(name) == spec and name in before.reached:
                 after.reached.add(name)
-            previous = before.previous.get(name)
-            if name in old and self._ready(deployment_id(after.spec.name, name), old[name].revision):
-                previous = old[name] if old[name].revision != spec.revision else previous
-            if previous is not None and previous.revision != spec.revision:
-                after.previous[name] = previous
-
-    def _failure(self, id: str, spec: DeploymentSpec) -> str:
-        tried = self.attempts.get((id, spec.revision))
-        return tried.message if tried is not None else "it could not be started"
-
-    def _application_status(self, name: str, application: Application) -> ApplicationStatus:
-        deployments = {
-            spec.name: self._deployment_status(name, application, spec) for spec in application.spec.deployments
-        }
-        status = worst([deployment.status for deployment in deployments.values()])
-        told = [f"{name}: {d.message}" for name, d in deployments.items() if d.message and d.status == status]
-        entry = self.history.current(name)
-        return ApplicationStatus(
-            **({} if entry is None else told_of(entry)),
-            status=status,
-            message="\n".join(told),
-            route_prefix=application.spec.route_prefix,
-            ingress=application.spec.ingress,
-            deployments=deployments,
+        if before.spec == after.spec:
+            after.before = before.before
+            return
+        # Without requests, none is enough for some.
+        serves = all(
+            self.ready(deployment_id(after.spec.name, name), spec.revision) or not self.least(before, spec)
+            for name, spec in old.items()
         )
-
-    def _deployment_status(self, app: str, application: Application, spec: DeploymentSpec) -> DeploymentStatus:
-        id = deployment_id(app, spec.name)
-        replicas = [r for r in self.replicas.values() if r.deployment == id]
-        status: Health = "deploying"
-        if application.deleting:
-            status = "deleting"
-        elif id in self.failed:
-            status = "failed"
-        elif self._ready(id, spec.revision) >= self._least(app, application, spec):
-            status = "running"
-        elif spec.name in application.reached:
-            status = "unhealthy"
-        config = spec.options.autoscaling_config
-        target = 0 if application.deleting else self.target(app, spec)
-        return DeploymentStatus(
-            status=status,
-            setback=self._setback(id, spec),
-            message=self._deployment_message(id, spec, status, replicas, target),
-            target=target,
-            autoscaling=None
-            if config is None or application.deleting
-            else AutoscalingStatus(
-                min_replicas=config.min_replicas, max_replicas=config.max_replicas, why=self.reasons[id]
-            ),
-            counts=dict(sorted(Counter(r.state for r in replicas).items())),
-            replicas=[
-                ReplicaStatus(
-                    id=r.id,
-                    state=r.state,
-                    worker=r.worker,
-                    revision=r.spec.revision,
-                    message=r.message,
-                    devices=[device.id for device in r.devices],
-                )
-                for r in replicas
-            ],
-        )
-
-    def _setback(self, id: str, spec: DeploymentSpec) -> str:
-        tried = self.setbacks.get((id, spec.revision))
-        if tried is None:
-            return ""
-        return tried.message if tried.failures == 1 else f"{tried.message} ({tried.failures} times in a row)"
-
-    def _deployment_message(
-        self, id: str, spec: DeploymentSpec, status: Health, replicas: list[Replica], target: int
-    ) -> str:
-        if status == "failed":
-            serving = self._ready(id)
-            note = f"{serving} replicas of the previous revision go on serving\n" if serving else ""
-            return note + self._failure(id, spec)
-        told = []
-        if id in self.unplaced and status != "deleting":
-            number, reason = self.unplaced[id]
-            told.append(f"{number} of {target} replicas wait for a worker: {reason}")
-        if status in ("running", "deleting"):
-            return "\n".join(told)
-        tried = self.attempts.get((id, spec.revision))
-        if tried is not None:
-            told.append(f"starting failed {tried.failures} times, trying again: {_last_line(tried.message)}")
-        setback = self._setback(id, spec)
-        if setback:
-            told.append(setback)
-        told += [f"{r.id}: {r.message}" for r in replicas if r.state == "starting" and r.message]
-        return "\n".join(told)
-
-
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1] if text.strip() else ""
+        # What never served is nothing to go back to.
+        after.before = before.spec if serves else before.before

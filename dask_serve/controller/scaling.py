@@ -55,7 +55,7 @@ class Scaling:
     Parameters
     ----------
     registry : Registry
-        Its ``targets`` are written here, and nowhere else.
+        Its targets are changed here, and nowhere else.
     events : Events
         Gets each change with its reason.
     on_change : callable
@@ -156,8 +156,7 @@ class Scaling:
         if after == before:
             return False
         why = explain(config, deployment.load, decision.needed, wish)
-        self._registry.targets[id] = after
-        self._registry.reasons[id] = f"since {time.strftime('%H:%M:%S')}, because {why}"
+        self._registry.set_target(id, after, f"since {time.strftime('%H:%M:%S')}, because {why}")
         self._events.add("scaled", id, f"{before} → {after} replicas, because {why}")
         return True
 
@@ -185,7 +184,7 @@ class Scaling:
             deployment=name,
             config=config,
             target=deployment.scale.target,
-            ready=sum(r.deployment == id and r.state == "ready" for r in self._registry.replicas.values()),
+            ready=self._registry.ready(id),
             running=deployment.load.running,
             queued=deployment.load.queued,
             now=time.monotonic(),

@@ -204,6 +204,8 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
         Dask address of the worker.
     process : str
         Incarnation of the process.
+    shut : float
+        Seconds for which its door has not answered; infinite when the door is closed.
     results : int
         Large results of calls from Python that it holds: not yet fetched and dropped by their callers.
     result_bytes : int
@@ -229,6 +231,7 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
     result_bytes: int
     limit: int | None
     promoted: int = 0
+    shut: float = 0.0
     replicas: dict[str, dict[str, float]] = {}
     batches: dict[str, dict[str, dict[str, float]]] = {}
     models: dict[str, list[str]] = {}

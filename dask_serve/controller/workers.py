@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import TYPE_CHECKING
 
 import cloudpickle
@@ -102,38 +102,45 @@ class WorkerViews:
 
     def hosting(self) -> set[str]:
         """Return the addresses of the workers that hold replicas."""
-        return {replica.worker for replica in self._registry.replicas.values()}
+        return set(self._registry.by_worker)
 
-    def views(self, deployment: str = "", revision: str = "") -> list[WorkerView]:
-        """Return all workers, with the counts that concern one deployment and revision."""
+    def views(self, deployment: str = "", revision: str = "", without: Collection[Replica] = ()) -> list[WorkerView]:
+        """Return all workers, with the counts that concern one deployment and revision, ``without`` some replicas."""
         views = []
-        by_worker: defaultdict[str, list[Replica]] = defaultdict(list)
+        avoided = self._doomed | self._registry.leaving | self._registry.silent
         shares: defaultdict[tuple[str, str], float] = defaultdict(float)
-        for replica in self._registry.replicas.values():
-            by_worker[replica.worker].append(replica)
-            for device in replica.devices:
-                shares[replica.host, device.id] += share_of(replica.spec.options.gpus)
+        for replica in self._registry.replicas.values() if self.devices.known else ():
+            if replica.devices and replica not in without:
+                for device in replica.devices:
+                    shares[replica.host, device.id] += share_of(replica.spec.options.gpus)
+        by_worker = self._registry.by_worker
         for address, worker in self._scheduler.workers.items():
-            ours = by_worker[address]
+            ours = [replica for replica in by_worker.get(address, {}).values() if replica not in without]
             booked: Counter[str] = Counter()
+            memory = threads = same = 0
             for replica in ours:
-                booked.update(replica.booked)
+                options = replica.spec.options
+                memory += options.memory or 0
+                threads += options.threads
+                same += replica.deployment == deployment
+                if replica.booked:
+                    booked.update(replica.booked)
             views.append(
                 WorkerView(
                     address=address,
                     name=str(worker.name),
                     host=worker.host,
                     nthreads=worker.nthreads,
-                    running=worker.status == Status.running and address not in self._doomed,
+                    running=worker.status == Status.running and address not in avoided,
                     busy=len(worker.processing),
                     resources=self.bookings.declared(address),
                     booked=booked,
                     in_use=worker.used_resources,
                     devices=self.devices.of(address, worker.host, shares),
                     memory_limit=worker.memory_limit or 0,
-                    memory=sum(replica.spec.options.memory or 0 for replica in ours),
-                    threads=sum(replica.spec.options.threads for replica in ours),
-                    replicas=sum(replica.deployment == deployment for replica in ours),
+                    memory=memory,
+                    threads=threads,
+                    replicas=same,
                     total=len(ours),
                     failures=self._failures[address, revision],
                 )

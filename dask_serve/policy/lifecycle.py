@@ -1,12 +1,4 @@
-"""The life of a replica, as a table of moves.
-
-::
-
-    starting ──ready──► ready ──drain──► draining ──stopped──► gone
-        │                 │
-        ├──failed──► failed ◄──failed──┤      its constructor, or it itself, gave up
-        ├──lost────► lost ◄───lost─────┤      its worker went away
-        └─memory───► out_of_memory ◄───┘      its worker was killed because it used too much memory
+"""The life of a replica, as a table of moves. The diagram in ``docs/architecture.md`` is drawn from it by `diagram`.
 
 `gone`, `failed`, `lost` and `out_of_memory` are ends: a replica never comes back from them, another takes its place.
 """
@@ -15,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = ["ENDS", "MOVES", "Event", "State", "advance"]
+__all__ = ["ENDS", "MOVES", "Event", "State", "advance", "diagram"]
 
 State = Literal["starting", "ready", "draining", "gone", "failed", "lost", "out_of_memory"]
 Event = Literal["ready", "drain", "stopped", "failed", "lost", "out_of_memory"]
@@ -71,3 +63,15 @@ def advance(state: State, event: Event) -> State:
         return MOVES[state][event]
     except KeyError:
         raise ValueError(f"a replica that is {state!r} cannot take the event {event!r}") from None
+
+
+def diagram() -> str:
+    """Return the moves as a Mermaid state diagram; those that lead back to where they began are left out."""
+    lines = ["stateDiagram-v2", "    [*] --> starting"]
+    for state, moves in MOVES.items():
+        events: dict[State, list[Event]] = {}
+        for event, then in moves.items():
+            if then != state:
+                events.setdefault(then, []).append(event)
+        lines += [f"    {state} --> {then}: {', '.join(names)}" for then, names in events.items()]
+    return "\n".join([*lines, *(f"    {state} --> [*]" for state in MOVES if state in ENDS)])

@@ -5,19 +5,37 @@ A pure function, called again after every event: what it returns is done at once
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from math import ceil
+from collections.abc import Collection, Iterable, Mapping
+from math import ceil, floor
 
 from msgspec import Struct
 
 from .lifecycle import State
 
-__all__ = ["ATTEMPTS", "Attempts", "Plan", "Reconfigure", "Seen", "Start", "Stop", "Want", "has_failed", "plan"]
+__all__ = [
+    "ATTEMPTS",
+    "Attempts",
+    "Plan",
+    "Reconfigure",
+    "Seen",
+    "Start",
+    "Stop",
+    "Want",
+    "has_failed",
+    "plan",
+    "share",
+]
 
-#: Failed starts in a row, with no replica of the revision ready, after which a deployment has failed.
+#: Failed starts in a row after which a revision is given up: at once where another one stands by, otherwise when none
+#: of its replicas is ready.
 ATTEMPTS = 3
-#: Share of a deployment's replicas that a rolling update may run beyond the target, at least one.
-SURGE = 0.25
+
+
+def share(value: float, replicas: int, *, up: bool) -> int:
+    """Return how many replicas a number (int) or a fraction (float) of ``replicas`` means, rounded up or down."""
+    if isinstance(value, int):
+        return value
+    return ceil(value * replicas) if up else floor(value * replicas)
 
 
 class Want(Struct, frozen=True, kw_only=True):
@@ -27,8 +45,12 @@ class Want(Struct, frozen=True, kw_only=True):
     replicas: int
     #: Token of the options that change in place.
     settings: bytes = b""
-    #: The revision that served before this one: kept up while this one has failed.
-    previous: str | None = None
+    #: How many replicas an update may run beyond ``replicas``.
+    surge: int = 1
+    #: How many fewer than ``replicas`` may be ready during an update that has no room to surge.
+    unavailable: int = 0
+    #: A revision that served stands by: this one is given up though some of its replicas are ready.
+    retreat: bool = False
 
 
 class Seen(Struct, frozen=True, kw_only=True):
@@ -39,6 +61,8 @@ class Seen(Struct, frozen=True, kw_only=True):
     revision: str
     state: State
     settings: bytes = b""
+    #: Its worker is about to go: it serves until its replacement is ready.
+    leaving: bool = False
 
 
 class Attempts(Struct, frozen=True, kw_only=True):
@@ -83,14 +107,17 @@ class Plan(Struct, frozen=True):
     """What to do now, and when to look again if nothing happens before."""
 
     actions: list[Action]
-    wake_at: float | None
+    #: By deployment: when a start that failed is tried again.
+    wake_at: dict[str, float]
     #: Deployments whose desired revision cannot be started.
     failed: frozenset[str]
 
 
-def has_failed(attempts: Attempts | None, ready: int) -> bool:
+def has_failed(attempts: Attempts | None, ready: int, retreat: bool = False) -> bool:
     """Tell whether a revision with so many ready replicas is given up."""
-    return attempts is not None and attempts.final and attempts.failures >= ATTEMPTS and ready == 0
+    if attempts is None or not attempts.final or attempts.failures < ATTEMPTS:
+        return False
+    return ready == 0 or retreat
 
 
 def plan(
@@ -98,6 +125,7 @@ def plan(
     observed: Iterable[Seen],
     attempts: Mapping[tuple[str, str], Attempts],
     now: float,
+    crowded: Collection[str] = (),
 ) -> Plan:
     """Return the next actions.
 
@@ -106,70 +134,70 @@ def plan(
     desired : mapping
         What is wanted, by deployment id. Replicas of other deployments are stopped.
     observed : iterable of Seen
-        All replicas, the oldest first.
+        All replicas of the deployments in question, the oldest first.
     attempts : mapping
         Failed starts in a row by (deployment id, revision).
     now : float
         The time, on the clock of `Attempts.last`.
+    crowded : collection of str
+        Deployments whose new replicas find no place because their old ones hold it.
     """
     by_deployment: dict[str, list[Seen]] = {name: [] for name in desired}
     for replica in observed:
-        if replica.state in ("starting", "ready"):
-            by_deployment.setdefault(replica.deployment, []).append(replica)
+        by_deployment.setdefault(replica.deployment, []).append(replica)
     actions: list[Action] = []
     failed = set()
-    wakes = []
+    wake_at = {}
     for name, replicas in by_deployment.items():
         want = desired.get(name)
         if want is None:
-            actions += [Stop(replica.id) for replica in replicas]
+            actions += [Stop(r.id) for r in replicas if r.state in ("starting", "ready")]
             continue
-        ready = sum(r.state == "ready" for r in replicas if r.revision == want.revision)
-        revision: str | None = want.revision
-        if has_failed(attempts.get((name, want.revision)), ready):
-            failed.add(name)
-            revision = want.previous
-            if revision is not None and has_failed(attempts.get((name, revision)), _ready(replicas, revision)):
-                revision = None
-        if revision is None:
+        tried = attempts.get((name, want.revision))
+        ready = sum(r.state == "ready" and r.revision == want.revision for r in replicas)
+        if has_failed(tried, ready, want.retreat):
             # Nothing new can be started. What still serves, serves on; what tries to start is in vain.
+            failed.add(name)
             actions += [Stop(r.id) for r in replicas if r.state == "starting"]
             continue
-        tried = attempts.get((name, revision))
-        again_at = tried.again_at if tried is not None else now
-        todo, missing = _deployment(name, want, revision, replicas)
+        todo, missing = _deployment(want, replicas, name in crowded)
         actions += todo
-        if missing and again_at > now:
-            wakes.append(again_at)
+        if missing and tried is not None and tried.again_at > now:
+            wake_at[name] = tried.again_at
         else:
-            actions += [Start(name, revision)] * missing
-    return Plan(actions, min(wakes, default=None), frozenset(failed))
+            actions += [Start(name, want.revision)] * missing
+    return Plan(actions, wake_at, frozenset(failed))
 
 
-def _ready(replicas: list[Seen], revision: str) -> int:
-    return sum(r.state == "ready" and r.revision == revision for r in replicas)
-
-
-def _deployment(name: str, want: Want, revision: str, replicas: list[Seen]) -> tuple[list[Action], int]:
-    """Return what to do for one deployment, and how many replicas of ``revision`` to start."""
+def _deployment(want: Want, replicas: list[Seen], crowded: bool) -> tuple[list[Action], int]:
+    """Return what to do for one deployment, and how many replicas to start."""
     actions: list[Action] = []
-    current = [r for r in replicas if r.revision == revision]
+    living = [r for r in replicas if r.state in ("starting", "ready")]
+    current = [r for r in living if r.revision == want.revision and not r.leaving]
     ready = [r for r in current if r.state == "ready"]
-    old = [r for r in replicas if r.revision != revision]
-    # Of the other revisions only what is ready has a use: one for each new replica that is not ready yet.
-    serving = [r for r in old if r.state == "ready"]
+    starting = [r for r in current if r.state == "starting"]
+    # All others are to go. Only what is ready has a use still: one for each new replica that is not ready yet.
+    old = [r for r in living if r.revision != want.revision or r.leaving]
     actions += [Stop(r.id) for r in old if r.state == "starting"]
-    keep = max(want.replicas - len(ready), 0)
-    actions += [Stop(r.id) for r in serving[: max(len(serving) - keep, 0)]]
-
-    room = want.replicas + max(1, ceil(SURGE * want.replicas)) - min(len(serving), keep) - len(current)
+    serving = sorted((r for r in old if r.state == "ready"), key=lambda r: not r.leaving)
     missing = want.replicas - len(current)
+
+    stop = max(len(serving) - max(want.replicas - len(ready), 0), 0)
+    if missing > 0 and (crowded or not want.surge):
+        # No way up: down, then, as far as it is allowed. What drains already will make room.
+        leaving_room = sum(r.state == "draining" for r in replicas) + stop
+        spare = len(ready) + len(serving) - stop - max(want.replicas - want.unavailable, 0)
+        stop += max(min(missing - leaving_room, spare, len(serving) - stop), 0)
+    actions += [Stop(r.id) for r in serving[:stop]]
+    serving = serving[stop:]
+
     if missing < 0:
         # Those that do not serve yet go first, then the youngest.
-        starting = [r for r in current if r.state == "starting"]
         surplus = (ready + starting)[missing:]
         actions += [Stop(r.id) for r in surplus]
         ready = [r for r in ready if r not in surplus]
-    if revision == want.revision:
-        actions += [Reconfigure(r.id) for r in ready if r.settings != want.settings]
-    return actions, max(min(missing, room if serving else missing), 0)
+    actions += [Reconfigure(r.id) for r in ready if r.settings != want.settings]
+    # A worker that leaves does not wait until there is room.
+    staying = sum(not r.leaving for r in serving)
+    room = want.replicas + want.surge - staying - len(current) if staying else missing
+    return actions, max(min(missing, room), 0)

@@ -121,9 +121,16 @@ class Door:
         self._server: asyncio.AbstractServer | None = None
         self._local: asyncio.AbstractServer | None = None
         self._fabric: Fabric | None = None
+        #: When it was asked whether it is there, until it answers.
+        self._asked: float | None = None
         self._thread = threading.Thread(target=self._run, name="dask-serve-door", daemon=True)
 
     # ------------------------------------------------------------------ life
+
+    @property
+    def closed(self) -> bool:
+        """Nobody comes through it any more."""
+        return self.loop.is_closed() or (self._thread.ident is not None and not self._thread.is_alive())
 
     def start(self) -> None:
         """Listen; returns once the address is known.
@@ -325,11 +332,27 @@ class Door:
         store = self.store
         return {
             "process": self.process,
+            "shut": self._shut_for(),
             "results": len(store),
             "result_bytes": store.nbytes,
             "limit": store.limit,
             "promoted": store.promoted,
         }
+
+    def _shut_for(self) -> float:
+        """Return for how many seconds the door has not answered, infinite when it is closed; asks it again."""
+        if self.closed:
+            return float("inf")
+        now = time.monotonic()
+        if self._asked is not None:
+            return max(now - self._asked, 0.0)
+
+        def answer() -> None:
+            self._asked = None
+
+        self._asked = now
+        self.call(answer)
+        return 0.0
 
     def add(self, core: ReplicaCore) -> None:
         """Open the door for a replica, if it has not ended meanwhile (on the door's loop)."""

@@ -27,9 +27,12 @@ __all__ = ["DrainAtClose", "ServeProcess"]
 
 logger = logging.getLogger("dask_serve.process")
 
-#: Share of the time that Dask gives a closing worker's plugins (8 s for `dask worker`, 4 s in a LocalCluster) that
-#: replicas may take to drain; the rest is for closing.
-DRAIN_AT_CLOSE = 3.0
+#: Seconds that a closing worker is given where nobody said how many; it is 8 for `dask worker`, 4 in a LocalCluster.
+CLOSE_WITHIN = 4.0
+#: Seconds of it that are kept for closing, and the most that is used.
+CLOSING, MOST = 1.0, 8.0
+#: Share of the rest in which replicas go on serving, until there are others in their place; then they drain.
+REPLACING = 0.4
 #: Share of the worker's memory limit that may lie idle between large payloads: Dask counts it as used.
 IDLE_SHARE = 1 / 16
 #: Seconds to wait for the replicas' threads then.
@@ -58,7 +61,7 @@ class ServeProcess:
             if worker.status in _LEAVING:
                 raise ServeError(f"worker {worker.address} is closing")
             door = cls._doors.get(secret)
-            if door is None:
+            if door is None or door.closed:
                 listen = worker.security.get_listen_args("worker").get("ssl_context")
                 dial = worker.security.get_connection_args("worker").get("ssl_context")
                 host = "127.0.0.1" if worker.address.startswith("inproc") else get_address_host(worker.address)
@@ -134,15 +137,35 @@ class DrainAtClose(WorkerPlugin):
     name = "dask-serve-drain"
 
     def setup(self, worker: Any) -> None:
-        self._worker = worker
+        self._within = CLOSE_WITHIN
+        close = worker.close
+
+        async def close_within(timeout: float = 30, **kwargs: Any) -> Any:
+            # The plugins are not told.
+            self._within = min(timeout, MOST)
+            return await close(timeout=timeout, **kwargs)
+
+        worker.close = close_within
 
     async def teardown(self, worker: Any) -> None:
         units = ServeProcess.units_of(worker)
-        began = time.monotonic()
+        ends = time.monotonic() + max(self._within - CLOSING, CLOSING)
         if units:
+            await self._be_replaced(worker, (ends - time.monotonic()) * REPLACING)
+            units = ServeProcess.units_of(worker)
+            left = max(ends - time.monotonic(), 0.0)
             reports = [asyncio.wait_for(unit.report("draining"), 1.0) for unit in units]
-            drains = [unit.drain(min(DRAIN_AT_CLOSE, unit.options.graceful_shutdown_timeout_s)) for unit in units]
+            drains = [unit.drain(min(left, unit.options.graceful_shutdown_timeout_s)) for unit in units]
             await asyncio.gather(*reports, *drains, return_exceptions=True)
         # What draining has not taken is for applications that shut down.
-        patience = JOIN + max(0.0, DRAIN_AT_CLOSE - (time.monotonic() - began))
+        patience = JOIN + max(0.0, ends - time.monotonic())
         await asyncio.get_running_loop().run_in_executor(None, ServeProcess.leave, worker, patience)
+
+    async def _be_replaced(self, worker: Any, patience: float) -> None:
+        """Go on serving until there are other replicas, for a while."""
+        try:
+            await asyncio.wait_for(
+                worker.scheduler.serve_leaving(worker=worker.address, patience=patience), patience + 0.5
+            )
+        except (OSError, asyncio.TimeoutError) as error:
+            logger.info("The controller does not answer (%r); closing without replacements", error)

@@ -220,7 +220,7 @@ class ReplicaUnit:
             return
         self._released.set()
         door, core = self.door, self.core
-        if door is None or core is None:
+        if door is None or core is None or door.closed:
             self._end()
         else:
             patience = 0.0 if self._drained_in_vain else self.options.graceful_shutdown_timeout_s

@@ -158,16 +158,20 @@ class Fabric:
         now = monotonic()
         for link in list(self._links.values()):
             link.check(now)
-            if link.silent and self._loop.time() - link.silent_since > GIVE_UP_AFTER and not self._lists(link.process):
+            if link.silent and self._is_lost(link):
                 link.give_up()
         for router in self.routers.values():
             router.remind()
         self._check = self._loop.call_later(CHECK_EVERY, self._on_check) if self._links else None
 
-    def _lists(self, process: str) -> bool:
-        table = self.table
-        return table is None or any(
-            replica.process == process for entry in table.deployments.values() for replica in entry.replicas
+    def _is_lost(self, link: Link) -> bool:
+        """Tell whether a silent process is given up: the controller has, or nobody knows anything of it."""
+        table, process = self.table, link.process
+        if table is None or process in table.silent:
+            return False
+        return process in table.given_up or (
+            self._loop.time() - link.silent_since > GIVE_UP_AFTER
+            and all(replica.process != process for entry in table.deployments.values() for replica in entry.replicas)
         )
 
     def knows(self, process: str) -> bool:

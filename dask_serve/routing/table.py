@@ -63,6 +63,10 @@ class Table(Struct, frozen=True, array_like=True):
     url: str = ""
     #: The scheduler's id: it may be known by several addresses.
     cluster: str = ""
+    #: Processes whose replicas are not listed because they do not answer at present.
+    silent: list[str] = []
+    #: Processes that have not answered for too long: what runs there is lost, though connections may stand.
+    given_up: list[str] = []
 
 
 encode_table = msgspec.msgpack.Encoder().encode

@@ -1,0 +1,139 @@
+"""Workers that leave: their replicas are replaced elsewhere first, and end when the replacements are ready."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import dask
+from dask.utils import parse_timedelta
+
+if TYPE_CHECKING:
+    from distributed.scheduler import Scheduler
+
+    from .reconciler import Reconciler
+    from .registry import Registry, Replica
+
+__all__ = ["Leaving"]
+
+logger = logging.getLogger("dask_serve.controller")
+
+#: Seconds between two looks at what is left on a worker.
+LOOK = 0.05
+#: Seconds that replicas wait for a place elsewhere before they end without a replacement.
+NO_PLACE = 2.0
+
+
+class Leaving:
+    """Empties workers before they go.
+
+    It stands before ``Scheduler.retire_workers``, which is what ``client.retire_workers``, ``cluster.scale``, Adaptive
+    and a worker at the end of its ``--lifetime`` call: Dask itself would refuse to retire a worker with actors, and
+    all but the first of them close it nevertheless.
+
+    Parameters
+    ----------
+    scheduler : Scheduler
+    registry : Registry
+    reconciler : Reconciler
+    """
+
+    def __init__(self, scheduler: Scheduler, registry: Registry, reconciler: Reconciler) -> None:
+        self._scheduler = scheduler
+        self._registry = registry
+        self._reconciler = reconciler
+        self._retire: Any = scheduler.retire_workers
+        scheduler.handlers["retire_workers"] = self.retire_workers
+        scheduler.__dict__["retire_workers"] = self.retire_workers
+
+    async def retire_workers(
+        self,
+        workers: list[str] | None = None,
+        *,
+        names: list[Any] | None = None,
+        close_workers: bool = False,
+        remove: bool = True,
+        stimulus_id: str | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Do what ``Scheduler.retire_workers`` does, after the replicas of these workers have moved elsewhere."""
+        how = {"close_workers": close_workers, "remove": remove, "stimulus_id": stimulus_id}
+        if (workers is not None and names is not None) or (kwargs and (workers is not None or names is not None)):
+            # Dask has an error for this.
+            return dict(await self._retire(workers, names=names, **how, **kwargs))
+        found = self._addresses(workers, names, kwargs)
+        hosting = {worker for worker in found if self._registry.on_worker(worker)}
+        if hosting:
+            await self.empty(hosting)
+        answer = dict(await self._retire(found, **how))
+        stay = {worker for worker in hosting if worker in self._scheduler.workers and worker not in answer}
+        if stay:
+            logger.warning("Dask did not retire %s; replicas may be placed there again", ", ".join(sorted(stay)))
+            self.stay(stay)
+        return answer
+
+    def _addresses(self, workers: list[str] | None, names: list[Any] | None, kwargs: dict[str, Any]) -> list[str]:
+        known = self._scheduler.workers
+        if names is not None:
+            wanted = {str(name) for name in names}
+            return [address for address, worker in known.items() if str(worker.name) in wanted]
+        if workers is None:
+            workers = list(self._scheduler.workers_to_close(**kwargs))
+        # A cluster object names its workers by alias, also those that have gone meanwhile.
+        aliases = self._scheduler.aliases
+        return [address for worker in workers if (address := aliases.get(worker, worker)) in known]
+
+    async def empty(self, workers: Iterable[str], patience: float | None = None) -> list[Replica]:
+        """Bring workers to have no replica; return those that are left.
+
+        Parameters
+        ----------
+        workers : iterable of str
+            Addresses.
+        patience : float, optional
+            Seconds to wait for replacements; by default ``serve.leave-patience``. What is not replaced by then is
+            drained nevertheless.
+        """
+        workers = set(workers)
+        await self.replace(workers, patience)
+        left = self._left(workers)
+        for replica in left:
+            if replica.state in ("starting", "ready"):
+                logger.warning("replica %s ends without a replacement: its worker leaves", replica.id)
+                self._reconciler.stop(replica)
+        self._reconciler.wake()
+        await asyncio.gather(*(replica.ended.wait() for replica in left))
+        return self._left(workers)
+
+    async def replace(self, workers: Iterable[str], patience: float | None = None, no_place: float = NO_PLACE) -> None:
+        """Wait until the replicas of workers have replacements elsewhere, or find no place for ``no_place`` seconds."""
+        workers = set(workers)
+        if patience is None:
+            patience = parse_timedelta(dask.config.get("serve.leave-patience", "2 minutes"))
+        loop = asyncio.get_running_loop()
+        placed_at = began = loop.time()
+        self._note(workers, leaving=True)
+        while living := [r for r in self._left(workers) if r.state in ("starting", "ready")]:
+            await asyncio.sleep(LOOK)
+            now = loop.time()
+            if any(replica.deployment not in self._registry.unplaced for replica in living):
+                placed_at = now
+            if now - began > patience or now - placed_at > no_place:
+                return
+
+    def stay(self, workers: Iterable[str]) -> None:
+        """These workers do not leave after all."""
+        self._note(set(workers), leaving=False)
+
+    def _note(self, workers: set[str], leaving: bool) -> None:
+        registry = self._registry
+        registry.leaving = registry.leaving | workers if leaving else registry.leaving - workers
+        registry.touch(*registry.unplaced)
+        for worker in workers:
+            registry.touch_worker(worker)
+        self._reconciler.wake()
+
+    def _left(self, workers: set[str]) -> list[Replica]:
+        return [replica for worker in workers for replica in self._registry.on_worker(worker)]
