@@ -13,6 +13,8 @@ __all__ = ["find_owner"]
 
 #: States of a Dask worker in which it is connected.
 WORKS = (Status.running, Status.paused)
+#: Those of a client that can be used. One that looks for its scheduler again goes on knowing where the doors are.
+USABLE = ("running", "connecting")
 
 
 def find_owner(asker: object, address: str | None, cluster: str, client: Client | None) -> Client | Worker:
@@ -44,7 +46,7 @@ def find_owner(asker: object, address: str | None, cluster: str, client: Client 
     if worker is not None and belongs(worker):
         return worker
     for candidate in [client, current_client(), *list(Client._instances)]:
-        if candidate is None or candidate.status != "running" or candidate.scheduler is None:
+        if candidate is None or candidate.status not in USABLE or candidate.scheduler is None:
             continue
         if not is_left_behind(candidate) and (candidate is client or belongs(candidate)):
             return candidate
