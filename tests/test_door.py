@@ -205,7 +205,10 @@ class TestBesideRudeCode:
         assert [ref.result(timeout=10) for ref in waiting] == [0, 1, 2]
         assert not link.silent
         assert [*fabric._links.values()] == [link]
-        assert table_of(client).version == before.version
+        # The controller has heard of it too, and replaced nothing.
+        after = wait_until(lambda: (table := table_of(client)).silent == [] and table)
+        assert after.deployments == before.deployments
+        assert after.given_up == []
 
 
 # -- links
