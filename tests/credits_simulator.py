@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dask_serve.policy.admission import Admission
-from dask_serve.policy.dispatch import Dispatcher, Target
+from dask_serve.policy.dispatch import Dispatcher
 from dask_serve.policy.forecast import Spread
+from dask_serve.policy.target import Target
 
 #: Seconds between two calls of `Dispatcher.remind`, as the fabric makes them.
 CHECK_EVERY = 0.5
@@ -323,7 +324,7 @@ class Router:
 
     def expire(self, request: Request) -> None:
         if not request.dropped and self.alive:
-            self.dispatcher.late()
+            self.dispatcher.foresight.late()
             self.cancel(request, "late")
 
     def cancel(self, request: Request, outcome: str = "cancelled") -> None:
@@ -348,9 +349,9 @@ class Router:
             self.dispatcher.refused(target, request, running, wanted, self.sim.now)
             return
         if kind == "too late" and not request.dropped:
-            self.dispatcher.late()
+            self.dispatcher.foresight.late()
         if kind == "result":
-            self.dispatcher.measure(target, request, self.sim.now)
+            self.dispatcher.foresight.learn(target, request, self.sim.now)
         self.dispatcher.answered(target, running, wanted, credits, self.sim.now)
         if not request.dropped:
             request.dropped = True

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dask_serve.policy.backlog import BACKGROUND_EVERY
-from dask_serve.policy.dispatch import ASKED_AT_LEAST, PATIENCE, STALE_AFTER, Dispatcher, Target
+from dask_serve.policy.dispatch import ASKED_AT_LEAST, PATIENCE, Dispatcher
+from dask_serve.policy.target import STALE_AFTER, Target
 
 
 @dataclass(eq=False)
@@ -223,7 +224,7 @@ def test_all_that_waits_is_told():
     dispatcher, port, _ = make(1, limit=2)
     submit(dispatcher, 20)
     assert port.wants[-1] == ("r0", 16, 0.0)
-    dispatcher.step = 2
+    dispatcher.levels.step = 2
     submit(dispatcher, 1)
     assert port.wants[-1] == ("r0", 19, 0.0)
 

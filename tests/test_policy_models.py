@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dask_serve.policy.backlog import LOOKED_AT, OVERTAKEN_AT_MOST, Backlog
-from dask_serve.policy.dispatch import Dispatcher, Target
+from dask_serve.policy.dispatch import Dispatcher
 from dask_serve.policy.models import SPREAD_FROM, choose_holder, to_unload
+from dask_serve.policy.target import Target
 
 
 @dataclass(eq=False)

@@ -21,25 +21,17 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from .backlog import Backlog
-from .forecast import APART, SAFE, Caution, Forecast, Pace, Spread
+from .foresight import SLOW, Foresight, compare
+from .levels import Levels
 from .models import choose_holder
+from .target import Target
 
-__all__ = ["Dispatcher", "Port", "Queued", "Target"]
-
-#: What an answer told of others is believed for this many seconds; a replica that was busy once is tried again after.
-STALE_AFTER = 0.1
+__all__ = ["Dispatcher", "Port", "Queued"]
 
 #: A backlog, however small, asks this many replicas (all, if there are fewer).
 ASKED_AT_LEAST = 4
 #: A backlog whose oldest request has waited for this many seconds asks all of them.
 PATIENCE = 0.1
-
-#: A replica is slow that takes more than this many times as long as the fastest one would at the same load.
-SLOW = 2.0
-#: A slow replica without requests gets one after this many seconds: it may have recovered.
-PROBE_AFTER = 5.0
-#: Most seconds that a refused request is told to stay away.
-LONGEST_STAY = 60.0
 
 
 class Queued(Protocol):
@@ -62,81 +54,6 @@ class Queued(Protocol):
     found: int
     #: The model that it is for, or "".
     model_id: str
-
-
-_NONE: frozenset[str] = frozenset()
-
-
-class Target:
-    """One replica as one router sees it.
-
-    Attributes
-    ----------
-    places : frozenset of str
-        Names of where it is, for calls that prefer a place.
-    limit : int
-        ``max_ongoing_requests``.
-    mine : int
-        Requests of this router that are at the replica and not answered.
-    others : int
-        Requests of other routers, by the last answer.
-    wanted : int
-        Requests that wait for the replica at all routers, by the last answer.
-    asked : bool
-        A want of this router stands there.
-    usable : bool
-        False while its door is silent: no new requests go there.
-    forecast : Forecast
-        How long requests take there.
-    worst : float
-        Seconds that hardly any request exceeds there, whatever the load.
-    handicap : float
-        1.0, or for a slow replica how many times longer it takes than the fastest one. 0.0: try it again.
-    models, loading : frozenset of str
-        The models that it has, and those that it loads or will have to.
-    """
-
-    __slots__ = (
-        "asked",
-        "forecast",
-        "handicap",
-        "heard",
-        "id",
-        "limit",
-        "link",
-        "loading",
-        "mine",
-        "models",
-        "others",
-        "places",
-        "usable",
-        "wanted",
-        "worst",
-    )
-
-    def __init__(self, id: str, limit: int, link: Any = None, places: frozenset[str] = frozenset()) -> None:
-        self.id = id
-        self.places = places
-        self.limit = limit
-        self.link = link
-        self.mine = 0
-        self.others = 0
-        self.heard = 0.0
-        self.wanted = 0
-        self.asked = False
-        self.usable = True
-        self.forecast = Forecast()
-        self.worst = 0.0
-        self.handicap = 1.0
-        self.models: frozenset[str] = _NONE
-        self.loading: frozenset[str] = _NONE
-
-    def load(self, now: float) -> int:
-        """Requests there, as far as is known: own ones for certain, those of others by the last answer."""
-        return self.mine + self.others if now - self.heard < STALE_AFTER else self.mine
-
-    def __repr__(self) -> str:
-        return f"<Target {self.id}: {self.mine} mine, {self.others} others of {self.limit}>"
 
 
 class Port(Protocol):
@@ -166,24 +83,15 @@ class Dispatcher:
     """
 
     __slots__ = (
-        "_announced",
-        "_announced_online",
-        "_announced_urgent",
         "_backlog",
-        "_caution",
-        "_elsewhere",
-        "_elsewhere_heard",
         "_order",
-        "_pace",
         "_port",
         "_random",
-        "_taken",
-        "_told",
-        "_told_until",
+        "foresight",
+        "levels",
         "on_level",
         "online",
         "queued",
-        "step",
         "targets",
     )
 
@@ -194,25 +102,12 @@ class Dispatcher:
         self.online = 0
         #: Called when the level of the backlog has changed: it left or reached 0, doubled or halved.
         self.on_level: Callable[[], None] | None = None
+        self.levels = Levels()
+        self.foresight = Foresight()
         self._order: list[Target] = []
         self._backlog = Backlog()
         self._port = port
         self._random = random
-        self._announced = 0
-        self._announced_online = 0
-        self._announced_urgent = False
-        #: By how much the backlog may differ from what was told of it, beside doubling and halving.
-        self.step = 1 << 62
-        #: How many wait at other routers, and when that was heard.
-        self._elsewhere = 0
-        self._elsewhere_heard = 0.0
-        #: The most that was told of this backlog lately: answers that are on their way may count it still.
-        self._told = 0
-        self._told_until = 0.0
-        self._pace = Pace()
-        #: Seconds that requests take once they are sent.
-        self._taken = Spread()
-        self._caution = Caution()
 
     # ------------------------------------------------------------------ requests
 
@@ -230,56 +125,22 @@ class Dispatcher:
             target = self._holder(call, now) if call.model_id else self._choose(now, call.prefers)
             # A background one does not come unasked to where others run.
             if target is not None and not (call.background and target.mine + target.others):
-                if call.deadline is not None and target.worst > call.deadline - now:
-                    target = self._in_time(target, call.deadline - now, now)
+                if call.deadline is not None and target.worst > (slack := call.deadline - now):
+                    target = self.foresight.in_time(target, self._order, slack, now)
                     if target is None:
-                        return self._stay_away(call.deadline - now, now)
+                        return self.foresight.stay_away(self._order, slack, now)
                 self._send(target, call, False, now)
                 return None
-        if call.deadline is not None and self._order:
-            late = self.wait() - (call.deadline - now)
+        if call.deadline is not None:
+            # Online ones do not wait for background ones.
+            ahead = self.queued if call.background else self.online
+            late = self.foresight.lateness(self._order, ahead, call.deadline - now)
             if late > 0:
-                return min(late, LONGEST_STAY)
+                return late
         self._backlog.append(call)
         self._count(call, 1)
         self._announce(now)
         return None
-
-    def _in_time(self, first: Target, slack: float, now: float) -> Target | None:
-        """Return a replica that answers within ``slack`` seconds, or has nothing to do: ``first``, or the fastest."""
-        if self._at_most(first, now) <= slack:
-            return first
-        free = [target for target in self._order if target.mine < target.limit and target.usable]
-        best = min(free, key=lambda target: self._at_most(target, now))
-        return best if self._at_most(best, now) <= slack else None
-
-    def _at_most(self, target: Target, now: float) -> float:
-        """Return the seconds that a request will hardly exceed there; 0.0 where it finds nobody."""
-        # With answers outstanding what was heard last of others may be old, and is the best that there is.
-        load = target.mine + target.others if target.mine else target.load(now)
-        return target.forecast.at_most(load, self._caution.factor) if load else 0.0
-
-    def _stay_away(self, slack: float, now: float) -> float:
-        """Return the seconds until a replica will answer within ``slack``, as far as can be told."""
-        soonest = min(self._at_most(target, now) for target in self._order if target.usable)
-        return min(max(soonest - slack, 0.0), LONGEST_STAY)
-
-    def wait(self) -> float:
-        """Return the seconds until a request that joins the backlog now is hardly not answered yet."""
-        taken = self._taken
-        if not taken.samples:
-            return 0.0
-        caution = self._caution.factor
-        ahead = self._pace.wait(self.queued + 1, caution)
-        if ahead is None:
-            # As many leave as are answered.
-            slots = sum(target.limit for target in self._order if target.usable)
-            ahead = (self.queued + 1) * taken.mean / slots if slots else 0.0
-        return ahead + taken.mean + min(caution * SAFE * taken.deviation, taken.mean)
-
-    def late(self) -> None:
-        """A request that was taken in missed its deadline."""
-        self._caution.late()
 
     def _send(self, target: Target, call: Queued, credit: bool, now: float) -> None:
         call.sent = now
@@ -287,7 +148,7 @@ class Dispatcher:
         # Reserved in the step that chooses, so that the next choice sees it.
         target.mine += 1
         if call.model_id:
-            _will_have(target, call.model_id)
+            target.will_have(call.model_id)
         self._port.send(target, call, credit)
 
     def cancelled(self, call: Queued, now: float) -> None:
@@ -318,18 +179,6 @@ class Dispatcher:
         self._count(call, 1)
         self._announce(now)
 
-    def measure(self, target: Target, call: Queued, now: float) -> None:
-        """Learn how long a request took, or a streamed one until its first item; not of one that failed."""
-        forecast = target.forecast
-        if now - forecast.sampled < APART:
-            return
-        seconds = now - call.sent
-        forecast.add(call.found, seconds, now)
-        target.worst = forecast.at_most(target.limit, Caution.MOST)
-        self._taken.add(seconds)
-        if call.deadline is not None:
-            self._caution.in_time()
-
     def answered(self, target: Target, running: int, wanted: int, credits: int, now: float) -> None:
         """A replica answered a request and told its load; use the credits that came with it."""
         target.mine -= 1
@@ -351,15 +200,8 @@ class Dispatcher:
         target.others = others if others > 0 else 0
         target.wanted = wanted
         target.heard = now
-        if wanted or self._elsewhere:
-            self._remember_backlogs(target, wanted, now)
-
-    def _remember_backlogs(self, target: Target, wanted: int, now: float) -> None:
-        elsewhere = wanted - self._own_share(now) if target.asked or now < self._told_until else wanted
-        if elsewhere >= self._elsewhere or now - self._elsewhere_heard > STALE_AFTER:
-            # Not all replicas are asked by all routers.
-            self._elsewhere = max(elsewhere, 0)
-            self._elsewhere_heard = now
+        if wanted:
+            self.levels.hear(wanted, target.asked, now)
 
     def credited(self, target: Target, now: float) -> None:
         """A credit came: use it at once, or return it."""
@@ -373,11 +215,11 @@ class Dispatcher:
         while self.queued:
             call = self._backlog.pop(target.models)
             self._count(call, -1)
-            self._pace.left(now, self.queued > 0)
+            self.foresight.pace.left(now, self.queued > 0)
             if call.deadline is None or now + least <= call.deadline:
                 self._send(target, call, credit, now)
                 break
-            self._caution.late()
+            self.foresight.late()
             self._port.too_late(call, least)
         else:
             if credit:
@@ -389,20 +231,13 @@ class Dispatcher:
         if not call.background:
             self.online += change
 
-    def _note_told(self, level: int, now: float) -> None:
-        if level < self._announced:
-            self._told = self._own_share(now)
-            self._told_until = now + STALE_AFTER
-        self._announced = level
-
-    def _own_share(self, now: float) -> int:
-        """Return how many of the requests that a replica says wait for it may be those of this router."""
-        return max(self._announced, self._told) if now < self._told_until else self._announced
-
     def everywhere(self, now: float) -> int:
         """Return how many requests wait at all routers, as far as is known here."""
-        heard = now - self._elsewhere_heard <= STALE_AFTER
-        return self.queued + (self._elsewhere if heard else 0)
+        return self.queued + self.levels.elsewhere(now)
+
+    def wait(self) -> float:
+        """Return the seconds until all that waits here is answered, as far as can be told."""
+        return self.foresight.wait(self._order, self.queued)
 
     def waiting(self) -> list[Any]:
         """Return the live requests of the backlog."""
@@ -449,24 +284,9 @@ class Dispatcher:
     def remind(self, now: float) -> None:
         """To be called about twice a second: what has waited for long is asked of all replicas, and asked again."""
         if len(self._order) > 1:
-            self._compare(now)
+            compare(self._order, now)
         if self.queued and now - self._backlog.since() >= PATIENCE:
             self._ask(now, len(self._order))
-
-    def _compare(self, now: float) -> None:
-        """Find the replicas that are slow."""
-        known = [target for target in self._order if target.forecast.known]
-        if not known:
-            return
-        usual = sum(target.load(now) for target in known) // len(known)
-        fastest = min((target.forecast for target in known), key=lambda forecast: forecast.expected(usual))
-        for target in known:
-            load = target.load(now)
-            least = fastest.expected(load)
-            times = target.forecast.expected(load) / least if least > 0.0 else 1.0
-            target.handicap = times if times > SLOW else 1.0
-            if times > SLOW and not target.mine and now - target.forecast.sampled > PROBE_AFTER:
-                target.handicap = 0.0
 
     def _choose(self, now: float, prefers: frozenset[str] | None) -> Target | None:
         order = self._order
@@ -508,22 +328,15 @@ class Dispatcher:
 
     def _announce(self, now: float) -> None:
         """Tell the level of the backlog when it left or reached 0, doubled or halved."""
-        queued, told = self.queued, self._announced
-        if (
-            (queued == told or (told < 2 * queued < 4 * told and abs(queued - told) < self.step))
-            and (self.online == self._announced_online or _is_near(self.online, self._announced_online))
-            and self._announced_urgent == self._backlog.urgent
-        ):
+        if not self.levels.differ(self.queued, self.online, self._backlog.urgent):
             return
         if self.on_level is not None:
             self.on_level()
-        if queued:
-            self._ask(now, queued)
+        if self.queued:
+            self._ask(now, self.queued)
             return
-        self._note_told(0, now)
-        self._announced_online = 0
-        self._announced_urgent = False
-        self._pace.stopped()
+        self.levels.tell(0, 0, False, now)
+        self.foresight.pace.stopped()
         self._backlog.clear()
         for target in self._order:
             if target.asked:
@@ -532,9 +345,8 @@ class Dispatcher:
 
     def _ask(self, now: float, enough: int) -> None:
         """Tell ``enough`` replicas how many wait: those that know of it already, and the least loaded others."""
-        self._note_told(self.queued, now)
-        self._announced_urgent = urgent = self._backlog.urgent
-        self._announced_online = self.online
+        urgent = self._backlog.urgent
+        self.levels.tell(self.queued, self.online, urgent, now)
         asked = [target for target in self._order if target.asked]
         missing = max(enough, ASKED_AT_LEAST) - len(asked)
         if missing > 0:
@@ -546,14 +358,3 @@ class Dispatcher:
         for target in asked:
             target.asked = True
             self._port.want(target, self.queued, self.online, oldest, urgent)
-
-
-def _is_near(level: int, told: int) -> bool:
-    """It has neither doubled nor halved since it was told."""
-    return told < 2 * level < 4 * told
-
-
-def _will_have(target: Target, model: str) -> None:
-    """The replica will load a model that it does not have; it tells when it does."""
-    if model not in target.models and model not in target.loading:
-        target.loading |= {model}

@@ -34,7 +34,7 @@ from .dial import Ways, reach
 from .store import Fetched
 
 if TYPE_CHECKING:
-    from ..policy.dispatch import Target
+    from ..policy.target import Target
     from .calls import Outgoing
     from .router import Router
 

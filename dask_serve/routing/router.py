@@ -18,9 +18,10 @@ from ..exceptions import (
     RequestCancelledError,
     RequestTimeoutError,
 )
-from ..policy.dispatch import Dispatcher, Target
+from ..policy.dispatch import Dispatcher
 from ..policy.forecast import APART
 from ..policy.retries import RetryBudget
+from ..policy.target import Target
 from ..wire.frames import Buffer
 from ..wire.messages import Chunk, Failure, Reply
 from .calls import ONCE, Outgoing
@@ -121,7 +122,7 @@ class Router:
             self._refuse(call, f"it would have been answered {late:.2g} s after its deadline", late)
             return
         if limit is not None and dispatcher.queued and call.target is None:
-            dispatcher.step = max(1, limit // STEPS)
+            dispatcher.levels.step = max(1, limit // STEPS)
             waiting = dispatcher.everywhere(now)
             if waiting > limit:
                 call.dropped = True
@@ -152,7 +153,7 @@ class Router:
             where += f" (deployment {self.id!r} has no ready replica)"
         waited = monotonic() - call.since
         self.failed += 1
-        self._dispatcher.late()
+        self._dispatcher.foresight.late()
         self._give_up(call)
         call.fail(RequestTimeoutError(f"request {call.request_id} reached its deadline after {waited:.3g} s, {where}"))
 
@@ -195,7 +196,7 @@ class Router:
     def on_result(self, target: Target, call: Outgoing, reply: Reply, parts: Sequence[Buffer]) -> None:
         now = monotonic()
         if call.sent and now - target.forecast.sampled > APART:
-            self._dispatcher.measure(target, call, now)
+            self._dispatcher.foresight.learn(target, call, now)
         self._dispatcher.answered(target, reply.running, reply.wanted, reply.credits, now)
         if call.dropped:
             if reply.stored:
@@ -208,7 +209,7 @@ class Router:
     def on_chunk(self, call: Outgoing, chunk: Chunk, parts: Sequence[Buffer]) -> None:
         if call.sent:
             # From here on it takes as long as it likes.
-            self._dispatcher.measure(call.target[1], call, monotonic())
+            self._dispatcher.foresight.learn(call.target[1], call, monotonic())
             call.sent = 0.0
         if not call.dropped:
             call.on_chunk(chunk, parts)
@@ -222,7 +223,7 @@ class Router:
             self._dispatcher.put_back(call, monotonic())
             return
         if failure.error == "RequestTimeoutError":
-            self._dispatcher.late()
+            self._dispatcher.foresight.late()
         self.failed += 1
         self._settled(call)
         call.on_error(failure, parts)
