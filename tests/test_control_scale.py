@@ -135,7 +135,7 @@ async def scenario() -> Stopwatch:
     async def drained(*args: Any, **kwargs: Any) -> None:
         await asyncio.sleep(0.01)
 
-    reconciler._call = drained
+    reconciler.actors.call = drained
     running = asyncio.ensure_future(reconciler.run(cluster))
 
     async def deploy(revision: str) -> None:

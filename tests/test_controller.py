@@ -17,7 +17,7 @@ from distributed.protocol import to_serialize
 from distributed.utils_test import gen_cluster, inc, slowinc
 
 from dask_serve.config import DeploymentOptions, HTTPOptions
-from dask_serve.controller import reconciler
+from dask_serve.controller import actors
 from dask_serve.controller.plugin import Controller
 from dask_serve.controller.status import ServeStatus, decode_status
 from dask_serve.policy.desired import ApplicationSpec, DeploymentSpec
@@ -74,7 +74,7 @@ class BrokenActor:
 
 @pytest.fixture(autouse=True)
 def fake_replicas(monkeypatch):
-    monkeypatch.setattr(reconciler, "replica_class", lambda: FakeReplica)
+    monkeypatch.setattr(actors, "replica_class", lambda: FakeReplica)
     FakeReplica.calls.clear()
     FakeReplica.gates.clear()
 
@@ -527,7 +527,7 @@ async def test_drain_by_name(c, s, a, b):
 @gen_cluster(client=True, nthreads=ONE)
 async def test_worker_without_the_package(c, s, a):
     serve = await service(c)
-    reconciler.replica_class = lambda: BrokenActor  # restored by the fixture's monkeypatch
+    actors.replica_class = lambda: BrokenActor  # restored by the fixture's monkeypatch
     await serve.deploy(spec())
     status = await serve.until(lambda s: s.applications["app"].status == "failed")
     assert a.address in status.applications["app"].message

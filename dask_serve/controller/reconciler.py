@@ -13,26 +13,25 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from dask.utils import format_bytes
 from distributed import Client
-from distributed.protocol import to_serialize
 from msgspec.structs import replace
 
 from ..policy.lifecycle import ENDS
 from ..policy.placement import Need, booking, place, wanted_workers
 from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
+from .actors import QUEUED_AFTER, Actors, explain, replica_class
+from .held import HeldKeys
 from .registry import Registry, Replica, settings_of
 from .workers import WorkerViews, what_is_missing
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
 
-__all__ = ["Reconciler", "replica_class"]
+__all__ = ["Reconciler"]
 
 logger = logging.getLogger("dask_serve.controller")
 
 #: How often to look again at what raises no event: paused workers, busy task threads, keys under way.
 RECHECK = 1.0
-#: How long an actor may take to be made before its status says what it waits for.
-QUEUED_AFTER = 0.5
 #: Seconds that one round may hold the scheduler's loop before it lets others run.
 SLICE = 0.004
 #: How many deployments are planned in one round.
@@ -40,15 +39,6 @@ BATCH = 25
 #: Seconds beyond the graceful time before a replica that does not answer is dropped.
 DRAIN_GRACE = 2.0
 RECONFIGURE_TIMEOUT = 60.0
-#: The name under which the controller holds Dask keys.
-HOLDER = "dask-serve"
-
-
-def replica_class() -> type:
-    """Return the actor class of replicas, imported late: this process needs nothing else of its package."""
-    from ..replica.actor import Replica as Actor
-
-    return Actor
 
 
 class Reconciler:
@@ -68,6 +58,7 @@ class Reconciler:
         self.scheduler = scheduler
         self.registry = registry
         self.workers = WorkerViews(scheduler, registry)
+        self.actors = Actors(scheduler)
         self._on_change = on_change
         self._client: Client | None = None
         self._wake = asyncio.Event()
@@ -75,7 +66,7 @@ class Reconciler:
         self._unplanned = registry.follow()
         self._again: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._held: set[str] = set()
+        self._keys = HeldKeys(scheduler)
         #: By deployment: how many of the replicas that found no worker wait only for free threads, and for how many.
         self._short_of_threads: dict[str, tuple[int, int]] = {}
         #: Deployments that are placed once workers have told their devices.
@@ -85,7 +76,7 @@ class Reconciler:
 
     async def run(self, client: Client) -> None:
         """Reconcile until cancelled; ``client`` owns the actors."""
-        self._client = client
+        self._client = self.actors.client = client
         # A tenth of a second that the scheduler's loop would miss with the first replica.
         await asyncio.get_running_loop().run_in_executor(None, replica_class)
         while True:
@@ -208,7 +199,7 @@ class Reconciler:
         """Dask has forgotten all tasks and is about to restart all workers."""
         for worker in self.scheduler.workers:
             self.workers.doom(worker)
-        self._held.clear()
+        self._keys.forget()
         self.lose(list(self.registry.replicas.values()))
 
     def joined_worker(self, worker: str) -> None:
@@ -233,7 +224,7 @@ class Reconciler:
         due = set(islice(due, BATCH))
         registry.tidy(due)
         self._unplanned -= due
-        late = self._hold_keys()
+        late = self._keys.hold(self.registry.keys())
         todo = plan(registry.wanted(due), registry.seen(due), registry.tries(), now, registry.crowded)
         for id in due:
             self._again.pop(id, None)
@@ -251,7 +242,7 @@ class Reconciler:
                 self._again[id] = now + RECHECK
         pending = [r for r in registry.replicas.values() if r.state == "starting" and not r.submitted]
         for replica in pending:
-            replica.message = self._waits_for(replica, now)
+            replica.message = self.actors.waits_for(replica, now)
         self._on_change()
         if self._unplanned or not done:
             # What was done, or is still to be done, may have opened or closed a way.
@@ -364,28 +355,7 @@ class Reconciler:
             self._submit(replica)
 
     def _submit(self, replica: Replica) -> None:
-        assert self._client is not None
-        spec = {
-            "id": replica.id,
-            "app": replica.app,
-            "deployment": replica.spec.name,
-            "revision": replica.spec.revision,
-            "keys": replica.spec.keys,
-            "options": msgspec.msgpack.encode(replica.spec.options),
-            "key": replica.key,
-            "devices": [device.ordinal for device in replica.devices],
-            "holds": bool(replica.booked),
-        }
-        replica.future = self._client.submit(
-            replica_class(),
-            spec,
-            actor=True,
-            workers=[replica.worker],
-            allow_other_workers=False,
-            resources=replica.booked or None,
-            key=replica.key,
-            pure=False,
-        )
+        self.actors.submit(replica)
         self._spawn(self._watch(replica))
 
     async def _watch(self, replica: Replica) -> None:
@@ -402,25 +372,12 @@ class Reconciler:
                 replica.message = "its constructor runs"
             self.wake()
         elif future.status == "error":
-            self.reported_failed(replica, _explain(await future.exception(), replica.worker))
+            self.reported_failed(replica, explain(await future.exception(), replica.worker))
         elif replica.worker in self.scheduler.workers:
             # Counted, so that whoever cancels them is not answered with an endless loop of new ones.
             self.reported_failed(replica, f"Dask cancelled its actor: {future.status}")
         else:
             self.lose([replica])
-
-    def _waits_for(self, replica: Replica, now: float) -> str:
-        worker = self.scheduler.workers.get(replica.worker)
-        if worker is None or now - replica.started_at < QUEUED_AFTER:
-            return replica.message
-        wanted = {name: n for name, n in replica.booked.items() if worker.used_resources.get(name, 0) > n}
-        if wanted:
-            amounts = ", ".join(f"{name}={amount:g}" for name, amount in wanted.items())
-            return f"waits for {amounts} on worker {worker.address}, which tasks hold"
-        if len(worker.processing) > worker.nthreads:
-            threads = "its only thread is" if worker.nthreads == 1 else f"all its {worker.nthreads} threads are"
-            return f"queued on worker {worker.address}: {threads} busy with other tasks"
-        return f"worker {worker.address} is loading it"
 
     def stop(self, replica: Replica) -> None:
         """Drain a replica and let go of it."""
@@ -432,7 +389,7 @@ class Reconciler:
         limit = replica.spec.options.graceful_shutdown_timeout_s
         if replica.submitted:
             try:
-                await self._call(replica, "drain", limit, timeout=limit + DRAIN_GRACE)
+                await self.actors.call(replica, "drain", limit, timeout=limit + DRAIN_GRACE)
             except asyncio.TimeoutError:
                 logger.warning("replica %s did not drain within %s s; dropping it", replica.id, limit + DRAIN_GRACE)
             except Exception as error:  # noqa: BLE001 - whatever it is, the replica goes
@@ -451,41 +408,14 @@ class Reconciler:
     async def _send_options(self, replica: Replica) -> None:
         options = msgspec.msgpack.encode(replica.spec.options)
         try:
-            await self._call(replica, "reconfigure", options, timeout=RECONFIGURE_TIMEOUT)
+            await self.actors.call(replica, "reconfigure", options, timeout=RECONFIGURE_TIMEOUT)
             replica.message = ""
         except Exception as error:  # noqa: BLE001 - what user code raises goes into the status
             logger.warning("replica %s could not be reconfigured: %r", replica.id, error)
             replica.message = f"its reconfigure failed: {type(error).__name__}: {error}"
         self.wake()
 
-    async def _call(self, replica: Replica, method: str, argument: Any, timeout: float) -> None:
-        """Call a control method of a replica.
-
-        This is the operation behind Dask's ``Actor`` proxy. The proxy itself would bind to whatever client or worker it
-        finds in this process, and hides a failed call behind a future that nobody sets.
-        """
-        assert self._client is not None
-        worker = self._client.rpc(replica.worker)
-        call = worker.actor_execute(actor=replica.key, function=method, args=[to_serialize(argument)], kwargs={})
-        answer = await asyncio.wait_for(call, timeout)
-        if answer["status"] != "OK":
-            raise answer["exception"]
-
     # -- inside
-
-    def _hold_keys(self) -> bool:
-        """Keep the data alive that bound arguments refer to; return whether some of it is not known yet."""
-        wanted = self.registry.keys()
-        gone = self._held - wanted
-        if gone:
-            self._held -= gone
-            self.scheduler.client_releases_keys(list(gone), client=HOLDER)
-        # A key may come later than the application: it travels on another connection.
-        known = {key for key in wanted - self._held if key in self.scheduler.tasks}
-        if known:
-            self._held |= known
-            self.scheduler.client_desires_keys(known, client=HOLDER)
-        return bool(wanted - self._held)
 
     def _release(self, replica: Replica) -> None:
         """Let go of the actor: Dask ends it."""
@@ -496,43 +426,20 @@ class Reconciler:
             replica.held = False
             self.workers.bookings.give_back(replica.worker, replica.booked)
         # At once: Dask does not retire a worker as long as it knows of an actor there.
-        if self._withdraw(replica) or future.done():
+        if self.actors.withdraw(replica) or future.done():
             future.release()
         else:
             # Submitted this moment, and not yet known to the scheduler.
             self._spawn(self._withdraw_later(replica, future))
 
-    def _withdraw(self, replica: Replica) -> bool:
-        """Withdraw an actor; return whether the scheduler knows of it.
-
-        An actor that is released while it waits for a thread stays in Dask's set of its worker's actors for ever, and
-        keeps that worker from being retired.
-        """
-        task = self.scheduler.tasks.get(replica.key)
-        if task is None:
-            return False
-        worker = task.processing_on
-        if self._client is not None and self._client.id in self.scheduler.clients:
-            self.scheduler.client_releases_keys([replica.key], client=self._client.id)
-        if worker is not None and task.state not in ("processing", "memory"):
-            worker.actors.discard(task)
-        return True
-
     async def _withdraw_later(self, replica: Replica, future: Any) -> None:
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(future._state.wait(), RECHECK)
         if not future.done():
-            self._withdraw(replica)
+            self.actors.withdraw(replica)
         future.release()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _explain(error: BaseException | None, worker: str) -> str:
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, ImportError) and "dask_serve" in str(error):
-        return f"{text}\ndask_serve is not installed on worker {worker}: run `pip install dask-serve` there"
-    return text
