@@ -74,8 +74,10 @@ class ReplicaCore:
         self._settle = settle
         self._books_are_due = False
         self._loop = loop
+        #: Slots that are taken. Only the door counts.
         self._active = 0
-        self._waiting: deque[Execution] = deque()
+        #: Admitted ahead of a slot. Whoever pops one, the door or the thread whose request ends, begins it.
+        self.waiting: deque[Execution] = deque()
         self._lapse: asyncio.TimerHandle | None = None
         self._idle: list[Callable[[], None]] = []
 
@@ -100,7 +102,7 @@ class ReplicaCore:
         if self._active < admission.limit:
             self._begin(execution)
         else:
-            self._waiting.append(execution)
+            self.waiting.append(execution)
             # A user thread may have left an answer meanwhile, and not have seen that somebody waits.
             self._settle()
         if not self._books_are_due:
@@ -143,8 +145,12 @@ class ReplicaCore:
                 self._leave(execution, Answer(Kind.ERROR, error="RequestCancelledError", message="cancelled"))
                 self._begin_more()
             self.user.cancel(execution)
-        elif execution in self._waiting:
-            self._waiting.remove(execution)
+        else:
+            try:
+                self.waiting.remove(execution)
+            except ValueError:
+                # A user thread has just taken it, and sees the flag before user code begins.
+                return
             self._leave(execution, Answer(Kind.ERROR, error="RequestCancelledError", message="cancelled"))
 
     def on_want(self, connection: Any, want: Want) -> None:
@@ -196,7 +202,8 @@ class ReplicaCore:
         if context is not None and context.leases:
             context.end()
         now = time.monotonic()
-        self._active -= 1
+        if not execution.succeeded:
+            self._active -= 1
         if kind == Kind.ERROR:
             self.failed += 1
         else:
@@ -231,9 +238,39 @@ class ReplicaCore:
             self.least = self._takes.least
 
     def _begin_more(self) -> None:
-        waiting = self._waiting
+        waiting = self.waiting
         while waiting and self._active < self.admission.limit:
-            self._begin(waiting.popleft())
+            try:
+                execution = waiting.popleft()
+            except IndexError:  # a user thread was faster
+                return
+            self._begin(execution)
+
+    def next_after(self, execution: Execution) -> Execution | None:
+        """Take who waits for the slot of a request that has ended, which saves the way to the door and back.
+
+        Called by the user's thread, before it hands over the answer; who is returned has to be begun. The door keeps
+        the count of slots when it has the answer.
+        """
+        # The slot of one that was cancelled before it began is the door's already, see `on_cancel`.
+        if not execution.begun or execution.cancelled or self._active > self.admission.limit:
+            return None
+        try:
+            successor = self.waiting.popleft()
+        except IndexError:
+            return None
+        now = time.monotonic()
+        if successor.deadline is not None and now >= successor.deadline:
+            # The door tells it so.
+            self.waiting.appendleft(successor)
+            return None
+        execution.succeeded = True
+        successor.began = now
+        if self._active > 1:
+            successor.least = self.least
+        # Last: who cancels sets its flag, and then looks whether user code has to see that.
+        successor.running = True
+        return successor
 
     def _measure(self, execution: Execution, answer: Answer) -> None:
         """See what the result means for the room that is left."""
@@ -245,7 +282,7 @@ class ReplicaCore:
     @property
     def is_awaited(self) -> bool:
         """Somebody waits for a slot, here or at a router."""
-        return bool(self._waiting) or self.admission.wanted > 0
+        return bool(self.waiting) or self.admission.wanted > 0
 
     def answer_from_thread(self, answers: Sequence[tuple[Execution, Answer]], unbooked: int) -> bool:
         """Write whole answers straight from the user's thread, which saves the wake-up of the door.
@@ -392,7 +429,7 @@ class ReplicaCore:
     def close(self, connections: Iterable[Any]) -> None:
         """Forget everything, and answer what still runs as lost: user code will not any more."""
         self.draining = self.closed = True
-        self._waiting.clear()
+        self.waiting.clear()
         message = f"replica {self.id} was stopped while it ran the request"
         for connection in connections:
             for execution in [other for other in connection.executions.values() if other.core is self]:

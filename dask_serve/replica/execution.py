@@ -64,6 +64,7 @@ class Execution:
         "request",
         "running",
         "started",
+        "succeeded",
         "task",
         "user_context",
     )
@@ -89,6 +90,8 @@ class Execution:
         #: User code runs, or did. Set before it looks at ``cancelled``, which is set before the door looks at this.
         self.begun = False
         self.cancelled = False
+        #: Another request has its slot already: the user's thread went on with that.
+        self.succeeded = False
         #: Cancelled before user code began, and answered: what comes from user threads is of no interest.
         self.left = False
         #: User code runs in a thread of the pool, where nothing can interrupt it.

@@ -257,6 +257,9 @@ class UserCode:
 
     def begin(self, execution: Execution) -> None:
         """Run an admitted request."""
+        self._begin(execution, self._starts)
+
+    def _begin(self, execution: Execution, starts: Outbox | Mailbox) -> None:
         call = execution.call
         if call.http is None and not call.attachments and not call.stream:
             method = self.methods.get(call.method)
@@ -264,7 +267,7 @@ class UserCode:
                 # A known `def`: nothing is to be done for it on the user loop.
                 self.pool.submit(self._run_blocking, execution, method[0], self._context.copy())
                 return
-        self._starts.put((self._start, execution))
+        starts.put((self._start, execution))
 
     def cancel(self, execution: Execution) -> None:
         """Cancel a request that runs."""
@@ -345,7 +348,12 @@ class UserCode:
         except BaseException as error:  # noqa: BLE001
             answer = answer_for(execution, error)
         core = execution.core
+        successor = core.next_after(execution) if core.waiting and not self.pool.stopped else None
         self.door.answer(core, [(execution, answer)], core.admission.running <= 1)
+        if successor is not None:
+            # Its loop may have ended.
+            with contextlib.suppress(RuntimeError):
+                self._begin(successor, self._inbox)
 
     def _blocking_answer(self, execution: Execution, function: Callable[..., Any], values: Sequence[Any]) -> Answer:
         self.enter(execution, blocking=True)
@@ -410,13 +418,18 @@ class UserCode:
         """Hand an answer to the door, on the user loop: those of one tick together, unless it took long already."""
         answers = self._answers
         answers.append((execution, answer))
-        running = execution.core.admission.running
+        core = execution.core
+        running = core.admission.running
+        successor = core.next_after(execution) if core.waiting and not self.pool.stopped else None
         # One half of many is on its way while the other half runs, or caller and replica would take turns.
         halved = HALVES_ABOVE < running < HALVES_BELOW and 2 * len(answers) >= running
         if running <= 1 or halved or time.monotonic() - self._flushed > PROMPT:
             self._flush()
         elif len(answers) == 1:
             self.loop.call_soon(self._flush)
+        if successor is not None:
+            # After the answer: what the loop does next may take long.
+            self.context().run(self._start, successor)
 
     def _flush(self) -> None:
         if self._answers:
