@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ import dask_serve as serve
 from dask_serve.exceptions import BackPressureError, RequestCancelledError, RequestTimeoutError
 from dask_serve.replica.process import ServeProcess
 
+#: Set by one request, and not seen by the next.
+COLOUR: ContextVar[str] = ContextVar("COLOUR", default="none")
 ONE = [("127.0.0.1", 2)]
 METHODS = ["coroutine", "plain", "items", "plain_items"]
 
@@ -75,6 +78,12 @@ class Probe:
             time.sleep(seconds)
             self.gate.wait(20)
 
+    async def paint(self, number: int, seconds: float) -> tuple[str, str]:
+        found = COLOUR.get()
+        COLOUR.set("red")
+        await asyncio.sleep(seconds)
+        return found, serve.get_request_context().request_id
+
     async def timed(self, number: int, seconds: float) -> int:
         """Mind no gate; what comes behind it on the loop waits."""
         with self.inside(number):
@@ -123,14 +132,14 @@ async def test_the_next_one_begins_while_the_door_stands_still(c, s, a, second):
     handle, unit, probe = await deployed(c, a, max_ongoing_requests=1)
     for turn, first in enumerate(METHODS):
         probe.gate.clear()
-        started = probe.started
+        probe.started = 0
         one = call(handle, first, 1)
-        await until(lambda: probe.started == started + 1)
+        await until(lambda: probe.started == 1)
         two = call(handle, second, 2)
         await until(lambda: len(unit.core.waiting) == 1)
         go_on = await stopped(unit.door)
         probe.gate.set()
-        await until(lambda: probe.started == started + 2)
+        await until(lambda: probe.started == 2)
         go_on.set()
         assert (await one, await two) == (1, 2)
         await until(lambda: not unit.core.admission.running)
@@ -182,6 +191,14 @@ async def test_cancelled_between_the_slot_and_the_beginning(c, s, a):
     assert await call(handle, "plain", 3) == 3
     await until(lambda: not unit.core.admission.running)
     assert (probe.numbers, unit.core._active) == ([1, 3], 0)
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_each_has_its_own_context(c, s, a):
+    handle, _, _ = await deployed(c, a, max_ongoing_requests=1)
+    found = await asyncio.gather(*[call(handle, "paint", i, 0.001) for i in range(30)])
+    assert {colour for colour, _ in found} == {"none"}
+    assert len({request for _, request in found}) == 30
 
 
 @pytest.mark.parametrize("how", ["cancelled", "late"])
