@@ -20,8 +20,6 @@ import dask_serve as serve
 from dask_serve.exceptions import BackPressureError, RequestCancelledError, RequestTimeoutError
 from dask_serve.replica.process import ServeProcess
 
-#: Set by one request, and not seen by the next.
-COLOUR: ContextVar[str] = ContextVar("COLOUR", default="none")
 ONE = [("127.0.0.1", 2)]
 METHODS = ["coroutine", "plain", "items", "plain_items"]
 
@@ -38,6 +36,8 @@ class Probe:
         self.behind.set()
         self.started = self.running = self.most = 0
         self.numbers: list[int] = []
+        #: Set by one request, and not seen by the next.
+        self.colour: ContextVar[str] = ContextVar("colour", default="none")
 
     @contextlib.contextmanager
     def inside(self, number: int) -> Iterator[None]:
@@ -79,8 +79,8 @@ class Probe:
             self.gate.wait(20)
 
     async def paint(self, number: int, seconds: float) -> tuple[str, str]:
-        found = COLOUR.get()
-        COLOUR.set("red")
+        found = self.colour.get()
+        self.colour.set("red")
         await asyncio.sleep(seconds)
         return found, serve.get_request_context().request_id
 
