@@ -276,7 +276,7 @@ async def test_everything_at_once(c, s, a, limit):
         await until(lambda: not core.admission.running)
     finally:
         sys.setswitchinterval(before)
-    assert ended["answered"] and ended["cancelled"], (ended, seed)
+    assert min(ended["answered"], ended["cancelled"]) > 0, (ended, seed)
     assert len(taken) == len(set(taken)) > 20, seed
     # Each at most once, none beyond the limit, and no slot is lost.
     assert len(probe.numbers) == len(set(probe.numbers)), seed
