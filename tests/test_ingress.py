@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 from distributed import Client
@@ -509,6 +510,42 @@ def test_an_application_ends_with_its_replica(service, tmp_path):
     assert journal.read_text() == "up\n"
     serve.delete("ends", client=service.client)
     wait_until(lambda: journal.read_text() == "up\ndown\n")
+
+
+def test_what_an_application_began_lives_until_it_has_shut_down(service, tmp_path):
+    """Its shutdown tells its own tasks to end, as under any ASGI server."""
+    journal = tmp_path / "journal"
+
+    @contextlib.asynccontextmanager
+    async def living(web: Any) -> Any:
+        jobs: asyncio.Queue[str | None] = asyncio.Queue()
+
+        async def write() -> None:
+            while (job := await jobs.get()) is not None:
+                with journal.open("a") as file:
+                    file.write(f"{job}\n")
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(write)
+            web.state.group, web.state.jobs, web.state.write = group, jobs, write
+            yield
+            jobs.put_nowait("last")
+            jobs.put_nowait(None)
+            jobs.put_nowait(None)
+        with journal.open("a") as file:
+            file.write("down\n")
+
+    web = FastAPI(lifespan=living)
+
+    @web.get("/more")
+    async def more(request: Request) -> str:
+        request.app.state.group.start_soon(request.app.state.write)
+        return "more"
+
+    service.run(serve.deployment(serve.ingress(web)(), name="Living"), "living")
+    assert httpx.get(f"{service.url}/living/more").status_code == 200
+    serve.delete("living", client=service.client)
+    wait_until(lambda: journal.exists() and journal.read_text() == "last\ndown\n")
 
 
 def test_applications_end_with_their_worker(tmp_path):

@@ -154,18 +154,14 @@ class UserCode:
             self.on_end()
 
     async def _clean_up(self) -> None:
-        """Cancel what still runs. User code that does not let itself be cancelled cannot keep the thread."""
+        """Cancel what still runs; what an application began for itself has until it has shut down."""
         lifespan = self._lifespan
-        pending = asyncio.all_tasks() - {asyncio.current_task(), None if lifespan is None else lifespan.task}
-        for task in pending:
-            task.cancel()
-        if pending:
-            _, pending = await asyncio.wait(pending, timeout=CLEAN_UP)
-        if pending:
-            logger.warning("User code of replica %s goes on after it was cancelled; it is dropped", self.id)
-        await self.host.close()
         if lifespan is not None:
+            await self._cancel_all({task for task in asyncio.all_tasks() if _is_request(task)})
             await lifespan.stop()
+        own = {asyncio.current_task(), None if lifespan is None else lifespan.task}
+        await self._cancel_all(asyncio.all_tasks() - own)
+        await self.host.close()
         await finish(self, self._patience)
         if self.clients is not None:
             await self.clients.close()
@@ -173,6 +169,13 @@ class UserCode:
             await asyncio.wait_for(self.loop.shutdown_asyncgens(), CLEAN_UP)
         except asyncio.TimeoutError:
             logger.warning("Generators of replica %s do not end; they are dropped", self.id)
+
+    async def _cancel_all(self, tasks: set[asyncio.Task[Any]]) -> None:
+        """Cancel tasks. User code that does not let itself be cancelled cannot keep the thread."""
+        for task in tasks:
+            task.cancel()
+        if tasks and (await asyncio.wait(tasks, timeout=CLEAN_UP))[1]:
+            logger.warning("User code of replica %s goes on after it was cancelled; it is dropped", self.id)
 
     def stop(self, patience: float = CLEAN_UP) -> None:
         """End the threads; what runs on them is cancelled (a ``def`` that runs cannot be). From any thread.
@@ -446,6 +449,14 @@ class UserCode:
         # Nobody is left who could read it.
         with contextlib.suppress(RuntimeError):
             self.door.mailbox.put(mail)
+
+
+#: What tasks of requests run.
+_REQUESTS = frozenset(run.__code__ for run in (HttpAdapter.serve, UserCode._run_async, serve_stream))
+
+
+def _is_request(task: asyncio.Task[Any]) -> bool:
+    return getattr(task.get_coro(), "cr_code", None) in _REQUESTS
 
 
 def _wake(waiter: asyncio.Future[None]) -> None:
