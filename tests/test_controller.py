@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import socket
 import urllib.request
 from collections import defaultdict
@@ -786,7 +787,9 @@ async def test_busy_port(c, s, a):
     assert str(port) in message
     assert str(port) in (await serve.status()).message
     assert "error" not in await start_proxies(serve, port=port)
-    assert (await serve.status()).message == ""
+    status = await serve.status()
+    assert status.message == ""
+    assert re.search(r"proxy slot 0, pid \d+, state ready, restarts 0$", str(status), re.MULTILINE)
 
 
 # -- the preload

@@ -74,7 +74,7 @@ class RemoteProxies:
         try:
             options = await asyncio.wait_for(self._ask(0.0), timeout)
         except (OSError, asyncio.TimeoutError) as error:
-            raise NotRunningError(f"no scheduler answers at {self._address}: {error or type(error).__name__}") from None
+            raise NotRunningError(f"no scheduler answers at {self._address}: {str(error) or 'it is silent'}") from None
         self._options = options
         return await self._proxies.start(self._here(options))
 
@@ -86,7 +86,7 @@ class RemoteProxies:
                 options = await asyncio.wait_for(self._ask(POLL), POLL + PATIENCE)
             except (OSError, asyncio.TimeoutError, ServeError) as error:
                 if not away:
-                    say(f"the scheduler is away ({error or 'it is silent'}); going on with what is known")
+                    say(f"the scheduler is away ({str(error) or 'it is silent'}); going on with what is known")
                 away = True
                 await asyncio.sleep(RETRY)
                 continue

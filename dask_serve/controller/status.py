@@ -290,7 +290,7 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
         lines = [f"HTTP at {self.url}" if self.url else "HTTP is not served"]
         lines += _indented(self.message)
         for proxy in self.proxies:
-            lines.append("  proxy " + ", ".join(f"{name} {value}" for name, value in proxy.items()))
+            lines.append("  proxy " + ", ".join(f"{name} {value}" for name, value in proxy.items() if value != ""))
         for worker in self.workers:
             first, *rest = str(worker).splitlines()
             lines += [f"  worker {first}", *_indented("\n".join(rest))]
