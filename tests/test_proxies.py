@@ -430,6 +430,24 @@ def test_moving_to_another_port_and_host(command):
     run(main())
 
 
+def test_the_file_of_a_unix_socket_goes_with_it(command, tmp_path, monkeypatch):
+    """Also when the port is the default one, which is found as it is bound."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(sockets, "DEFAULT_PORT", sock.getsockname()[1])
+    path = tmp_path / "socket"
+
+    async def main():
+        async with supervised(command, unix_socket=str(path), port=None) as supervisor:
+            assert supervisor.url == f"unix:{path}"
+            assert path.exists()
+            url = await supervisor.start(HTTPOptions(), {"unix_socket"})
+            assert (await get(url))[1] == b"first"
+            assert not path.exists()
+
+    run(main())
+
+
 # --- Ports
 
 

@@ -209,7 +209,7 @@ class Proxies:
             admins = [slot.admin.dup() for slot in slots if slot.admin is not None][: options.num_proxies]
         else:
             admins = []
-        if options.unix_socket or options.port != port:
+        if options.unix_socket or before.unix_socket or options.port != port:
             try:
                 await self._open(options, admins=admins)
             except BaseException:
