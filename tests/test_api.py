@@ -117,6 +117,12 @@ def test_no_client():
     assert serve.shutdown() is None
 
 
+def test_what_is_no_client():
+    for function in (serve.url, serve.status, serve.shutdown):
+        with pytest.raises(ConfigError, match="'front' is no Dask client"):
+            function("front")
+
+
 # -- with an asynchronous client ---------------------------------------------------------------------------------------
 
 

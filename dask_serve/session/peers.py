@@ -12,7 +12,7 @@ from distributed.utils import sync as run_on_loop
 
 from .. import exceptions
 from ..context import replica_context
-from ..exceptions import ApplicationNotFoundError, NotRunningError, ServeError
+from ..exceptions import ApplicationNotFoundError, ConfigError, NotRunningError, ServeError
 from ..policy.desired import deployment_id
 from ..routing.session import Session
 from ..routing.table import Table, decode_table
@@ -37,6 +37,8 @@ __all__ = [
 
 def current_client(client: Client | None = None) -> Client | None:
     """Return ``client``, or the one that Dask would use here; None when there is none."""
+    if client is not None and not isinstance(client, Client):
+        raise ConfigError(f"client={client!r} is no Dask client: give a distributed.Client, or leave it out")
     client = client if client is not None else _get_global_client()
     return None if client is None or is_left_behind(client) else client
 
