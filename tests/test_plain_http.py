@@ -9,6 +9,7 @@ import decimal
 import enum
 import json
 import pathlib
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -231,6 +232,7 @@ def http(directory: pathlib.Path) -> Iterator[httpx.Client]:
             ("frame", frame, {}, ()),
             ("stray", stray, {}, ()),
             ("mute", Mute, {}, ()),
+            ("odd", Odd, {}, ()),
         ]:
             declared = serve.deployment(**options)(target)
             serve.run(declared.bind(*args), name=name, route_prefix=f"/{name}", client=client)
@@ -318,3 +320,35 @@ def test_a_class_without_call_answers_404_with_the_repair(http):
     assert answer.status_code == 404
     assert "__call__" in answer.json()["message"]
     assert "@serve.ingress" in answer.json()["message"]
+
+
+class Odd:
+    """Answers that HTTP has not: it is told in the request's path what."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        status, pieces, *length = scope["path"].rsplit("/", 1)[1].split("-")
+        headers = [(b"content-length", length[0].encode())] if length else []
+        await send({"type": "http.response.start", "status": int(status), "headers": headers})
+        for _ in range(int(pieces)):
+            await send({"type": "http.response.body", "body": b"body", "more_body": True})
+        await send({"type": "http.response.body", "body": b"" if int(pieces) else b"body"})
+
+
+@pytest.mark.parametrize("kind", ["204-0", "204-3", "204-0-4", "304-0", "304-3", "304-0-4"])
+def test_answers_that_have_no_body_by_their_status(http, kind):
+    """What user code sends with them must not be taken for the next answer of the connection."""
+    with socket.create_connection((http.base_url.host, http.base_url.port)) as sock:
+        get = "GET /odd/{} HTTP/1.1\r\nHost: here\r\n{}\r\n"
+        sock.sendall((get.format(kind, "") + get.format("200-0", "Connection: close\r\n")).encode())
+        first, second = b"".join(iter(lambda: sock.recv(65536), b"")).split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(kind[:3].encode())
+    assert first.endswith(b"\r\n\r\n")
+    assert b"content-length" not in first
+    assert second.startswith(b"200 ")
+
+
+@pytest.mark.parametrize("kind", ["99-0", "101-0", "999-0", "200-0-many", "200-0-4.0"])
+def test_a_status_or_length_that_http_forbids_is_an_error_of_user_code(http, kind):
+    answer = http.get(f"/odd/{kind}")
+    assert answer.status_code == 500
+    assert answer.json()["message"] == "the deployment raised an exception"

@@ -18,7 +18,7 @@ from ..wire.messages import HttpHead, Kind
 from .execution import Answer, Execution
 from .failures import answer_for
 from .outflow import BodyFlow
-from .rendering import as_bytes, check, plain
+from .rendering import WITHOUT_BODY, as_bytes, checked, plain
 from .streams import TURN, forget_deadline, pour
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Conversation:
         self.whole = False
         #: The head, and the body if it came at once, until the end of the tick that they came in.
         self._held: tuple[int, list[tuple[bytes, bytes]], bytes | None] | None = None
+        self._without_body = False
         self._flow: BodyFlow | None = None
         self._paused = monotonic()
 
@@ -132,8 +133,9 @@ class Conversation:
             if self.started or self._held is not None:
                 raise RuntimeError("ASGI allows one 'http.response.start' for a request; this is the second")
             headers = [(bytes(name), bytes(value)) for name, value in message.get("headers", ())]
-            check(headers)
-            self._held = message["status"], headers, None
+            status = message["status"]
+            self._held = status, checked(status, headers), None
+            self._without_body = status in WITHOUT_BODY
             # An answer that is whole within this tick leaves as one frame.
             self._user.loop.call_soon(self._release)
         elif kind == "http.response.body":
@@ -147,6 +149,8 @@ class Conversation:
             raise RuntimeError(f"an ASGI 'http.response.body' came {'after the last' if self.whole else 'first'}")
         self.whole = not more
         forget_deadline()
+        if self._without_body:
+            body = b""
         if held is not None and not more:
             self._held = held[0], held[1], body
             return
