@@ -14,6 +14,7 @@ from . import (
     arrays,
     batching,
     chain,
+    control,
     door,
     dropped,
     handle_calls,
@@ -42,7 +43,7 @@ SHARED = {
     "streams": streams,
     "batching": batching,
 }
-PARTS = (*SHARED, "proxies", "refs", "memory", "door", "overload", "soak")
+PARTS = (*SHARED, "proxies", "refs", "memory", "door", "overload", "control", "soak")
 PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
 
@@ -70,6 +71,8 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
             yield from door.rows(client, pairs, seconds)
     if "overload" in parts:
         yield from overload.rows(pairs, seconds)
+    if "control" in parts:
+        yield from control.rows()
     if "soak" in parts:
         yield from soak.rows()
 
@@ -86,5 +89,13 @@ def render(rows: list[Row], how: str) -> str:
 
 if __name__ == "__main__":
     sys.exit(
-        run("benchmarks", __doc__, PARTS, results=RESULTS, measure=measure, render=render, slow=["overload", "soak"])
+        run(
+            "benchmarks",
+            __doc__,
+            PARTS,
+            results=RESULTS,
+            measure=measure,
+            render=render,
+            slow=["overload", "control", "soak"],
+        )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import itertools
 import threading
 import time
@@ -139,7 +140,8 @@ class Taker:
 class Sleeper:
     """Takes its time."""
 
-    def __init__(self, service: float) -> None:
+    def __init__(self, service: float, construct: float = 0.0) -> None:
+        time.sleep(construct)
         self.service = service
         self.worked = 0.0
 
@@ -147,6 +149,16 @@ class Sleeper:
         """Keep a thread."""
         time.sleep(self.service)
         return "done"
+
+    async def who(self) -> tuple[str, float]:
+        """Return who answers, and when it began; keep nothing but a slot."""
+        begun = time.monotonic()
+        await asyncio.sleep(self.service)
+        return serve.get_replica_context().replica_id, begun
+
+    def keep(self, seconds: int) -> None:
+        """Keep the interpreter's lock: what is called by way of PyDLL does not let go of it."""
+        ctypes.PyDLL(None).sleep(seconds)
 
     async def rest(self) -> None:
         """Keep nothing but a slot."""

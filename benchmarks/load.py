@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -55,16 +57,23 @@ def drive(url: str, connections: int, seconds: float, body: str = "") -> Load:
     RuntimeError
         A request failed.
     """
-    if wrk := shutil.which("wrk"):
-        script = ["-s", str(POST)] if body else []
-        command = [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency", *PATIENCE, *script, url]
-        load = parse_wrk(run(command, body))
-    else:
-        command = [sys.executable, str(Path(__file__)), url, str(connections), str(seconds)]
-        load = Load(**json.loads(run(command, body)))
+    load = parse(run(command_for(url, connections, seconds, bool(body)), body))
     if load.failed:
         raise RuntimeError(f"{load.failed} of {load.requests} requests to {url} failed: {load.why}")
     return load
+
+
+def command_for(url: str, connections: int, seconds: float, has_body: bool = False) -> list[str]:
+    """Return the generator's command; SIGINT ends it before its time."""
+    if wrk := shutil.which("wrk"):
+        script = ["-s", str(POST)] if has_body else []
+        return [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency", *PATIENCE, *script, url]
+    return [sys.executable, str(Path(__file__)), url, str(connections), str(seconds)]
+
+
+def parse(text: str) -> Load:
+    """Read what the generator prints."""
+    return parse_wrk(text) if shutil.which("wrk") else Load(**json.loads(text))
 
 
 def run(command: list[str], body: str = "") -> str:
@@ -149,7 +158,10 @@ async def ask(url: str, connections: int, seconds: float) -> Load:
             lambda: Connection(request, latencies, failures), parts.hostname, parts.port
         )
         protocols.append(protocol)
-    await asyncio.sleep(seconds)
+    ended = asyncio.Event()
+    loop.add_signal_handler(signal.SIGINT, ended.set)
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(ended.wait(), seconds)
     done, took, failed = list(latencies), time.perf_counter() - begun, len(failures)
     for protocol in protocols:
         if protocol.transport is not None:

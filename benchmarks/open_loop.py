@@ -2,7 +2,7 @@
 
 ``open_loop.py URL RATE SECONDS [TIMEOUT_S] [LEAVING] [PATIENCE_S]`` prints a `Report` as JSON. Arrivals are Poisson's.
 Each request has a kept connection to itself while it is under way; ``LEAVING`` is the share of clients that close
-theirs when they have no answer after ``PATIENCE_S``.
+theirs when they have no answer after ``PATIENCE_S``. SIGTERM ends it before its time: nothing new is asked.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -23,11 +24,13 @@ WARM_UP = 1.0
 
 @dataclass
 class Report:
-    """What was answered, by HTTP status (0: the client left), with the seconds that it took."""
+    """What was answered, by HTTP status (0: the client left; -1: the connection broke), with the seconds that it took."""
 
     counts: dict[int, int] = field(default_factory=dict)
     seconds: dict[int, list[float]] = field(default_factory=dict)
     took: float = 0.0
+    #: When each was asked, on the clock that all processes of a machine share; in the order of ``seconds``.
+    begun: dict[int, list[float]] = field(default_factory=dict)
 
 
 class Client(asyncio.Protocol):
@@ -61,6 +64,8 @@ class Client(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Nothing comes any more."""
+        if self in self.free:
+            self.free.remove(self)
         if self.answer is not None and not self.answer.done():
             self.answer.set_exception(exc or ConnectionError("closed"))
 
@@ -76,9 +81,11 @@ async def generate(  # noqa: PLR0917
     free: list[Client] = []
     counts: Counter[int] = Counter()
     taken: dict[int, list[float]] = {}
+    moments: dict[int, list[float]] = {}
+    ended = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
 
-    async def ask(counted: bool) -> None:
-        begun = time.perf_counter()
+    async def send() -> int:
         if free:
             client = free.pop()
         else:
@@ -87,18 +94,26 @@ async def generate(  # noqa: PLR0917
         client.answer = answer = loop.create_future()
         client.transport.write(request)
         try:
-            status = await asyncio.wait_for(answer, patience if random.random() < leaving else None)
+            return await asyncio.wait_for(answer, patience if random.random() < leaving else None)
         except asyncio.TimeoutError:
             client.answer = None
             client.transport.abort()
-            status = 0
+            return 0
+
+    async def ask(counted: bool) -> None:
+        begun = time.monotonic()
+        try:
+            status = await send()
+        except OSError:
+            status = -1
         if counted:
             counts[status] += 1
-            taken.setdefault(status, []).append(time.perf_counter() - begun)
+            taken.setdefault(status, []).append(time.monotonic() - begun)
+            moments.setdefault(status, []).append(begun)
 
     begun = at = loop.time()
     tasks: set[asyncio.Task[None]] = set()
-    while at < begun + WARM_UP + seconds:
+    while at < begun + WARM_UP + seconds and not ended.is_set():
         if (wait := at - loop.time()) > 0:
             await asyncio.sleep(wait)
         task = loop.create_task(ask(at > begun + WARM_UP))
@@ -109,7 +124,7 @@ async def generate(  # noqa: PLR0917
     for client in free:
         if client.transport is not None:
             client.transport.abort()
-    return Report(dict(counts), taken, seconds)
+    return Report(dict(counts), taken, seconds, moments)
 
 
 def main() -> None:

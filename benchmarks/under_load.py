@@ -1,0 +1,117 @@
+"""Load over HTTP while something happens: as much as is answered (`Full`), or at a rate (`Open`)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .load import Load, command_for, parse
+from .open_loop import WARM_UP
+
+OPEN_LOOP = Path(__file__).parent / "open_loop.py"
+#: Seconds: of a run at most, after which a request counts as hung, and of load before and after what happens.
+LONGEST, PATIENCE, MARGIN = 120.0, 25.0, 1.0
+
+
+class _Running:
+    """A generator that runs while the block does."""
+
+    command: list[str]
+    ends_by: signal.Signals
+
+    def __enter__(self) -> _Running:
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(WARM_UP + MARGIN)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                time.sleep(MARGIN)
+                self.process.send_signal(self.ends_by)
+                out, errors = self.process.communicate(timeout=PATIENCE + 15.0)
+                if self.process.returncode:
+                    raise RuntimeError(f"{self.command[0]} failed: {errors or out}")
+                self.take(out)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
+    def take(self, out: str) -> None:
+        """Read the report."""
+        raise NotImplementedError
+
+
+class Full(_Running):
+    """Some connections, each of which asks again as soon as it is answered.
+
+    Attributes
+    ----------
+    load : Load
+        What the generator saw, once the block ended.
+    """
+
+    ends_by = signal.SIGINT
+
+    def __init__(self, url: str, connections: int = 32) -> None:
+        self.command = command_for(url, connections, LONGEST)
+        self.load: Load
+
+    def __enter__(self) -> Full:
+        super().__enter__()
+        return self
+
+    def take(self, out: str) -> None:
+        """Read the report."""
+        self.load = parse(out)
+
+
+class Open(_Running):
+    """Requests come at a rate.
+
+    Attributes
+    ----------
+    asked : list of (float, float, int)
+        When each request was asked, the seconds that it took, and its status, once the block ended.
+    """
+
+    ends_by = signal.SIGTERM
+
+    def __init__(self, url: str, rate: float) -> None:
+        self.command = [sys.executable, str(OPEN_LOOP), url, str(rate), str(LONGEST), "0", "1", str(PATIENCE)]
+        self.asked: list[tuple[float, float, int]] = []
+
+    def __enter__(self) -> Open:
+        super().__enter__()
+        return self
+
+    def take(self, out: str) -> None:
+        """Read the report."""
+        found = json.loads(out)
+        for status, begun in found["begun"].items():
+            self.asked += [(at, took, int(status)) for at, took in zip(begun, found["seconds"][status], strict=True)]
+
+    @property
+    def hung(self) -> int:
+        """Requests without an answer."""
+        return sum(status == 0 for _, _, status in self.asked)
+
+    @property
+    def failed(self) -> int:
+        """Requests with another answer than 200, or whose connection broke."""
+        return sum(status not in (0, 200) for _, _, status in self.asked)
+
+    @property
+    def why(self) -> str:
+        """The answers that were none."""
+        found = sorted({status for _, _, status in self.asked if status != 200})
+        return f" (answers {', '.join(map(str, found))})" if found else ""
+
+    def late(self, began: float, ended: float, share: float = 0.99) -> float:
+        """Return the seconds that a share of what was asked in a time did not exceed."""
+        taken = sorted(took for at, took, _ in self.asked if began <= at < ended)
+        return taken[min(int(share * len(taken)), len(taken) - 1)]
