@@ -27,7 +27,7 @@ from .under_load import Full, Open
 #: Seconds that a request takes, and that a constructor does.
 SERVICE, CONSTRUCT = 0.01, 0.5
 REPLICAS = 4
-#: Seconds for which a worker has to be silent before its replicas are replaced, and that are measured when all is quiet.
+#: Seconds for which a worker has to be silent before its replicas are replaced, and that are measured in quiet.
 PATIENCE, STEADY = 10.0, 4.0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from distributed import Client
 
-from .processes import DEADLINE, spawn, wait_for_address
+from .processes import DEADLINE, spawn, stop, wait_for_address
 
 COMMON = ["--host", "127.0.0.1", "--no-dashboard"]
 
@@ -40,14 +40,16 @@ class Fleet:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for process in self.started:
-            end(process)
+        for process in reversed(self.started):
+            # A scheduler that is killed keeps what it would come back with.
+            (stop if "scheduler" in process.args else end)(process)
         self.folder.cleanup()
 
     def scheduler(self, *options: str) -> subprocess.Popen[str]:
         """Start the scheduler."""
         file = self.place / f"scheduler-{len(self.started)}.json"
-        process = self.start("scheduler", *COMMON, "--scheduler-file", str(file), "--no-show", *options)
+        port = [] if "--port" in options else ["--port", "0"]
+        process = self.start("scheduler", *COMMON, "--scheduler-file", str(file), "--no-show", *port, *options)
         self.address = wait_for_address(file, process)
         return process
 

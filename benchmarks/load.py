@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 POST, BODY = Path(__file__).parent / "post.lua", "BENCHMARK_BODY"
 #: wrk counts an answer as failed after 2 seconds otherwise; a busy machine may take as long.
 PATIENCE = ["--timeout", "10s"]
+#: Seconds after which our own generator takes a request for lost, when it has sent its last one.
+HUNG = 10.0
 UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0}
 
 
@@ -57,23 +59,20 @@ def drive(url: str, connections: int, seconds: float, body: str = "") -> Load:
     RuntimeError
         A request failed.
     """
-    load = parse(run(command_for(url, connections, seconds, bool(body)), body))
+    if wrk := shutil.which("wrk"):
+        script = ["-s", str(POST)] if body else []
+        command = [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency", *PATIENCE, *script, url]
+        load = parse_wrk(run(command, body))
+    else:
+        load = Load(**json.loads(run(own_command(url, connections, seconds), body)))
     if load.failed:
         raise RuntimeError(f"{load.failed} of {load.requests} requests to {url} failed: {load.why}")
     return load
 
 
-def command_for(url: str, connections: int, seconds: float, has_body: bool = False) -> list[str]:
-    """Return the generator's command; SIGINT ends it before its time."""
-    if wrk := shutil.which("wrk"):
-        script = ["-s", str(POST)] if has_body else []
-        return [wrk, "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--latency", *PATIENCE, *script, url]
+def own_command(url: str, connections: int, seconds: float) -> list[str]:
+    """Return the command of our own generator, which prints a `Load` as JSON; SIGINT ends it before its time."""
     return [sys.executable, str(Path(__file__)), url, str(connections), str(seconds)]
-
-
-def parse(text: str) -> Load:
-    """Read what the generator prints."""
-    return parse_wrk(text) if shutil.which("wrk") else Load(**json.loads(text))
 
 
 def run(command: list[str], body: str = "") -> str:
@@ -97,9 +96,10 @@ def parse_wrk(text: str) -> Load:
 
 
 class Connection(asyncio.Protocol):
-    """One kept connection that asks again as soon as it is answered."""
+    """One kept connection that asks again as soon as it is answered, until it is told to end."""
 
     def __init__(self, request: bytes, latencies: list[float], failures: list[str]) -> None:
+        self.ended: asyncio.Future[None] | None = None
         self.request = request
         self.latencies = latencies
         self.failures = failures
@@ -132,12 +132,25 @@ class Connection(asyncio.Protocol):
             self.failures.append(head[:40].decode())
         self.buffer = b""
         self.latencies.append(time.perf_counter() - self.sent)
-        self.ask()
+        if self.ended is None:
+            self.ask()
+        elif not self.ended.done():
+            self.ended.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Take a connection that the server closed as a failure."""
-        if exc is not None:
-            self.failures.append(repr(exc))
+        if self.ended is None or not self.ended.done():
+            self.failures.append(repr(exc or ConnectionError("closed")))
+        if self.ended is not None and not self.ended.done():
+            self.ended.set_result(None)
+
+    def end(self) -> asyncio.Future[None]:
+        """Ask nothing any more; done when the last answer came."""
+        assert self.transport is not None
+        self.ended = asyncio.get_running_loop().create_future()
+        if self.transport.is_closing():
+            self.ended.set_result(None)
+        return self.ended
 
 
 async def ask(url: str, connections: int, seconds: float) -> Load:
@@ -162,11 +175,13 @@ async def ask(url: str, connections: int, seconds: float) -> Load:
     loop.add_signal_handler(signal.SIGINT, ended.set)
     with contextlib.suppress(asyncio.TimeoutError):
         await asyncio.wait_for(ended.wait(), seconds)
-    done, took, failed = list(latencies), time.perf_counter() - begun, len(failures)
+    done, took = list(latencies), time.perf_counter() - begun
+    _, hung = await asyncio.wait([protocol.end() for protocol in protocols], timeout=HUNG)
+    failures += [f"no answer after {HUNG:g} s"] * len(hung)
+    failed, why = len(failures), "; ".join(sorted(set(failures))[:3])
     for protocol in protocols:
         if protocol.transport is not None:
             protocol.transport.abort()
-    why = "; ".join(sorted(set(failures))[:3])
     return Load(len(done), took, statistics.median(done) if done else float("inf"), failed, why)
 
 

@@ -24,7 +24,10 @@ WARM_UP = 1.0
 
 @dataclass
 class Report:
-    """What was answered, by HTTP status (0: the client left; -1: the connection broke), with the seconds that it took."""
+    """What was answered, by HTTP status, with the seconds that it took.
+
+    0: the client left; -1: the connection broke.
+    """
 
     counts: dict[int, int] = field(default_factory=dict)
     seconds: dict[int, list[float]] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from .load import Load, command_for, parse
+from .load import Load, own_command
 from .open_loop import WARM_UP
 
 OPEN_LOOP = Path(__file__).parent / "open_loop.py"
@@ -47,7 +47,9 @@ class _Running:
 
 
 class Full(_Running):
-    """Some connections, each of which asks again as soon as it is answered.
+    """Some connections, each of which asks again as soon as it is answered; a request that hangs has failed.
+
+    wrk would not tell of those: it counts a time-out when the answer comes.
 
     Attributes
     ----------
@@ -58,7 +60,7 @@ class Full(_Running):
     ends_by = signal.SIGINT
 
     def __init__(self, url: str, connections: int = 32) -> None:
-        self.command = command_for(url, connections, LONGEST)
+        self.command = own_command(url, connections, LONGEST)
         self.load: Load
 
     def __enter__(self) -> Full:
@@ -67,7 +69,7 @@ class Full(_Running):
 
     def take(self, out: str) -> None:
         """Read the report."""
-        self.load = parse(out)
+        self.load = Load(**json.loads(out))
 
 
 class Open(_Running):
