@@ -8,7 +8,6 @@ import signal
 import time
 import urllib.request
 from collections.abc import Iterator
-from functools import partial
 
 from distributed import Client
 
@@ -202,8 +201,9 @@ def hanging(fleet: Fleet, client: Client) -> Iterator[Row]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
     # Elsewhere nothing takes that long: these were sent there.
-    there = [at for at, taken, status in load.asked if at >= stopped and (taken > 1.0 or status != 200)]
-    note = f" ({len(there)} were; {load.failed} failed, {load.hung} hung{load.why})"
+    there = {at: taken for at, taken, status in load.asked if at >= stopped and (taken > 1.0 or status != 200)}
+    note = f" ({len(there)} were, and took {max(there.values(), default=0.0):.1f} s"
+    note += f"; {load.failed} failed, {load.hung} hung{load.why})"
     last = max(there, default=stopped) - stopped
     yield value("A worker that hangs (SIGSTOP), half load: until nothing is sent there", "s", last, most=3, note=note)
     what = f"The same: until it is replaced, without health_check_timeout_s={PATIENCE:g} and the constructor"
@@ -218,7 +218,7 @@ def selfish(fleet: Fleet, client: Client) -> Iterator[Row]:
     handle = serve.get_app_handle(client=client).keep
     begun = time.monotonic()
     kept = handle.remote(5)
-    until(partial(kept.done), DEADLINE)
+    until(kept.done)
     note = f" (held for {time.monotonic() - begun:.1f} s)"
     until(lambda: len(ready(client)) == 2)
     gone = len(before.keys() - ready(client).keys())

@@ -36,13 +36,14 @@ class Fleet:
         self.folder = tempfile.TemporaryDirectory()
         self.place = Path(self.folder.name)
         self.started: list[subprocess.Popen[str]] = []
+        self.schedulers: list[subprocess.Popen[str]] = []
         self.address = ""
         return self
 
     def __exit__(self, *exc: object) -> None:
         for process in reversed(self.started):
             # A scheduler that is killed keeps what it would come back with.
-            (stop if "scheduler" in process.args else end)(process)
+            (stop if process in self.schedulers else end)(process)
         self.folder.cleanup()
 
     def scheduler(self, *options: str) -> subprocess.Popen[str]:
@@ -50,6 +51,7 @@ class Fleet:
         file = self.place / f"scheduler-{len(self.started)}.json"
         port = [] if "--port" in options else ["--port", "0"]
         process = self.start("scheduler", *COMMON, "--scheduler-file", str(file), "--no-show", *port, *options)
+        self.schedulers.append(process)
         self.address = wait_for_address(file, process)
         return process
 

@@ -13,6 +13,7 @@ import dask_serve as serve
 
 from .apps import Sleeper
 from .fleet import Fleet, until
+from .processes import DEADLINE
 from .table import Row, Sample
 
 #: What a worker says when its scheduler knows it.
@@ -28,8 +29,8 @@ def restart() -> Row:
         scheduler = fleet.scheduler(*options)
         with Client(fleet.address, set_as_default=False) as client:
             workers = [fleet.worker("--no-nanny") for _ in range(2)]
-            client.wait_for_workers(2, timeout=60)
-            serve.run(Sleeper.options(num_replicas=2).bind(0.01), client=client, timeout=60)
+            client.wait_for_workers(2, timeout=2 * DEADLINE)
+            serve.run(Sleeper.options(num_replicas=2).bind(0.01), client=client, timeout=2 * DEADLINE)
         url = f"http://127.0.0.1:{ports[1]}/"
         until(lambda: answers(url))
         scheduler.kill()
@@ -37,9 +38,9 @@ def restart() -> Row:
         killed = time.monotonic()
         fleet.scheduler(*options)
         for number, worker in enumerate(workers):
-            until(lambda worker=worker: worker.poll() is not None)
+            worker.wait(DEADLINE)
             workers[number] = fleet.worker("--no-nanny")
-        until(lambda: all(fleet.said(worker, REGISTERED) for worker in workers), 60)
+        until(lambda: all(fleet.said(worker, REGISTERED) for worker in workers))
         returned = time.monotonic()
         until(lambda: answers(url))
         took = time.monotonic() - returned
