@@ -32,7 +32,7 @@ PATIENCE, STEADY = 10.0, 4.0
 
 def rows() -> Iterator[Row]:
     """Measure, each group on a cluster of its own."""
-    for group in (updates, departures, lifetime, load_step, hanging, selfish):
+    for group in (updates, kills, departures, lifetime, load_step, hanging, selfish):
         with Fleet() as fleet:
             fleet.scheduler()
             with Client(fleet.address, set_as_default=False) as client:
@@ -82,7 +82,7 @@ def failures(what: str, load: Full) -> Row:
 
 
 def updates(fleet: Fleet, client: Client) -> Iterator[Row]:
-    """Rolling updates, at full load and at half of it; then a worker is killed."""
+    """Rolling updates, at full load and at half of it."""
     fleet.workers(client, 4)
     url = deploy(client)
     with Full(url) as full:
@@ -93,24 +93,39 @@ def updates(fleet: Fleet, client: Client) -> Iterator[Row]:
         begun = time.monotonic()
         time.sleep(STEADY)
         changed = time.monotonic()
-        deploy(client, version="3")
+        for version in "345":
+            deploy(client, version=version)
         ended = time.monotonic()
     steady, during = load.late(begun, changed), load.late(changed, ended)
-    note = f" ({1e3 * during:.0f} ms for {ended - changed:.1f} s, against {1e3 * steady:.0f} ms; {load.failed} failed)"
-    yield value("The same at half load: 99th percentile meanwhile", "x", during / steady, most=3, note=note)
+    note = f" ({1e3 * during:.0f} ms for {ended - changed:.1f} s, against {1e3 * steady:.0f} ms; "
+    note += f"{load.failed} failed, {load.hung} hung{load.why})"
+    yield value("The same at half load, three in a row: 99th percentile meanwhile", "x", during / steady, 3, note)
 
-    before = ready(client)
-    address = next(iter(before.values()))
-    pid = hosts(client)[address]
+
+def kills(fleet: Fleet, client: Client) -> Iterator[Row]:
+    """A worker is killed, at half load and at full load; its nanny starts it again."""
+    fleet.workers(client, 4)
+    url = deploy(client)
     with Open(url, half()) as load:
-        os.kill(pid, signal.SIGKILL)
-        killed = time.monotonic()
-        until(lambda: replaced(client, before))
-        took = time.monotonic() - killed
+        took = kill(client)
     what = "kill -9 of one of 4 workers at half load, retries_on_loss=1"
     yield value(f"{what}: hung requests", "requests", load.hung, most=0)
     yield value(f"{what}: failed requests", "requests", load.failed, most=0, note=load.why)
     yield value(f"{what}: until all are ready again, without the constructor", "s", took - CONSTRUCT, most=3)
+    client.wait_for_workers(4, timeout=DEADLINE)
+    with Full(url) as full:
+        kill(client)
+    yield failures("kill -9 of one of 4 workers, retries_on_loss=1", full)
+
+
+def kill(client: Client) -> float:
+    """Kill a worker with a replica, and return the seconds until there are as many again."""
+    before = ready(client)
+    pid = hosts(client)[next(iter(before.values()))]
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    until(lambda: replaced(client, before))
+    return time.monotonic() - killed
 
 
 def departures(fleet: Fleet, client: Client) -> Iterator[Row]:
