@@ -129,7 +129,7 @@ class Connection(asyncio.Protocol):
         if len(self.buffer) < end + 4 + length:
             return
         if not head.startswith(b"http/1.1 2"):
-            self.failures.append(head[:40].decode())
+            self.failures.append(head.split(b"\r\n", 1)[0].decode())
         self.buffer = b""
         self.latencies.append(time.perf_counter() - self.sent)
         if self.ended is None:
