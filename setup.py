@@ -48,7 +48,11 @@ EXTRAS = {
         "schemathesis>=4.1",
         "threadpoolctl>=3.0",
         "numpy>=1.26",
+        "pandas>=2.1",
+        # Applications that people serve: tests/test_ingress.py.
         "fastapi>=0.115.8",
+        "litestar>=2.12",
+        "quart>=0.20",
         "cryptography>=42",  # temporary certificates
         # A real Jupyter kernel: tests/test_notebook.py.
         "ipykernel>=6.29",
