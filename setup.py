@@ -48,7 +48,9 @@ EXTRAS = {
         "schemathesis>=4.1",
         "threadpoolctl>=3.0",
         "numpy>=1.26",
+        # dask.dataframe needs both.
         "pandas>=2.1",
+        "pyarrow>=16",
         # Applications that people serve: tests/test_ingress.py.
         "fastapi>=0.115.8",
         "litestar>=2.12",
