@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 import dask
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from distributed import Client, Event, Nanny
 from distributed.utils_test import gen_cluster, inc
+from helpers import until
 from threadpoolctl import threadpool_info
 
 import dask_serve as serve
@@ -33,18 +33,6 @@ async def status_of(client: Client) -> ServeStatus:
 async def deployment_of(client: Client, app: str) -> DeploymentStatus:
     (deployment,) = (await status_of(client)).applications[app].deployments.values()
     return deployment
-
-
-async def until(met: Callable[[], Any], timeout: float = 10.0) -> Any:
-    deadline = time.monotonic() + timeout
-    while True:
-        found = met()
-        if asyncio.iscoroutine(found):
-            found = await found
-        if found:
-            return found
-        assert time.monotonic() < deadline, f"not met after {timeout} s"
-        await asyncio.sleep(0.01)
 
 
 async def run(client: Client, application: serve.Application, name: str = "app", wait: bool = True) -> Any:

@@ -20,7 +20,8 @@ from distributed.core import Status
 from dask_serve.config import DeploymentOptions
 from dask_serve.controller.changes import Throttle
 from dask_serve.controller.reconciler import Reconciler
-from dask_serve.controller.registry import Registry, Replica
+from dask_serve.controller.registry import Registry
+from dask_serve.controller.replica import Replica
 from dask_serve.controller.status import ServeStatus
 from dask_serve.controller.views import Views
 from dask_serve.policy.desired import ApplicationSpec, DeploymentSpec

@@ -13,7 +13,8 @@ from distributed.utils_test import gen_test
 from dask_serve.config import AutoscalingConfig, DeploymentOptions
 from dask_serve.controller import scaling
 from dask_serve.controller.events import Events
-from dask_serve.controller.registry import Registry, Replica
+from dask_serve.controller.registry import Registry
+from dask_serve.controller.replica import Replica
 from dask_serve.controller.scaling import Scaling
 from dask_serve.policy.desired import ApplicationSpec, DeploymentSpec
 

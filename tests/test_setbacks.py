@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from dask_serve.config import DeploymentOptions
-from dask_serve.controller.registry import FORGOTTEN, Registry, Replica
+from dask_serve.controller.registry import FORGOTTEN, Registry
+from dask_serve.controller.replica import Replica
 from dask_serve.controller.views import Views
 from dask_serve.policy.desired import ApplicationSpec, DeploymentSpec
 from dask_serve.policy.reconcile import Attempts, Start, plan

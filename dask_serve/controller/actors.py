@@ -9,7 +9,7 @@ import msgspec
 from distributed import Client
 from distributed.protocol import to_serialize
 
-from .registry import Replica
+from .replica import Replica
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
 
     from .reconciler import Reconciler
-    from .registry import Registry, Replica
+    from .registry import Registry
+    from .replica import Replica
 
 __all__ = ["Leaving"]
 

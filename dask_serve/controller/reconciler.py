@@ -20,7 +20,8 @@ from ..policy.placement import Need, booking, place, wanted_workers
 from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
 from .actors import QUEUED_AFTER, Actors, explain, replica_class
 from .held import HeldKeys
-from .registry import Registry, Replica, settings_of
+from .registry import Registry
+from .replica import Replica, settings_of
 from .workers import WorkerViews, what_is_missing
 
 if TYPE_CHECKING:

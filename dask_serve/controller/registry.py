@@ -2,128 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import msgspec
 
 from ..config import AutoscalingConfig
 from ..exceptions import ApplicationNotFoundError, ConfigError
 from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
-from ..policy.devices import Device
-from ..policy.lifecycle import ENDS, Event, State, advance
+from ..policy.lifecycle import ENDS
 from ..policy.reconcile import ATTEMPTS, Attempts, Seen, Want, share
 from ..policy.routes import check_free, check_prefix
+from .application import Application
 from .history import History
+from .replica import Replica, settings_of
 
-if TYPE_CHECKING:
-    from ..config import DeploymentOptions
-
-__all__ = ["Application", "Registry", "Replica", "settings_of"]
+__all__ = ["Registry"]
 
 #: Seconds after which a replica that had to be replaced does not put off the next replacement.
 FORGOTTEN = 300.0
-
-
-def settings_of(options: DeploymentOptions) -> bytes:
-    """Return a token of the options that a running replica must learn of when they change."""
-    # These are the controller's business.
-    ours = msgspec.structs.replace(options, max_surge=1, max_unavailable=0)
-    if ours.autoscaling_config is not None:
-        # They report their load; how many of them there are is not their business.
-        ours = msgspec.structs.replace(ours, autoscaling_config=AutoscalingConfig())
-    else:
-        ours = msgspec.structs.replace(ours, num_replicas=1)
-    return msgspec.msgpack.encode(ours)
-
-
-class Replica:
-    """One replica, from the decision to start it to its end."""
-
-    def __init__(self, app: str, spec: DeploymentSpec, worker: str, now: float) -> None:
-        suffix = secrets.token_hex(3)
-        self.id = f"{app}/{spec.name}/{suffix}"
-        #: A fresh key for each: Dask remembers a key that erred.
-        self.key = f"serve-{app}-{spec.name}-{suffix}"
-        self.app = app
-        self.deployment = deployment_id(app, spec.name)
-        self.spec = spec
-        self.worker = worker
-        self.started_at = now
-        self.settings = settings_of(spec.options)
-        self.state: State = "starting"
-        #: Its devices, on the host of its worker.
-        self.host = ""
-        self.devices: Sequence[Device] = ()
-        #: What it takes of its worker's Dask resources; `held`: Dask knows, and must be told when it ends.
-        self.booked: Mapping[str, float] = {}
-        self.held = False
-        #: The Dask future of the actor: it lives as long as this is held.
-        self.future: Any = None
-        #: True once Dask has made the actor; what it waits for from then on is user code.
-        self.submitted = False
-        self.door = ""
-        self.process = ""
-        self.ended = asyncio.Event()
-        #: Told of each change.
-        self.changed: Callable[[Replica], None] = lambda replica: None
-        self._message = ""
-
-    def move(self, event: Event) -> State:
-        """Take a move of `dask_serve.policy.lifecycle` and return the new state."""
-        before, self.state = self.state, advance(self.state, event)
-        if self.state in ENDS:
-            self.ended.set()
-        if self.state != before:
-            self.changed(self)
-        return self.state
-
-    @property
-    def message(self) -> str:
-        """What it waits for, if anything."""
-        return self._message
-
-    @message.setter
-    def message(self, text: str) -> None:
-        if text != self._message:
-            self._message = text
-            self.changed(self)
-
-
-class Application:
-    """One application as desired."""
-
-    def __init__(self, spec: ApplicationSpec) -> None:
-        self.spec = spec
-        self.deleting = False
-        #: Set once another one of the same name has taken its place.
-        self.replaced = asyncio.Event()
-        #: Deployments that have had all their replicas ready since they were last changed.
-        self.reached: set[str] = set()
-        #: What served before, as a whole, until this has proved itself: it is gone back to when this fails.
-        self.before: ApplicationSpec | None = None
-        #: Why the last update was taken back, by deployment.
-        self.taken_back: dict[str, str] = {}
-
-    @property
-    def deployments(self) -> dict[str, DeploymentSpec]:
-        """The deployments by name."""
-        return {spec.name: spec for spec in self.spec.deployments}
-
-    @property
-    def leftovers(self) -> list[DeploymentSpec]:
-        """Deployments that this has no more, and whose callers may still run: they end when this has been reached."""
-        if self.before is None:
-            return []
-        names = {spec.name for spec in self.spec.deployments}
-        return [spec for spec in self.before.deployments if spec.name not in names]
-
-    def standby(self, name: str) -> DeploymentSpec | None:
-        """Return what served before in place of a deployment, if anything does."""
-        return next((spec for spec in self.before.deployments if spec.name == name), None) if self.before else None
 
 
 class Registry:

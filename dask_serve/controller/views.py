@@ -11,7 +11,9 @@ from .history import told_of
 from .status import ApplicationStatus, AutoscalingStatus, DeploymentStatus, Health, ReplicaStatus, worst
 
 if TYPE_CHECKING:
-    from .registry import Application, Registry, Replica
+    from .application import Application
+    from .registry import Registry
+    from .replica import Replica
 
 __all__ = ["Views"]
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from distributed import Client
     from distributed.scheduler import Scheduler
 
-    from .registry import Registry, Replica
+    from .registry import Registry
+    from .replica import Replica
 
 __all__ = ["WorkerViews", "what_is_missing"]
 

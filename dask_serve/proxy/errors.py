@@ -9,7 +9,7 @@ from itertools import count
 
 import msgspec
 
-__all__ = ["ID_HEADER", "Headers", "Refusal", "error_answer", "make_id", "request_id_in"]
+__all__ = ["ID_HEADER", "Headers", "Refusal", "error_answer", "make_id", "request_id_in", "valid_id"]
 
 Headers = Sequence[tuple[bytes, bytes]]
 #: Status, type and text of an error of ours.
@@ -17,7 +17,7 @@ Refusal = tuple[int, str, str]
 
 
 ID_HEADER = b"x-request-id"
-_valid_id = re.compile(rb"[!-~]{1,128}").fullmatch
+valid_id = re.compile(rb"[!-~]{1,128}").fullmatch
 _prefix = f"{os.urandom(6).hex()}-"
 _numbers = count()
 
@@ -30,7 +30,7 @@ def make_id() -> str:
 def request_id_in(headers: Headers) -> str:
     """Return the request's own id, or a new one where it has none that is valid."""
     for name, value in headers:
-        if name == ID_HEADER and _valid_id(value):
+        if name == ID_HEADER and valid_id(value):
             return value.decode()
     return make_id()
 

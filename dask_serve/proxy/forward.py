@@ -8,11 +8,8 @@ No task, no queue and no pickle is made on the way; a client that goes away canc
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
-import os
-import re
 from bisect import bisect_left
 from collections import Counter
 from time import monotonic
@@ -29,7 +26,7 @@ from ..routing.table import RouteEntry, Table
 from ..wire.messages import HttpHead, model_id_of
 from .answers import respond, write_whole
 from .calls import HttpCall
-from .errors import ID_HEADER, Refusal, error_answer
+from .errors import ID_HEADER, Refusal, error_answer, make_id, valid_id
 from .forwarded import is_local
 from .protocol import CONNECTION, ProxyProtocol
 from .stream import cut_off, pass_on
@@ -45,8 +42,6 @@ MAX_QUEUED = 10_000
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 #: Upper bounds of the latency histogram, in seconds.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-
-_valid_id = re.compile(rb"[!-~]{1,128}").fullmatch
 
 
 class Forwarder:
@@ -71,8 +66,6 @@ class Forwarder:
         self._loop = asyncio.get_running_loop()
         self._table: Table | None = None
         self._routes: Routes[RouteEntry] = Routes()
-        self._id_prefix = f"{os.urandom(6).hex()}-"
-        self._numbers = itertools.count()
 
     @property
     def routes(self) -> Routes[RouteEntry]:
@@ -190,7 +183,7 @@ class Forwarder:
         refusal = None
         for name, value in scope["headers"]:
             if name == ID_HEADER:
-                request_id = value.decode() if _valid_id(value) else None
+                request_id = value.decode() if valid_id(value) else None
             elif name == b"x-request-timeout-seconds":
                 timeout = _timeout(value)
                 if timeout is None:
@@ -198,7 +191,7 @@ class Forwarder:
                     text = f"the header X-Request-Timeout-Seconds is {given!r}: give a number of seconds above 0"
                     refusal = (400, "BadRequest", text)
         if request_id is None:
-            request_id = f"{self._id_prefix}{next(self._numbers):x}"
+            request_id = make_id()
         return request_id, timeout, refusal
 
     def submit(self, router: Router, call: HttpCall, timeout: float | None) -> None:

@@ -24,7 +24,7 @@ from .streams import TURN, forget_deadline, pour
 if TYPE_CHECKING:
     from .user import UserCode
 
-__all__ = ["Conversation"]
+__all__ = ["Conversation", "scope_of"]
 
 _TEXT = [(b"content-type", b"text/plain; charset=utf-8")]
 _BINARY = [(b"content-type", b"application/octet-stream")]
@@ -43,7 +43,8 @@ class Conversation:
         self.started = False
         self._user = user
         self._execution = execution
-        self._scope = _scope(head, user.state)
+        self._scope = scope_of(head, user.state, "http")
+        self._scope["method"] = head.method
         self._body_taken = False
         #: The body is whole, and what ran behind it (background tasks) may still run.
         self.whole = False
@@ -181,12 +182,12 @@ class Conversation:
         return flow
 
 
-def _scope(head: HttpHead, state: dict[str, Any]) -> dict[str, Any]:
+def scope_of(head: HttpHead, state: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return what ASGI's scopes of requests and WebSockets have in common."""
     return {
-        "type": "http",
+        "type": kind,
         "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": head.http_version,
-        "method": head.method,
         "scheme": head.scheme,
         "path": head.path,
         "raw_path": head.raw_path or head.path.encode(),

@@ -8,6 +8,7 @@ from starlette.types import ASGIApp
 
 from ..wire.frames import Buffer
 from ..wire.messages import LEAST, Event, HttpHead, Kind, encode
+from .conversation import scope_of
 from .execution import Answer, Execution
 from .outflow import BodyFlow
 from .rendering import check
@@ -146,19 +147,7 @@ def _headers(message: Any) -> list[tuple[bytes, bytes]]:
 
 def _scope(head: HttpHead, state: dict[str, Any]) -> dict[str, Any]:
     asked = b",".join(value for name, value in head.headers if name == b"sec-websocket-protocol")
-    return {
-        "type": "websocket",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "http_version": head.http_version,
-        "scheme": head.scheme,
-        "path": head.path,
-        "raw_path": head.raw_path or head.path.encode(),
-        "root_path": head.root_path,
-        "query_string": head.query,
-        "headers": head.headers,
-        "client": head.client,
-        "server": head.server,
-        "subprotocols": [name.strip().decode("latin-1") for name in asked.split(b",") if name.strip()],
-        "state": state.copy(),
-        "extensions": {"websocket.http.response": {}},
-    }
+    scope = scope_of(head, state, "websocket")
+    scope["subprotocols"] = [name.strip().decode("latin-1") for name in asked.split(b",") if name.strip()]
+    scope["extensions"] = {"websocket.http.response": {}}
+    return scope
