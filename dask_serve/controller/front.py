@@ -14,6 +14,7 @@ from ..config import HTTPOptions
 from ..exceptions import ConfigError
 from .editor import Editor
 from .elsewhere import Elsewhere
+from .measures import Measures
 from .store import HTTP
 
 if TYPE_CHECKING:
@@ -54,10 +55,17 @@ class Front:
         Called when URL, message or the state of a process changed.
     on_backlogs : callable
         Called with what a proxy tells of the requests that wait there, the arguments of `Scaling.waits`.
+    measures : Measures
+        Where the counts of the proxies go.
     """
 
     def __init__(
-        self, security: Security, editor: Editor, on_change: Callable[[], None], on_backlogs: Callable[..., None]
+        self,
+        security: Security,
+        editor: Editor,
+        on_change: Callable[[], None],
+        on_backlogs: Callable[..., None],
+        measures: Measures,
     ) -> None:
         #: Where HTTP is served; empty while it is not.
         self.url = ""
@@ -69,6 +77,7 @@ class Front:
         self._editor = editor
         self._on_change = on_change
         self._on_backlogs = on_backlogs
+        self._measures = measures
         self._proxies: Any = None
         self._table = b""
         self._starting = asyncio.Lock()
@@ -169,5 +178,7 @@ class Front:
     def _on_event(self, slot: int, event: str, details: dict[str, Any]) -> None:
         if event == "backlogs":
             self._on_backlogs(**details)
+        elif event == "counts":
+            self._measures.proxy_told(**details)
         elif event != "stats":
             self._on_change()

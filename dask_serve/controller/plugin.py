@@ -34,6 +34,7 @@ from .events import Events
 from .front import Front, first_options
 from .history import History, encode_history
 from .leaving import Leaving
+from .measures import Measures
 from .promises import Promises
 from .pulse import Pulse
 from .reconciler import Reconciler
@@ -115,7 +116,10 @@ class Controller(SchedulerPlugin):
         self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
         self.promises = Promises()
         self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
-        self.front = Front(scheduler.security, self.editor, self._publish, self.scaling.waits)
+        self.measures = Measures()
+        for worker in scheduler.workers.values():
+            self.measures.joined(worker)
+        self.front = Front(scheduler.security, self.editor, self._publish, self.scaling.waits, self.measures)
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
         self._tables = Changes()
@@ -182,11 +186,13 @@ class Controller(SchedulerPlugin):
 
     def add_worker(self, scheduler: Scheduler, worker: str) -> None:
         """There is room for replicas that wait."""
+        self.measures.joined(scheduler.workers[worker])
         self.reconciler.joined_worker(worker)
 
     def remove_worker(self, scheduler: Scheduler, worker: str, *, stimulus_id: str, **kwargs: Any) -> None:
         """Its replicas leave the table at once, and are replaced."""
         self.tunnels.forget(worker)
+        self.measures.left(worker)
         self.scaling.lost(worker)
         self.reconciler.lost_worker(worker)
         self._publish_soon.flush()
@@ -333,6 +339,14 @@ class Controller(SchedulerPlugin):
     ) -> dict[str, Any]:
         """Hear how many requests wait at a process's routers."""
         self.scaling.waits(source, number, queued, owner)
+        return {}
+
+    async def serve_counts(self, source: str, counts: dict[str, Any], worker: str = "") -> dict[str, Any]:
+        """Hear what a worker that leaves, or a proxy elsewhere, has counted."""
+        if worker:
+            self.measures.worker_told(worker, counts)
+        else:
+            self.measures.proxy_told(source, counts)
         return {}
 
     def _on_load(self, running: dict[str, float], worker: str, **_: Any) -> None:

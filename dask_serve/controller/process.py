@@ -32,7 +32,9 @@ EXIT_GRACE = 2.0
 #: Seconds between two looks whether a process that closed its lifeline has ended.
 REAP_INTERVAL = 0.01
 
-#: Called with the slot, what happened ("ready", "stats", "backlogs", "exited") and details.
+_NODE = socket.gethostname()
+
+#: Called with the slot, what happened ("ready", "stats", "counts", "backlogs", "exited") and details.
 OnEvent = Callable[[int, str, dict[str, Any]], None]
 
 
@@ -175,6 +177,9 @@ class Process:
             self._on_event(self.slot, "backlogs", msgspec.msgpack.decode(payload, type=dict[str, Any]))
         elif kind == wire.STATS:
             self.stats = msgspec.msgpack.decode(payload, type=dict[str, Any])
+            counts = self.stats.pop("counts", None)
+            if counts is not None:
+                self._on_event(self.slot, "counts", {"source": f"{_NODE}-{self.pid}", "counts": counts})
             if self.stats.get("draining"):
                 self.leaving.set()
             self._on_event(self.slot, "stats", self.stats)

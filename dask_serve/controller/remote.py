@@ -109,15 +109,15 @@ class RemoteProxies:
         await self._proxies.stop()
 
     def _on_proxy(self, slot: int, event: str, details: dict[str, Any]) -> None:
-        if event == "backlogs":
-            task = asyncio.get_running_loop().create_task(self._tell(details))
+        if event in {"backlogs", "counts"}:
+            task = asyncio.get_running_loop().create_task(self._tell(event, details))
             self._telling.add(task)
             task.add_done_callback(self._telling.discard)
 
-    async def _tell(self, backlogs: dict[str, Any]) -> None:
-        """Pass on how many requests wait; the next report makes up for one that is lost."""
+    async def _tell(self, event: str, details: dict[str, Any]) -> None:
+        """Pass on how many requests wait, and what was counted; the next report makes up for one that is lost."""
         with contextlib.suppress(OSError):
-            await self._scheduler.serve_backlogs(**backlogs)
+            await (self._scheduler.serve_backlogs if event == "backlogs" else self._scheduler.serve_counts)(**details)
 
     def _here(self, options: HTTPOptions) -> HTTPOptions:
         defaults = HTTPOptions()

@@ -127,6 +127,7 @@ class Process:
         try:
             await self._server.serve(sockets=[listener])
         finally:
+            self._send_stats()
             await self._service.close()
 
     def _on_frame(self, kind: bytes, payload: bytes) -> None:
@@ -222,9 +223,9 @@ class Process:
             "in_flight": len(state.tasks),
             "draining": self._draining,
         }
-        # The application may know more, as plain numbers.
+        # The application may know more.
         more = getattr(self._service.app, "stats", None)
-        return {**more(), **stats} if more is not None else stats
+        return {**more(state.refused), **stats} if more is not None else stats
 
 
 def run(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..config import HTTPOptions
+from ..measures.counts import HttpCounts
 from ..routing.fabric import Fabric
 from .errors import Refusal, error_answer, request_id_in
 from .files import Watched
@@ -134,11 +136,17 @@ class ProxyApp:
 
     async def _refuse(self, scope: Scope, send: Send, error: Refusal, request_id: str | None = None) -> None:
         status = error[0]
-        self._forwarder.statuses[status] += 1
+        self._forwarder.counts[""].statuses[status] += 1
         headers, body = error_answer(error, request_id or request_id_in(scope["headers"]), scope["headers"])
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    def stats(self) -> dict[str, Any]:
-        """Counts for the controller; called once a second."""
-        return {"statuses": {str(status): count for status, count in self._forwarder.statuses.items()}}
+    def stats(self, refused: Counter[int]) -> dict[str, Any]:
+        """Return counts for the controller, with what connections refused by themselves; called once a second."""
+        counts = {deployment: counts.export() for deployment, counts in self._forwarder.counts.items()}
+        if refused:
+            every = HttpCounts()
+            every.merge(self._forwarder.counts[""])
+            every.statuses.update(refused)
+            counts[""] = every.export()
+        return {"counts": counts}

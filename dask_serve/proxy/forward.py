@@ -10,14 +10,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from bisect import bisect_left
-from collections import Counter
+from collections import defaultdict
 from time import monotonic
 
 from starlette.types import Receive, Scope, Send
 
 from ..config import HTTPOptions
 from ..exceptions import RequestCancelledError
+from ..measures.counts import HttpCounts
 from ..policy.routes import Routes
 from ..routing.calls import ONCE
 from ..routing.fabric import Fabric
@@ -40,8 +40,6 @@ logger = logging.getLogger("dask_serve.proxy")
 MAX_QUEUED = 10_000
 #: A replica lost before the first byte: methods that may be run twice are sent once more.
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-#: Upper bounds of the latency histogram, in seconds.
-BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
 class Forwarder:
@@ -49,18 +47,12 @@ class Forwarder:
 
     Attributes
     ----------
-    statuses : Counter
-        Answers by HTTP status; 499 where the client went away first.
-    buckets : list of int
-        Answers by latency, cumulative only when rendered; the last one is above all bounds.
-    seconds : float
-        Sum of the latencies.
+    counts : dict
+        What was answered, by deployment; "" stands for requests of none.
     """
 
     def __init__(self, fabric: Fabric, options: HTTPOptions) -> None:
-        self.statuses: Counter[int] = Counter()
-        self.buckets = [0] * (len(BUCKETS) + 1)
-        self.seconds = 0.0
+        self.counts: defaultdict[str, HttpCounts] = defaultdict(HttpCounts)
         self._fabric = fabric
         self._options = options
         self._loop = asyncio.get_running_loop()
@@ -101,7 +93,7 @@ class Forwarder:
                 refusal = too_large(limit)
         if refusal is not None:
             refuse_rest(scope[CONNECTION])
-            await self._refuse(scope, send, began, request_id, refusal)
+            await self._refuse(scope, send, began, request_id, refusal, "" if route is None else route.deployment)
             return
         assert route is not None
         call = HttpCall((body,) if body else (), request_id, http_head(scope, route.prefix), self._loop)
@@ -130,11 +122,11 @@ class Forwarder:
         limit = self._body_limit(router)
         body, more, refusal = await begin(cycle, receive, limit)
         if body is None:
-            self.count(499, began)
+            self.count(499, began, router.id)
             return
         if refusal is not None:
             refuse_rest(scope[CONNECTION])
-            await self._refuse(scope, send, began, request_id, refusal)
+            await self._refuse(scope, send, began, request_id, refusal, router.id)
             return
         kind: type[HttpCall] = UploadCall if more else HttpCall
         call = kind((body,) if body else (), request_id, http_head(scope, route.prefix), self._loop)
@@ -160,7 +152,7 @@ class Forwarder:
     async def _answer(self, call: HttpCall, router: Router, scope: Scope, send: Send, began: float) -> None:
         """Pass on what the replica answered, or why there is nothing."""
         if call.error is not None:
-            await self._refuse(scope, send, began, call.request_id, call.error, retry_after=call.retry_after)
+            await self._refuse(scope, send, began, call.request_id, call.error, router.id, call.retry_after)
             return
         headers = call.head
         if ID_HEADER not in [name for name, _ in headers]:
@@ -171,7 +163,7 @@ class Forwarder:
             body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             if not write_whole(send.__self__, call.status, headers, body):  # type: ignore[attr-defined]
                 await respond(send, call.status, headers, body)
-            self.count(call.status, began)
+            self.count(call.status, began, router.id)
         else:
             await send({"type": "http.response.start", "status": call.status, "headers": headers})
             await self._stream(call, router, scope, send, began)
@@ -224,7 +216,7 @@ class Forwarder:
                     call.stop(connection)
                 await send({"type": "http.response.body", "body": b""})
         finally:
-            self.count(status, began)
+            self.count(status, began, router.id)
             # When the body is whole its background tasks go on.
             if not call.whole:
                 router.cancel(call)
@@ -233,19 +225,19 @@ class Forwarder:
         entry = router.entry
         return self._options.body_limit if entry is None or entry.body_limit is None else entry.body_limit
 
-    async def _refuse(
+    async def _refuse(  # noqa: PLR0917
         self,
         scope: Scope,
         send: Send,
         began: float,
         request_id: str,
         refusal: Refusal,
-        *,
+        deployment: str,
         retry_after: int = 1,
     ) -> None:
         """Answer with an error of ours."""
         status = refusal[0]
-        self.count(status, began)
+        self.count(status, began, deployment)
         headers, body = error_answer(refusal, request_id, scope["headers"], retry_after)
         if not write_whole(send.__self__, status, headers, body):  # type: ignore[attr-defined]
             await respond(send, status, headers, body)
@@ -262,11 +254,9 @@ class Forwarder:
         known = ", ".join(sorted(entry.prefix for entry in self.routes.entries)) or "none yet"
         return f"{said}; known route prefixes: {known}"
 
-    def count(self, status: int, began: float) -> None:
-        seconds = monotonic() - began
-        self.statuses[status] += 1
-        self.seconds += seconds
-        self.buckets[bisect_left(BUCKETS, seconds)] += 1
+    def count(self, status: int, began: float, deployment: str) -> None:
+        """Count an answer; "" is the deployment of requests that are of none."""
+        self.counts[deployment].add(status, monotonic() - began)
 
 
 def http_head(scope: Scope, prefix: str) -> HttpHead:

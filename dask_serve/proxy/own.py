@@ -12,6 +12,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from ..measures.counts import HttpCounts
+from ..measures.histogram import BOUNDS
 from ..routing.fabric import Fabric
 from ..routing.router import Router
 from .errors import error_answer, request_id_in
@@ -118,19 +120,21 @@ def _wakes(router: Router) -> bool:
 
 def _metrics(fabric: Fabric, forwarder: Forwarder, state: ProxyState) -> list[str]:
     """Render the counters of this process in Prometheus's text format."""
-    from .forward import BUCKETS
-
     lines = ["# TYPE dask_serve_http_requests_total counter"]
-    for status, count in sorted((forwarder.statuses + state.refused).items()):
+    every = HttpCounts()
+    for counts in forwarder.counts.values():
+        every.merge(counts)
+    every.statuses.update(state.refused)
+    for status, count in sorted(every.statuses.items()):
         lines.append(f'dask_serve_http_requests_total{{status="{status}"}} {count}')
     lines.append("# TYPE dask_serve_http_connections gauge")
     lines.append(f"dask_serve_http_connections {len(state.connections)}")
     lines.append("# TYPE dask_serve_http_request_seconds histogram")
     total = 0
-    for bound, count in zip([*map(str, BUCKETS), "+Inf"], forwarder.buckets, strict=True):
+    for bound, count in zip([*map(str, BOUNDS), "+Inf"], every.took.counts, strict=True):
         total += count
         lines.append(f'dask_serve_http_request_seconds_bucket{{le="{bound}"}} {total}')
-    lines.append(f"dask_serve_http_request_seconds_sum {forwarder.seconds:.6f}")
+    lines.append(f"dask_serve_http_request_seconds_sum {every.took.seconds:.6f}")
     lines.append(f"dask_serve_http_request_seconds_count {total}")
     kinds = {
         "sent": "counter",

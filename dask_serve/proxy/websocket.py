@@ -92,7 +92,7 @@ class WebSockets:
             refusal = (404, "NotFound", forwarder.unknown(scope))
         if refusal is not None:
             await _send_all(send, _refusal(scope["headers"], request_id, refusal))
-            forwarder.count(refusal[0], began)
+            forwarder.count(refusal[0], began, "" if route is None else route.deployment)
             return
         assert route is not None
         loop = asyncio.get_running_loop()
@@ -108,7 +108,7 @@ class WebSockets:
             carrying.cancel()
             if not call.ended:
                 router.cancel(call)
-            forwarder.count(conversation.status, began)
+            forwarder.count(conversation.status, began, router.id)
 
 
 class _Conversation:

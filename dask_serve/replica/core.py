@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..measures.counts import ReplicaCounts
 from ..policy.admission import Admission
 from ..policy.forecast import APART, Spread
 from ..policy.results import ResultSize
@@ -40,15 +41,18 @@ class ReplicaCore:
         Where admitted requests run.
     settle : callable
         Handles what user threads have left for the door.
+    counts : ReplicaCounts, optional
+        Where it counts what it does.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self,
         id: str,
         limit: int,
         user: UserCode,
         loop: asyncio.AbstractEventLoop,
         settle: Callable[[], object],
+        counts: ReplicaCounts | None = None,
     ) -> None:
         self.id = id
         self.admission = Admission(limit, user.threads)
@@ -60,11 +64,7 @@ class ReplicaCore:
         self.draining = False
         #: Everything is answered; what user code still answers is dropped.
         self.closed = False
-        #: Counts since the replica is ready: answers by kind, and what ran for nobody because it was cancelled.
-        self.answered = 0
-        self.failed = 0
-        self.dropped = 0
-        self.seconds_wasted = 0.0
+        self.counts = ReplicaCounts() if counts is None else counts
         #: Where admitted requests run.
         self.user = user
         #: Seconds that nearly every request takes from the moment that user code begins.
@@ -90,6 +90,7 @@ class ReplicaCore:
             connection.send(Kind.DRAINING, frame.request, encode(Reply(admission.running, admission.wanted)))
             return
         if not admission.admit(connection, call.credit, call.urgent, call.background):
+            self.counts.refused += 1
             connection.send(Kind.FULL, frame.request, encode(Reply(admission.running, admission.wanted)))
             if admission.most is not None:
                 self._held_back(call)
@@ -204,20 +205,13 @@ class ReplicaCore:
         now = time.monotonic()
         if not execution.succeeded:
             self._active -= 1
-        if kind == Kind.ERROR:
-            self.failed += 1
-        else:
-            self.answered += 1
-        if execution.cancelled:
-            self.dropped += 1
-            # From the moment that user code began; what it waited for cost nobody anything.
-            self.seconds_wasted += now - (execution.entered or now)
+        self._count(execution, kind, now)
         if answer.stored or self.result_size.mean:
             # Before somebody gets the slot.
             self._measure(execution, answer)
         if execution.entered and now - self._sampled > APART:
             self._sample(execution, kind == Kind.RESULT, now)
-        credited = self.admission.finish(now - execution.began, now, execution.call.urgent)
+        credited = self.admission.finish((execution.ended or now) - execution.began, now, execution.call.urgent)
         if execution.answered:
             connection.executions.pop(execution.request, None)
             self._send_credits(credited)
@@ -227,10 +221,26 @@ class ReplicaCore:
         if self._idle and not self.admission.running:
             self._tell_idle()
 
+    def _count(self, execution: Execution, kind: int, now: float) -> None:
+        counts = self.counts
+        if kind == Kind.ERROR:
+            counts.failed += 1
+        else:
+            counts.answered += 1
+        entered = execution.entered
+        if entered:
+            counts.waited.add(entered - execution.came)
+            # User threads keep the time, as their answers may come into the books late.
+            counts.ran.add((execution.ended or now) - entered)
+        if execution.cancelled:
+            counts.cancelled += 1
+            # From the moment that user code began; what it waited for cost nobody anything.
+            counts.wasted += now - (entered or now)
+
     def _sample(self, execution: Execution, whole: bool, now: float) -> None:
         """Learn how long requests wait for user code to begin, and how long that takes."""
         self._sampled = now
-        seconds = now - execution.entered
+        seconds = (execution.ended or now) - execution.entered
         delay = execution.entered - execution.began
         self.admission.leftover.began(execution.found, delay, seconds, self.admission.limit)
         if whole:
@@ -324,7 +334,8 @@ class ReplicaCore:
 
     def _leave(self, execution: Execution, answer: Answer) -> None:
         """Answer a request that was admitted and never ran."""
-        self.failed += 1
+        self.counts.failed += 1
+        self.counts.cancelled += execution.cancelled
         self._reply(execution, answer, self.admission.drop(time.monotonic(), execution.call.urgent))
         if self._idle and not self.admission.running:
             self._tell_idle()
@@ -392,10 +403,10 @@ class ReplicaCore:
         """Counts for the status of the worker."""
         return {
             "running": self.admission.running,
-            "answered": self.answered,
-            "failed": self.failed,
-            "dropped": self.dropped,
-            "seconds_wasted": self.seconds_wasted,
+            "answered": self.counts.answered,
+            "failed": self.counts.failed,
+            "dropped": self.counts.cancelled,
+            "seconds_wasted": self.counts.wasted,
         }
 
     # ------------------------------------------------------------------ the end

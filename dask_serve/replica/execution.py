@@ -49,10 +49,12 @@ class Execution:
         "begun",
         "blocking",
         "call",
+        "came",
         "cancelled",
         "connection",
         "core",
         "deadline",
+        "ended",
         "entered",
         "found",
         "inflow",
@@ -78,9 +80,10 @@ class Execution:
         self.call = call
         self.parts = parts
         self.deadline = None if call.remaining is None else now + call.remaining
-        self.began = now
-        #: When user code began; 0.0: not yet.
+        self.came = self.began = now
+        #: When user code began, and ended; 0.0: not yet.
         self.entered = 0.0
+        self.ended = 0.0
         #: Requests that were in the replica when it came.
         self.found = 0
         #: Seconds that it takes at least; 0.0 where the replica has nothing else to do.

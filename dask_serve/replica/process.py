@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from distributed.comm.addressing import get_address_host
 from distributed.core import Status
@@ -14,6 +16,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from ..exceptions import ServeError
 from ..logs import join_dask
+from ..measures.ledger import Ledger
 from ..wire.memory import limit_idle
 from .door import Door
 from .room import limit_for
@@ -38,6 +41,9 @@ IDLE_SHARE = 1 / 16
 #: Seconds to wait for the replicas' threads then.
 JOIN = 0.5
 
+#: What a worker's heartbeat calls the counts of its replicas, by deployment.
+COUNTS = "serve-counts"
+
 _LEAVING = (Status.closing, Status.closed, Status.failed)
 
 
@@ -50,6 +56,7 @@ class ServeProcess:
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _doors: ClassVar[dict[bytes, Door]] = {}
     _workers: ClassVar[dict[str, tuple[bytes, list[ReplicaUnit]]]] = {}
+    _ledgers: ClassVar[WeakKeyDictionary[Worker, Ledger]] = WeakKeyDictionary()
 
     @classmethod
     def door_of(cls, worker: Worker, secret: bytes, unit: ReplicaUnit) -> Door:
@@ -80,6 +87,7 @@ class ServeProcess:
             asyncio.run_coroutine_threadsafe(worker.plugin_add(DrainAtClose(), name=DrainAtClose.name), loop).result(10)
             # Travels with the worker's heartbeats.
             worker.metrics["serve"] = lambda worker: {**door.report(), **_counts(worker)}
+            worker.metrics[COUNTS] = lambda worker: _exported(cls.ledger_of(worker))
             if worker.status in _LEAVING:
                 # It may have looked for plugins to tear down before ours was there.
                 cls.leave(worker)
@@ -101,6 +109,16 @@ class ServeProcess:
         """Return the replicas of a worker that have not ended."""
         entry = cls._workers.get(worker.address)
         return [] if entry is None else [unit for unit in entry[1] if not unit.ended]
+
+    @classmethod
+    def ledger_of(cls, worker: Worker) -> Ledger:
+        """Return what the replicas of a worker have counted."""
+        return cls._ledgers.setdefault(worker, Ledger())
+
+    @classmethod
+    def ledgers(cls) -> list[tuple[str, Ledger]]:
+        """Return the ledgers of this process by the address of their worker."""
+        return [(worker.address, ledger) for worker, ledger in list(cls._ledgers.items())]
 
     @classmethod
     def leave(cls, worker: Worker, patience: float = JOIN) -> None:
@@ -131,6 +149,10 @@ def _counts(worker: Worker) -> dict[str, dict[str, Any]]:
     }
 
 
+def _exported(ledger: Ledger) -> dict[str, dict[str, Any]]:
+    return {deployment: counts.export() for deployment, counts in ledger.by_deployment().items()}
+
+
 class DrainAtClose(WorkerPlugin):
     """Drains a worker's replicas before the worker goes: SIGTERM, ``close``, the end of a cluster."""
 
@@ -157,9 +179,16 @@ class DrainAtClose(WorkerPlugin):
             reports = [asyncio.wait_for(unit.report("draining"), 1.0) for unit in units]
             drains = [unit.drain(min(left, unit.options.graceful_shutdown_timeout_s)) for unit in units]
             await asyncio.gather(*reports, *drains, return_exceptions=True)
+            await self._tell_counts(worker)
         # What draining has not taken is for applications that shut down.
         patience = JOIN + max(0.0, ends - time.monotonic())
         await asyncio.get_running_loop().run_in_executor(None, ServeProcess.leave, worker, patience)
+
+    async def _tell_counts(self, worker: Any) -> None:
+        """There may be no heartbeat any more."""
+        counts = _exported(ServeProcess.ledger_of(worker))
+        with contextlib.suppress(OSError, asyncio.TimeoutError):
+            await asyncio.wait_for(worker.scheduler.serve_counts(source="", counts=counts, worker=worker.address), 1.0)
 
     async def _be_replaced(self, worker: Any, patience: float) -> None:
         """Go on serving until there are other replicas, for a while."""

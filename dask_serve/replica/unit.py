@@ -114,8 +114,15 @@ class ReplicaUnit:
                 reply["code"], self.spec.get("keys") or [], self._context, lambda: self.options
             )
             self.user.open(door)
+            ledger = ServeProcess.ledger_of(self._worker)
+            self._on_end.append(lambda: ledger.close(self.id))
             self.core = ReplicaCore(
-                self.id, self.options.max_ongoing_requests, self.user, door.loop, door.mailbox.drain
+                self.id,
+                self.options.max_ongoing_requests,
+                self.user,
+                door.loop,
+                door.mailbox.drain,
+                ledger.open(f"{self._context.app_name}/{self._context.deployment}", self.id),
             )
             self.door = door
             # Who releases it sets the flag first and then looks for the door: one of the two sees the other.

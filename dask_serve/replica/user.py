@@ -350,6 +350,7 @@ class UserCode:
             answer = context.run(self._blocking_answer, execution, function, ())
         except BaseException as error:  # noqa: BLE001
             answer = answer_for(execution, error)
+        execution.ended = time.monotonic()
         core = execution.core
         successor = core.next_after(execution) if core.waiting and not self.pool.stopped else None
         self.door.answer(core, [(execution, answer)], core.admission.running <= 1)
@@ -419,6 +420,7 @@ class UserCode:
 
     def send(self, execution: Execution, answer: Answer) -> None:
         """Hand an answer to the door, on the user loop: those of one tick together, unless it took long already."""
+        execution.ended = now = time.monotonic()
         answers = self._answers
         answers.append((execution, answer))
         core = execution.core
@@ -426,7 +428,7 @@ class UserCode:
         successor = core.next_after(execution) if core.waiting and not self.pool.stopped else None
         # One half of many is on its way while the other half runs, or caller and replica would take turns.
         halved = HALVES_ABOVE < running < HALVES_BELOW and 2 * len(answers) >= running
-        if running <= 1 or halved or time.monotonic() - self._flushed > PROMPT:
+        if running <= 1 or halved or now - self._flushed > PROMPT:
             self._flush()
         elif len(answers) == 1:
             self.loop.call_soon(self._flush)

@@ -1,0 +1,111 @@
+"""What is counted of a deployment's requests: at its replicas, and at the proxies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from .histogram import Histogram
+
+__all__ = ["HttpCounts", "ReplicaCounts"]
+
+
+class ReplicaCounts:
+    """What one replica, or all replicas of a deployment in one process, did.
+
+    Attributes
+    ----------
+    answered, failed : int
+        Requests that ended with a result, and with an error.
+    refused : int
+        Requests that were turned away, as no slot was free; their routers send them again.
+    cancelled : int
+        Those of the ended that were cancelled while they were here.
+    wasted : float
+        Seconds that user code ran for requests which were cancelled meanwhile.
+    waited : Histogram
+        From a request's arrival until user code begins.
+    ran : Histogram
+        From then to its answer; of a streamed one to its end.
+    """
+
+    __slots__ = ("answered", "cancelled", "failed", "ran", "refused", "waited", "wasted")
+
+    def __init__(self) -> None:
+        self.answered = self.failed = self.refused = self.cancelled = 0
+        self.wasted = 0.0
+        self.waited = Histogram()
+        self.ran = Histogram()
+
+    def merge(self, other: ReplicaCounts) -> None:
+        """Count what another has counted."""
+        self.answered += other.answered
+        self.failed += other.failed
+        self.refused += other.refused
+        self.cancelled += other.cancelled
+        self.wasted += other.wasted
+        self.waited.merge(other.waited)
+        self.ran.merge(other.ran)
+
+    def export(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "answered": self.answered,
+            "failed": self.failed,
+            "refused": self.refused,
+            "cancelled": self.cancelled,
+            "wasted": self.wasted,
+            "waited": self.waited.export(),
+            "ran": self.ran.export(),
+        }
+
+    @classmethod
+    def read(cls, exported: Mapping[str, Any]) -> ReplicaCounts:
+        """Return what was exported."""
+        counts = cls()
+        for name in ("answered", "failed", "refused", "cancelled", "wasted"):
+            setattr(counts, name, exported[name])
+        counts.waited = Histogram(exported["waited"])
+        counts.ran = Histogram(exported["ran"])
+        return counts
+
+
+class HttpCounts:
+    """What one proxy, or all of them, answered for a deployment.
+
+    Attributes
+    ----------
+    statuses : Counter
+        Answers by HTTP status; 499 where the client went away first.
+    took : Histogram
+        From the end of a request's head to the end of its answer.
+    """
+
+    __slots__ = ("statuses", "took")
+
+    def __init__(self) -> None:
+        self.statuses: Counter[int] = Counter()
+        self.took = Histogram()
+
+    def add(self, status: int, seconds: float) -> None:
+        """Count one answer."""
+        self.statuses[status] += 1
+        self.took.add(seconds)
+
+    def merge(self, other: HttpCounts) -> None:
+        """Count what another has counted."""
+        self.statuses.update(other.statuses)
+        self.took.merge(other.took)
+
+    def export(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"statuses": {str(status): count for status, count in self.statuses.items()}, "took": self.took.export()}
+
+    @classmethod
+    def read(cls, exported: Mapping[str, Any]) -> HttpCounts:
+        """Return what was exported."""
+        counts = cls()
+        counts.statuses.update({int(status): count for status, count in exported["statuses"].items()})
+        counts.took = Histogram(exported["took"])
+        return counts
