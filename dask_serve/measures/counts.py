@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from .histogram import Histogram
+from .histogram import BOUNDS, Histogram
 
 __all__ = ["HttpCounts", "ReplicaCounts"]
 
@@ -37,6 +38,15 @@ class ReplicaCounts:
         self.wasted = 0.0
         self.waited = Histogram()
         self.ran = Histogram()
+
+    def add(self, waited: float, ran: float) -> None:
+        """Count how long a request waited and ran; what `Histogram.add` does, for two, at half of the price."""
+        histogram = self.waited
+        histogram.counts[bisect_left(BOUNDS, waited)] += 1
+        histogram.seconds += waited
+        histogram = self.ran
+        histogram.counts[bisect_left(BOUNDS, ran)] += 1
+        histogram.seconds += ran
 
     def merge(self, other: ReplicaCounts) -> None:
         """Count what another has counted."""

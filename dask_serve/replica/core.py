@@ -229,9 +229,8 @@ class ReplicaCore:
             counts.answered += 1
         entered = execution.entered
         if entered:
-            counts.waited.add(entered - execution.came)
             # User threads keep the time, as their answers may come into the books late.
-            counts.ran.add((execution.ended or now) - entered)
+            counts.add(entered - execution.came, (execution.ended or now) - entered)
         if execution.cancelled:
             counts.cancelled += 1
             # From the moment that user code began; what it waited for cost nobody anything.
