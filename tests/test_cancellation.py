@@ -270,7 +270,7 @@ def test_through_the_chain(outer, middle):
         # The threads are free again.
         await is_idle(*units)
         for unit in units:
-            assert unit.core.dropped == 1
+            assert unit.core.counts.cancelled == 1
             assert 0 < unit.core.seconds_wasted < 10
         # And a deadline does the same.
         happened.clear()
@@ -400,7 +400,7 @@ async def test_wherever_it_is(c, s, a, b):
             await ref
     # It has left its place at once, though the thread is still taken.
     await until(lambda: unit.core.admission.running == 1)
-    assert unit.core.dropped == 0
+    assert unit.core.counts.cancelled == 0
     running.cancel()
     with pytest.raises(RequestCancelledError):
         await running
@@ -408,7 +408,7 @@ async def test_wherever_it_is(c, s, a, b):
     await until(lambda: unit.core.admission.running == 1)
     await handle.let_go.remote()
     await is_idle(unit)
-    assert unit.core.dropped == 1
+    assert unit.core.counts.cancelled == 1
     assert unit.core.seconds_wasted > 0
     assert [name for name, what in happened if what == "began"] == ["running"]
     # One never came to the router: it waited for its argument.
@@ -434,7 +434,7 @@ async def test_a_deadline_wherever_it_is(c, s, a, b):
     await handle.let_go.remote()
     await is_idle(unit)
     assert [what for _, what in happened].count("began") == 1
-    assert unit.core.dropped == 1
+    assert unit.core.counts.cancelled == 1
 
 
 @gen_cluster(client=True)
@@ -474,7 +474,7 @@ async def test_a_client_that_goes_away(c, s, a, b):
             await until(lambda: any(what == "began" for _, what in happened))
         await until(lambda: any(what == "cancelled" for _, what in happened))
         await is_idle(*units)
-    assert all(unit.core.dropped >= 3 for unit in units)
+    assert all(unit.core.counts.cancelled >= 3 for unit in units)
     text = (await asyncio.to_thread(httpx.get, url.join("/-/metrics"))).text
     assert 'dask_serve_router_cancelled_total{application="default",deployment="Outer"} 3' in text
 
@@ -487,7 +487,7 @@ async def test_work_for_nobody_is_counted(c, s, a, b):
     await until(lambda: ("leaf", "began") in happened)
     ref.cancel()
     unit = unit_of("Leaf", a, b)
-    await until(lambda: unit.core.dropped == 1)
+    await until(lambda: unit.core.counts.cancelled == 1)
     worker = unit._worker
     await worker.heartbeat()
     (status,) = [one for one in (await serve.status(client=c)).workers if one.address == worker.address]

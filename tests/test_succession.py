@@ -282,5 +282,5 @@ async def test_everything_at_once(c, s, a, limit):
     assert len(probe.numbers) == len(set(probe.numbers)), seed
     assert probe.most <= limit, seed
     assert (core._active, len(core.waiting), probe.running) == (0, 0, 0), seed
-    assert core.answered + core.failed >= ended["answered"], seed
+    assert core.counts.answered + core.counts.failed >= ended["answered"], seed
     assert not any(connection.executions for connection in unit.door.connections), seed
