@@ -22,7 +22,7 @@ class ReplicaCounts:
     refused : int
         Requests that were turned away, as no slot was free; their routers send them again.
     cancelled : int
-        Those of the ended that were cancelled while they were here.
+        Those of the ended that were cancelled after they had left the replica's waiting line.
     wasted : float
         Seconds that user code ran for requests which were cancelled meanwhile.
     waited : Histogram

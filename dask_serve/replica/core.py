@@ -334,7 +334,6 @@ class ReplicaCore:
     def _leave(self, execution: Execution, answer: Answer) -> None:
         """Answer a request that was admitted and never ran."""
         self.counts.failed += 1
-        self.counts.cancelled += execution.cancelled
         self._reply(execution, answer, self.admission.drop(time.monotonic(), execution.call.urgent))
         if self._idle and not self.admission.running:
             self._tell_idle()
