@@ -34,6 +34,7 @@ EXTRAS = {
     "dashboard": ["bokeh>=3.1"],
     "examples": ["scikit-learn>=1.4", "bokeh>=3.1", "fastapi>=0.115.8"],
     "fastapi": ["fastapi>=0.115.8"],
+    "metrics": ["prometheus-client>=0.20"],
     "docs": ["mkdocs>=1.6"],
     "test": [
         "pytest>=8",
@@ -56,6 +57,7 @@ EXTRAS = {
         "litestar>=2.12",
         "quart>=0.20",
         "cryptography>=42",  # temporary certificates
+        "prometheus-client>=0.20",
         # A real Jupyter kernel: tests/test_notebook.py.
         "ipykernel>=6.29",
         "nbclient>=0.10",

@@ -12,6 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import metrics
     from .api import (
         delete,
         get_app_handle,
@@ -92,6 +93,7 @@ __all__ = [
     "get_request_context",
     "history",
     "ingress",
+    "metrics",
     "multiplexed",
     "rollback",
     "run",
@@ -128,6 +130,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "metrics":
+        return importlib.import_module(".metrics", __name__)
     home = _HOME.get(name)
     if home is None and name in __all__:
         home = "exceptions"

@@ -907,14 +907,16 @@ def test_the_proxies_own_routes(http):
     routes = http.get("/-/routes").json()
     assert routes["/answers"] == "answers/Answers"
     assert http.get("/-/nothing").status_code == 404
-    before = metric(http, 'dask_serve_http_requests_total{status="200"}')
-    sent = 'dask_serve_router_sent_total{application="answers",deployment="Answers"}'
+    answers = 'application="answers",deployment="Answers"'
+    counted = f'dask_serve_http_requests_total{{{answers},status="200"}}'
+    before = metric(http, counted)
+    sent = f"dask_serve_router_sent_total{{{answers}}}"
     router_before = metric(http, sent)
     for _ in range(5):
         http.get("/answers/str")
-    assert metric(http, 'dask_serve_http_requests_total{status="200"}') == before + 5
+    assert metric(http, counted) == before + 5
     assert metric(http, sent) == router_before + 5
-    assert metric(http, "dask_serve_http_request_seconds_count") >= 5
+    assert metric(http, f"dask_serve_http_request_seconds_count{{{answers}}}") >= 5
 
 
 def test_two_proxies_share_the_port(apps):

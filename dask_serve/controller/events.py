@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
@@ -50,11 +50,14 @@ class Events:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._events: deque[Event] = deque(maxlen=KEPT)
+        #: How many there were of each kind.
+        self.counts: Counter[str] = Counter()
 
     def add(self, kind: str, subject: str, text: str) -> None:
         """Note a decision."""
         event = Event(time=time.time(), kind=kind, subject=subject, text=text)
         self._events.append(event)
+        self.counts[kind] += 1
         self._scheduler.log_event(TOPIC, {"action": kind, "subject": subject, "text": text})
 
     def latest(self) -> list[Event]:

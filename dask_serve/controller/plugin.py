@@ -25,6 +25,7 @@ from ..exceptions import (
     ServeError,
 )
 from ..logs import join_dask
+from ..measures.sources import add_source, drop_source
 from ..policy.desired import ApplicationSpec
 from ..policy.history import By
 from ..routing.table import Table, encode_table
@@ -35,6 +36,7 @@ from .front import Front, first_options
 from .history import History, encode_history
 from .leaving import Leaving
 from .measures import Measures
+from .metrics import controller_families
 from .promises import Promises
 from .pulse import Pulse
 from .reconciler import Reconciler
@@ -120,6 +122,9 @@ class Controller(SchedulerPlugin):
         for worker in scheduler.workers.values():
             self.measures.joined(worker)
         self.front = Front(scheduler.security, self.editor, self._publish, self.scaling.waits, self.measures)
+        add_source(
+            "dask-serve-controller", lambda: controller_families(lambda: self._status, self.measures, self.events)
+        )
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
         self._tables = Changes()
@@ -166,6 +171,7 @@ class Controller(SchedulerPlugin):
     async def before_close(self) -> None:
         """End with the scheduler."""
         self._not_idle.stop()
+        drop_source("dask-serve-controller")
         self._main.cancel()
         with suppress(asyncio.CancelledError, Exception):
             await self._main

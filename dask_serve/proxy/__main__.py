@@ -61,7 +61,8 @@ def build(options: HTTPOptions, presence: Presence, doors: ssl.SSLContext | None
     def report(backlogs: dict[str, Any]) -> None:
         presence.tell(wire.BACKLOGS, msgspec.msgpack.encode(backlogs))
 
-    fabric = Fabric(asyncio.get_running_loop(), name=f"proxy-{os.getpid()}", ssl=doors, report=report)
+    name = f"proxy-{os.getpid()}"
+    fabric = Fabric(asyncio.get_running_loop(), name=name, ssl=doors, report=report, measured=True)
 
     def apply(encoded: bytes) -> None:
         table = decode_table(encoded)
@@ -225,7 +226,7 @@ class Process:
         }
         # The application may know more.
         more = getattr(self._service.app, "stats", None)
-        return {**more(state.refused), **stats} if more is not None else stats
+        return {**more(state), **stats} if more is not None else stats
 
 
 def run(

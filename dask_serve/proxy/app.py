@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..config import HTTPOptions
-from ..measures.counts import HttpCounts
 from ..routing.fabric import Fabric
 from .errors import Refusal, error_answer, request_id_in
 from .files import Watched
 from .forward import Forwarder
 from .forwarded import TrustedProxies
+from .metrics import all_counts
 from .middleware import wrap
 from .own import make_own_app
 from .presence import Presence
+from .protocol import ProxyState
 from .tokens import Tokens
 from .websocket import WebSockets
 
@@ -141,12 +141,6 @@ class ProxyApp:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    def stats(self, refused: Counter[int]) -> dict[str, Any]:
-        """Return counts for the controller, with what connections refused by themselves; called once a second."""
-        counts = {deployment: counts.export() for deployment, counts in self._forwarder.counts.items()}
-        if refused:
-            every = HttpCounts()
-            every.merge(self._forwarder.counts[""])
-            every.statuses.update(refused)
-            counts[""] = every.export()
-        return {"counts": counts}
+    def stats(self, state: ProxyState) -> dict[str, Any]:
+        """Return counts for the controller; called once a second."""
+        return {"counts": {name: counts.export() for name, counts in all_counts(self._forwarder, state).items()}}

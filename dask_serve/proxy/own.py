@@ -12,12 +12,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from ..measures.counts import HttpCounts
-from ..measures.histogram import BOUNDS
+from ..measures.prometheus import render
 from ..routing.fabric import Fabric
 from ..routing.router import Router
 from .errors import error_answer, request_id_in
 from .forwarded import is_local
+from .metrics import proxy_families
 from .presence import Presence
 from .protocol import CONNECTION, ProxyState
 
@@ -66,7 +66,8 @@ def make_own_app(
 
     async def metrics(request: Request) -> Response:
         check(request)
-        text = "\n".join(_metrics(fabric, forwarder, request.scope[CONNECTION].server_state)) + "\n"
+        state: ProxyState = request.scope[CONNECTION].server_state
+        text = render(proxy_families(forwarder, fabric.routers.values(), state))
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def check(request: Request) -> None:
@@ -116,42 +117,3 @@ def _wakes(router: Router) -> bool:
     """Whether there are no replicas only because nobody asks for them."""
     entry = router.entry
     return router.scales and entry is not None and not entry.replicas and entry.failure is None
-
-
-def _metrics(fabric: Fabric, forwarder: Forwarder, state: ProxyState) -> list[str]:
-    """Render the counters of this process in Prometheus's text format."""
-    lines = ["# TYPE dask_serve_http_requests_total counter"]
-    every = HttpCounts()
-    for counts in forwarder.counts.values():
-        every.merge(counts)
-    every.statuses.update(state.refused)
-    for status, count in sorted(every.statuses.items()):
-        lines.append(f'dask_serve_http_requests_total{{status="{status}"}} {count}')
-    lines.append("# TYPE dask_serve_http_connections gauge")
-    lines.append(f"dask_serve_http_connections {len(state.connections)}")
-    lines.append("# TYPE dask_serve_http_request_seconds histogram")
-    total = 0
-    for bound, count in zip([*map(str, BOUNDS), "+Inf"], every.took.counts, strict=True):
-        total += count
-        lines.append(f'dask_serve_http_request_seconds_bucket{{le="{bound}"}} {total}')
-    lines.append(f"dask_serve_http_request_seconds_sum {every.took.seconds:.6f}")
-    lines.append(f"dask_serve_http_request_seconds_count {total}")
-    kinds = {
-        "sent": "counter",
-        "answered": "counter",
-        "failed": "counter",
-        "refused": "counter",
-        "lost": "counter",
-        "cancelled": "counter",
-        "queued": "gauge",
-        "in_flight": "gauge",
-        "replicas": "gauge",
-    }
-    stats = [router.stats() for router in fabric.routers.values()]
-    for name, kind in kinds.items():
-        metric = f"dask_serve_router_{name}{'_total' if kind == 'counter' else ''}"
-        lines.append(f"# TYPE {metric} {kind}")
-        for stat in stats:
-            app, _, deployment = stat["deployment"].rpartition("/")
-            lines.append(f'{metric}{{application="{app}",deployment="{deployment}"}} {stat[name]}')
-    return lines

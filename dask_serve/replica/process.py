@@ -64,6 +64,8 @@ class ServeProcess:
 
         The unit is remembered as one of the worker's replicas.
         """
+        from .metrics import tell_metrics  # which tells of this process
+
         with cls._lock:
             if worker.status in _LEAVING:
                 raise ServeError(f"worker {worker.address} is closing")
@@ -87,6 +89,7 @@ class ServeProcess:
             asyncio.run_coroutine_threadsafe(worker.plugin_add(DrainAtClose(), name=DrainAtClose.name), loop).result(10)
             # Travels with the worker's heartbeats.
             worker.metrics["serve"] = lambda worker: {**door.report(), **_counts(worker)}
+            tell_metrics()
             worker.metrics[COUNTS] = lambda worker: _exported(cls.ledger_of(worker))
             if worker.status in _LEAVING:
                 # It may have looked for plugins to tear down before ours was there.
@@ -109,6 +112,11 @@ class ServeProcess:
         """Return the replicas of a worker that have not ended."""
         entry = cls._workers.get(worker.address)
         return [] if entry is None else [unit for unit in entry[1] if not unit.ended]
+
+    @classmethod
+    def all_units(cls) -> list[list[ReplicaUnit]]:
+        """Return the replicas of this process that have not ended, by worker."""
+        return [[unit for unit in units if not unit.ended] for _, units in list(cls._workers.values())]
 
     @classmethod
     def ledger_of(cls, worker: Worker) -> Ledger:

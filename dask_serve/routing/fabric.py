@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from time import monotonic
 from typing import Any
 
+from ..measures.histogram import Histogram
 from .backlogs import Backlogs
 from .dial import Ways
 from .link import Link
@@ -45,6 +46,8 @@ class Fabric:
         How to get to worker processes; by default only directly.
     report : callable, optional
         Takes what the controller should know of waiting requests; see `Backlogs`.
+    measured : bool
+        Routers keep how long requests wait at them.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Fabric:
         ssl: Any = None,
         ways: Ways | None = None,
         report: Callable[[dict[str, Any]], None] | None = None,
+        measured: bool = False,
     ) -> None:
         self.table: Table | None = None
         self.closed = False
@@ -69,6 +73,7 @@ class Fabric:
         self._secret = secret
         self._ssl = ssl
         self._ways = ways or Ways()
+        self._measured = measured
         self._links: dict[str, Link] = {}
         self._backlogs = None if report is None else Backlogs(self.routers, loop, report)
         self._check: asyncio.TimerHandle | None = None
@@ -112,6 +117,8 @@ class Fabric:
         router = self.routers.get(deployment)
         if router is None:
             router = self.routers[deployment] = Router(deployment)
+            if self._measured:
+                router.waited = Histogram()
             if self._backlogs is not None:
                 router.on_backlog = self._backlogs.wake
             if self._absent is not None:

@@ -18,6 +18,7 @@ from ..exceptions import (
     RequestCancelledError,
     RequestTimeoutError,
 )
+from ..measures.histogram import Histogram
 from ..policy.dispatch import Dispatcher
 from ..policy.forecast import APART
 from ..policy.retries import RetryBudget
@@ -61,6 +62,8 @@ class Router:
         self._gone_for_good: str | None = None
         #: Called while the deployment scales by its load, when the level of the backlog has changed.
         self.on_backlog: Callable[[], None] | None = None
+        #: How long requests waited here, where somebody asks for that: a proxy.
+        self.waited: Histogram | None = None
         #: Replicas of this deployment load models: over HTTP requests may name one.
         self.knows_models = False
 
@@ -170,7 +173,10 @@ class Router:
     # ------------------------------------------------------------------ what the dispatcher tells (Port)
 
     def send(self, target: Target, call: Outgoing, credit: bool) -> None:
-        remaining = None if call.deadline is None else call.deadline - monotonic()
+        now = monotonic()
+        remaining = None if call.deadline is None else call.deadline - now
+        if self.waited is not None:
+            self.waited.add(now - call.since)
         self.sent += 1
         target.link.call(self, target, call, credit, remaining)
 

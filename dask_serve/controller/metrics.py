@@ -1,0 +1,60 @@
+"""What the scheduler's ``/metrics`` page tells: what is deployed, what was decided, and the counts of all processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from ..measures.families import Family, Sample, http_families, names_of, replica_families
+from .events import Events
+from .measures import Measures
+from .status import ServeStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["controller_families"]
+
+#: Before the names of sums over all processes: those of single ones are on their own pages.
+CLUSTER = "dask_serve_cluster_"
+
+
+def controller_families(status: Callable[[], ServeStatus], measures: Measures, events: Events) -> list[Family]:
+    """Return the metrics of the whole service.
+
+    Parameters
+    ----------
+    status : callable
+        Returns what runs now.
+    measures : Measures
+        What was counted; it only grows, whatever restarts.
+    events : Events
+    """
+    now = status()
+    states, wanted, applications = [], [], []
+    for name, application in now.applications.items():
+        applications.append(Sample({"application": name, "status": application.status}, 1))
+        for deployment, of in application.deployments.items():
+            labels = {"application": name, "deployment": deployment}
+            wanted.append(Sample(labels, of.target))
+            states += [Sample({**labels, "state": state}, number) for state, number in of.counts.items()]
+    proxies: Counter[str] = Counter(_state(row) for row in now.proxies)
+    decided = [Sample({"kind": kind}, number) for kind, number in sorted(events.counts.items())]
+    return [
+        Family("dask_serve_application_status", "gauge", "1 for the status that an application has.", applications),
+        Family("dask_serve_replicas", "gauge", "Replicas by state.", states),
+        Family("dask_serve_replicas_wanted", "gauge", "Replicas that there should be.", wanted),
+        Family(
+            "dask_serve_proxies",
+            "gauge",
+            "Proxy processes by state.",
+            [Sample({"state": state}, number) for state, number in proxies.items()],
+        ),
+        Family("dask_serve_decisions", "counter", "Decisions of the controller, by kind.", decided),
+        *http_families(CLUSTER, measures.http()),
+        *replica_families(CLUSTER, [(names_of(id), counts) for id, counts in sorted(measures.replicas().items())]),
+    ]
+
+
+def _state(row: dict[str, Any]) -> str:
+    return str(row.get("state", ""))
