@@ -18,6 +18,7 @@ __all__ = [
     "CallOptions",
     "DeploymentOptions",
     "HTTPOptions",
+    "RuntimeEnv",
     "build_options",
     "change_options",
     "parse_options",
@@ -98,6 +99,36 @@ class AutoscalingConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return min(max(replicas, self.min_replicas), self.max_replicas)
 
 
+class RuntimeEnv(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What ``runtime_env`` of a deployment accepts, as this or as a dict. Changes of it restart the replicas.
+
+    A worker's process has one environment at most, until it ends: Dask's tasks there see it too.
+
+    Parameters
+    ----------
+    pip : list of str or str, default []
+        What ``pip install`` is to bring: requirements and options such as ``--index-url URL``, as in a requirements
+        file; or the path of such a file, which is read where the application is deployed. Only what the worker's own
+        Python does not have already is installed.
+    env_vars : dict of str to str, default {}
+        Environment variables. They are set when the process runs already: what is read at its start, such as
+        ``LD_LIBRARY_PATH``, does not change.
+    working_dir : str or None, default None
+        A directory, which is sent to the workers and is their current directory, and where modules are found.
+    py_modules : list of str, default []
+        Directories of packages, and files of modules, that are sent to the workers, where they can be imported.
+    excludes : list of str, default []
+        What to leave out of ``working_dir`` and ``py_modules``: patterns such as ``"*.csv"`` or ``"data/*"`` for paths
+        within them. Version control, caches and virtual environments are left out in any case.
+    """
+
+    pip: list[str] | Path = []
+    env_vars: dict[Annotated[str, Meta(pattern=r"^[^=\0]+\Z")], Annotated[str, Meta(pattern=r"^[^\0]*\Z")]] = {}
+    working_dir: Path | None = None
+    py_modules: list[Path] = []
+    excludes: list[str] = []
+
+
 class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What ``@serve.deployment(...)`` and ``Deployment.options(...)`` accept.
 
@@ -131,6 +162,9 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Names or addresses of the workers that may hold replicas; empty means all.
     max_replicas_per_worker : int or None, default None
         The most replicas of this deployment that one worker may hold.
+    runtime_env : RuntimeEnv, dict or None, default None
+        What the process of the replica is to have: packages, environment variables, directories. A hard limit for
+        placement: a process has one environment. See `RuntimeEnv`.
     max_surge : int or float, default 0.25
         How many replicas a rolling update may run beyond ``num_replicas``: a number, or a fraction of them (up to
         1.0), rounded up.
@@ -179,6 +213,7 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     memory: Count | None = None
     workers: list[str] = []
     max_replicas_per_worker: Count | None = None
+    runtime_env: RuntimeEnv | None = None
     max_surge: Share = 0.25
     max_unavailable: Share = 0
     graceful_shutdown_timeout_s: Annotated[float, Meta(ge=0)] = 20.0
@@ -208,7 +243,8 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ValueError("max_surge=0 needs max_unavailable=1 or more: an update could not begin otherwise")
 
 
-#: The options whose change restarts replicas; all others change in place.
+#: The options whose change restarts replicas, beside ``runtime_env``, of which the content counts; all others change
+#: in place.
 RESTARTING_OPTIONS = ("threads", "resources", "gpus", "memory", "workers", "max_replicas_per_worker", "version")
 
 
@@ -416,7 +452,7 @@ def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Op
 
 
 #: Options that have options.
-_NESTED: dict[str, type[Struct]] = {"autoscaling_config": AutoscalingConfig}
+_NESTED: dict[str, type[Struct]] = {"autoscaling_config": AutoscalingConfig, "runtime_env": RuntimeEnv}
 
 
 def _described(kind: type[Options], name: str) -> str | None:

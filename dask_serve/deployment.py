@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from .batching import BatchedFunction
-from .config import AutoscalingConfig, DeploymentOptions, build_options, change_options
+from .config import AutoscalingConfig, DeploymentOptions, RuntimeEnv, build_options, change_options
 from .exceptions import ConfigError, ServeError
 from .ingress import ingress_of
 from .shipping.spellings import check_hooks, translate
@@ -79,6 +79,7 @@ class Deployment:
         memory: int | str | UnsetType | None = UNSET,
         workers: list[str] | UnsetType = UNSET,
         max_replicas_per_worker: int | UnsetType | None = UNSET,
+        runtime_env: RuntimeEnv | dict[str, Any] | UnsetType | None = UNSET,
         max_surge: float | UnsetType = UNSET,
         max_unavailable: float | UnsetType = UNSET,
         graceful_shutdown_timeout_s: float | UnsetType = UNSET,
@@ -218,6 +219,7 @@ def deployment(
     memory: int | str | UnsetType | None = UNSET,
     workers: list[str] | UnsetType = UNSET,
     max_replicas_per_worker: int | UnsetType | None = UNSET,
+    runtime_env: RuntimeEnv | dict[str, Any] | UnsetType | None = UNSET,
     max_surge: float | UnsetType = UNSET,
     max_unavailable: float | UnsetType = UNSET,
     graceful_shutdown_timeout_s: float | UnsetType = UNSET,
@@ -250,6 +252,7 @@ def deployment(
     memory: int | str | UnsetType | None = UNSET,
     workers: list[str] | UnsetType = UNSET,
     max_replicas_per_worker: int | UnsetType | None = UNSET,
+    runtime_env: RuntimeEnv | dict[str, Any] | UnsetType | None = UNSET,
     max_surge: float | UnsetType = UNSET,
     max_unavailable: float | UnsetType = UNSET,
     graceful_shutdown_timeout_s: float | UnsetType = UNSET,

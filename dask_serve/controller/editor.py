@@ -81,7 +81,7 @@ class Editor:
                     f"the Dask values that are bound into it ({', '.join(map(str, deployment.keys))}) were lost with "
                     "the last scheduler: compute them again, and deploy again"
                 )
-            elif deployment.revision not in self.history.stored:
+            elif not self.history.stored.issuperset(deployment.needs):
                 missing = "its code is not in the state file: deploy it again"
             if missing:
                 # Nothing to be tried: it has failed before it began.
@@ -117,7 +117,7 @@ class Editor:
         if self.store is None:
             return
         keep = self.history.revisions(but=app)
-        keep |= {spec.revision for entry in entries for spec in entry.spec.deployments}
+        keep |= {name for entry in entries for spec in entry.spec.deployments for name in spec.needs}
         known = {**self.registry.code, **(code or {})}
         await self.store.save(app, entries, known, keep)
         self.history.stored = self.store.code
@@ -184,7 +184,7 @@ class Editor:
                     f"version {entry.version} of application {app!r} cannot come back: the Dask values that were bound "
                     f"into it are gone ({', '.join(gone)})"
                 )
-            if self.lacks([spec.revision for spec in entry.spec.deployments]):
+            if self.lacks([name for spec in entry.spec.deployments for name in spec.needs]):
                 raise ConfigError(
                     f"version {entry.version} of application {app!r} cannot come back: its code was dropped to save "
                     "memory; with a state file all of it is kept"

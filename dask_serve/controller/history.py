@@ -185,13 +185,14 @@ class History:
         return Answer(revisions=revisions, deleted=self._deleted.get(app))
 
     def revisions(self, but: str | None = None) -> set[str]:
-        """Return the revisions of deployments that versions need, those of application ``but`` left out."""
+        """Return the names of the code that versions need, those of application ``but`` left out."""
         return {
-            spec.revision
+            name
             for app, entries in self._entries.items()
             if app != but
             for entry in entries
             for spec in entry.spec.deployments
+            for name in spec.needs
         }
 
     def kept(self, code: Mapping[str, Any], needed: set[str]) -> dict[str, Any]:
@@ -203,12 +204,12 @@ class History:
         room = KEPT_BYTES
         newest = sorted((entry for entries in self._entries.values() for entry in entries), key=lambda e: -e.time)
         for entry in newest:
-            for spec in entry.spec.deployments:
-                if spec.revision in rest:
-                    rest = rest - {spec.revision}
-                    room -= _size(code[spec.revision])
+            for name in [name for spec in entry.spec.deployments for name in spec.needs]:
+                if name in rest:
+                    rest = rest - {name}
+                    room -= _size(code[name])
                     if room >= 0:
-                        hot[spec.revision] = code[spec.revision]
+                        hot[name] = code[name]
         return hot
 
 

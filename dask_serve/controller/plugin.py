@@ -264,7 +264,7 @@ class Controller(SchedulerPlugin):
         except msgspec.ValidationError as error:
             raise ConfigError(f"the scheduler's dask_serve does not understand this application: {error}") from None
         await self.scaling.check(spec)
-        missing = self.editor.lacks([deployment.revision for deployment in spec.deployments], code)
+        missing = self.editor.lacks([name for deployment in spec.deployments for name in deployment.needs], code)
         if missing:
             # Another session deleted meanwhile what had the same code.
             return {"missing": missing}

@@ -19,6 +19,7 @@ from ..policy.lifecycle import ENDS
 from ..policy.placement import Need, booking, place, wanted_workers
 from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
 from .actors import QUEUED_AFTER, Actors, explain, replica_class
+from .environments import describe
 from .held import HeldKeys
 from .registry import Registry
 from .replica import Replica, settings_of
@@ -205,6 +206,7 @@ class Reconciler:
 
     def joined_worker(self, worker: str) -> None:
         """There is a worker that may hold replicas."""
+        self.workers.environments.came_back()
         self.registry.touch(*self.registry.unplaced)
         self.wake()
 
@@ -243,7 +245,7 @@ class Reconciler:
                 self._again[id] = now + RECHECK
         pending = [r for r in registry.replicas.values() if r.state == "starting" and not r.submitted]
         for replica in pending:
-            replica.message = self.actors.waits_for(replica, now)
+            replica.message = replica.preparing or self.actors.waits_for(replica, now)
         self._on_change()
         if self._unplanned or not done:
             # What was done, or is still to be done, may have opened or closed a way.
@@ -296,6 +298,7 @@ class Reconciler:
             workers=options.workers,
             max_replicas_per_worker=options.max_replicas_per_worker,
             only_free_threads=self.registry.is_extra(action.deployment, spec),
+            environment="" if spec.environment is None else spec.environment.id,
         )
         registry, id = self.registry, action.deployment
         if id in registry.unplaced:
@@ -315,7 +318,10 @@ class Reconciler:
             if options.gpus and self.workers.devices.being_asked:
                 self._wait_for_devices.add(id)
                 return
-            registry.unplaced[id] = (1, choice.reason)
+            registry.unplaced[id] = (1, choice.reason + describe(spec.environment))
+            restart = self.workers.environments.restart_one(need, views, now)
+            if restart is not None:
+                self._spawn(self._restart(restart))
             if need.only_free_threads and place(replace(need, only_free_threads=False), views).worker is not None:
                 self._short_of_threads[id] = (1, need.threads)
             old = [r for r in registry.of(id) if r.state == "ready" and r.spec.revision != action.revision]
@@ -327,7 +333,9 @@ class Reconciler:
         replica.host, replica.devices = view.host, choice.devices
         replica.booked = booking(need, view.resources)
         registry.add(replica)
-        if replica.worker in self.workers.equipped:
+        environments = self.workers.environments
+        environments.claim(replica)
+        if replica.worker in self.workers.equipped and not environments.needs_preparation(replica):
             self._submit(replica)
         else:
             self._spawn(self._ask_and_submit(replica))
@@ -339,18 +347,33 @@ class Reconciler:
         self._wait_for_devices.clear()
         self.wake()
 
+    async def _restart(self, worker: str) -> None:
+        self.workers.doom(worker)
+        if not await self.workers.environments.restart(worker):
+            self.workers.spare(worker)
+        self.wake()
+
     async def _ask_and_submit(self, replica: Replica) -> None:
         assert self._client is not None
+        environments, missing = self.workers.environments, ""
         try:
-            missing = await what_is_missing(self._client, replica.worker)
+            if replica.worker not in self.workers.equipped:
+                missing = await what_is_missing(self._client, replica.worker, environments.learn)
+            if not missing and replica.state == "starting" and environments.needs_preparation(replica):
+                replica.preparing = f"its environment is being prepared on worker {replica.worker}"
+                self.wake()
+                missing = await environments.prepare(self._client, replica)
         except (OSError, asyncio.TimeoutError) as error:
             missing = f"worker {replica.worker} does not answer: {error!r}"
+        replica.preparing = ""
         if replica.state != "starting":
             return
         if replica.worker not in self.scheduler.workers:
             self.lose([replica])
         elif missing:
             self.reported_failed(replica, missing)
+        elif not environments.fits(replica):
+            self.lose([replica], "finds another environment than it needs on")
         else:
             self.workers.equipped.add(replica.worker)
             self._submit(replica)

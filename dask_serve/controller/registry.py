@@ -41,7 +41,7 @@ class Registry:
         self.attempts: dict[tuple[str, str], Attempts] = {}
         #: What befell replicas that had been ready, and put off new ones: memory, health. By (deployment, revision).
         self.setbacks: dict[tuple[str, str], Attempts] = {}
-        #: Definitions by revision, opaque to this process.
+        #: Definitions by revision, and files of environments by their keys; opaque to this process.
         self.code: dict[str, Any] = {}
         #: By deployment id: how many replicas found no worker, and why.
         self.unplaced: dict[str, tuple[int, str]] = {}
@@ -110,8 +110,8 @@ class Registry:
     def deploy(self, spec: ApplicationSpec, code: Mapping[str, Any]) -> None:
         """Make ``spec`` the desired state of its application, or raise ConfigError and change nothing."""
         self.check(spec, code)
-        revisions = {deployment.revision for deployment in spec.deployments}
-        self.code.update((revision, blob) for revision, blob in code.items() if revision in revisions)
+        needs = {name for deployment in spec.deployments for name in deployment.needs}
+        self.code.update((name, blob) for name, blob in code.items() if name in needs)
         before = self.applications.get(spec.name)
         application = Application(spec)
         if before is not None and not before.deleting:
@@ -344,7 +344,8 @@ class Registry:
                 self.touch_application(name)
         self.attempts = {key: tried for key, tried in self.attempts.items() if self.desired(key[0]) is not None}
         self.setbacks = {key: tried for key, tried in self.setbacks.items() if self.desired(key[0]) is not None}
-        needed = {spec.revision for spec in self._all_specs()} | {r.spec.revision for r in self.replicas.values()}
+        running = (replica.spec for replica in self.replicas.values())
+        needed = {name for spec in (*self._all_specs(), *running) for name in spec.needs}
         if not self.code.keys() - needed <= self._spare:
             self.code = self.history.kept(self.code, needed)
         self._spare = self.code.keys() - needed
@@ -395,7 +396,7 @@ class Registry:
             check_prefix(spec.route_prefix)
             check_free(spec.name, spec.route_prefix, {name: a.spec.route_prefix for name, a in self.living()})
         here = code.keys() | self.code.keys() | self.history.stored
-        missing = [d.name for d in spec.deployments if d.revision not in here]
+        missing = [d.name for d in spec.deployments if not here.issuperset(d.needs)]
         if missing:
             raise ConfigError(f"the code of {', '.join(missing)} in application {spec.name!r} was not sent")
 

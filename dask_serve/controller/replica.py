@@ -22,8 +22,8 @@ __all__ = ["Replica", "settings_of"]
 
 def settings_of(options: DeploymentOptions) -> bytes:
     """Return a token of the options that a running replica must learn of when they change."""
-    # These are the controller's business.
-    ours = msgspec.structs.replace(options, max_surge=1, max_unavailable=0)
+    # These are the controller's business; what counts of an environment is in the revision.
+    ours = msgspec.structs.replace(options, max_surge=1, max_unavailable=0, runtime_env=None)
     if ours.autoscaling_config is not None:
         # They report their load; how many of them there are is not their business.
         ours = msgspec.structs.replace(ours, autoscaling_config=AutoscalingConfig())
@@ -57,6 +57,8 @@ class Replica:
         self.future: Any = None
         #: True once Dask has made the actor; what it waits for from then on is user code.
         self.submitted = False
+        #: What is done on its worker before that.
+        self.preparing = ""
         self.door = ""
         self.process = ""
         self.ended = asyncio.Event()

@@ -14,6 +14,7 @@ from ..policy.devices import share_of
 from ..policy.placement import WorkerView
 from .bookings import Bookings
 from .devices import WorkerDevices
+from .environments import Environments
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -28,8 +29,8 @@ __all__ = ["WorkerViews", "what_is_missing"]
 IMPORT_TIMEOUT = 60.0
 
 
-def _probe() -> Callable[[], Coroutine[None, None, str]]:
-    async def probe() -> str:
+def _probe() -> Callable[[], Coroutine[None, None, tuple[str, bytes]]]:
+    async def probe() -> tuple[str, bytes]:
         import asyncio
         import importlib
         import sys
@@ -40,17 +41,24 @@ def _probe() -> Callable[[], Coroutine[None, None, str]]:
                 # Not on the worker's loop, which it would hold for a while.
                 await asyncio.get_running_loop().run_in_executor(None, importlib.import_module, name)
         except Exception as error:  # noqa: BLE001 - whatever keeps it from being imported
-            return f"{type(error).__name__}: {error}"
-        return ""
+            return f"{type(error).__name__}: {error}", b""
+        from dask_serve.replica.environment import ProcessEnvironment
+
+        return "", ProcessEnvironment.told()
 
     return probe
 
 
-async def what_is_missing(client: Client, worker: str) -> str:
+async def what_is_missing(client: Client, worker: str, learn: Callable[[str, bytes], None] | None = None) -> str:
     """Return why a worker cannot hold replicas, or "".
 
     A task that names a class which a worker cannot import breaks the worker's connection to the scheduler, and with it
     the worker. So it is asked first, by a function that travels by value.
+
+    Parameters
+    ----------
+    learn : callable, optional
+        Told what the worker's process is: its address, and what `Prepared` is decoded from.
 
     Raises
     ------
@@ -61,10 +69,13 @@ async def what_is_missing(client: Client, worker: str) -> str:
     answer = await asyncio.wait_for(call, IMPORT_TIMEOUT)
     if answer["status"] != "OK":
         return f"worker {worker} could not be asked for dask_serve: {answer.get('text', answer['status'])}"
-    if not answer["result"]:
+    missing, told = answer["result"]
+    if not missing:
+        if learn is not None:
+            learn(worker, told)
         return ""
     return (
-        f"dask_serve cannot be imported on worker {worker} ({answer['result']}): run `pip install dask-serve` there, "
+        f"dask_serve cannot be imported on worker {worker} ({missing}): run `pip install dask-serve` there, "
         "in the environment of `dask worker` and in the version of the scheduler"
     )
 
@@ -77,6 +88,7 @@ class WorkerViews:
         self._registry = registry
         self.bookings = Bookings(scheduler)
         self.devices = WorkerDevices(scheduler)
+        self.environments = Environments(scheduler)
         #: Workers that are about to close though the scheduler does not say so yet.
         self._doomed: set[str] = set()
         #: Workers that have the package.
@@ -88,12 +100,17 @@ class WorkerViews:
         """Place nothing more on a worker."""
         self._doomed.add(worker)
 
+    def spare(self, worker: str) -> None:
+        """A worker stays after all."""
+        self._doomed.discard(worker)
+
     def forget(self, worker: str) -> None:
         """A worker left; one that comes at its address is another one."""
         self._doomed.discard(worker)
         self.equipped.discard(worker)
         self.bookings.forget(worker)
         self.devices.forget(worker)
+        self.environments.forget(worker)
         for key in [key for key in self._failures if key[0] == worker]:
             del self._failures[key]
 
@@ -116,7 +133,8 @@ class WorkerViews:
                     shares[replica.host, device.id] += share_of(replica.spec.options.gpus)
         by_worker = self._registry.by_worker
         for address, worker in self._scheduler.workers.items():
-            ours = [replica for replica in by_worker.get(address, {}).values() if replica not in without]
+            here = by_worker.get(address, {}).values()
+            ours = [replica for replica in here if replica not in without]
             booked: Counter[str] = Counter()
             memory = threads = same = 0
             for replica in ours:
@@ -144,6 +162,7 @@ class WorkerViews:
                     replicas=same,
                     total=len(ours),
                     failures=self._failures[address, revision],
+                    **self.environments.describe(address, ours, len(ours) < len(here)),
                 )
             )
         return views

@@ -56,6 +56,8 @@ async def start_scheduler(dashboard_address: str | None, preload: str, report: C
     if dashboard_address is not None and has_bokeh():
         load_on_demand(scheduler)
     scheduler.add_plugin(_Arrivals(report))
+    # A worker that ends is started again by the host, as a nanny would do.
+    scheduler.serve_keeps_workers = True
     if preload not in dask.config.get("distributed.scheduler.preload"):
         # Proxies start when the first application comes, where and how many is known then.
         # The session that it belongs to does not outlive it, so there is nothing to save.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from ..config import DeploymentOptions
+from .environment import Environment
 
 __all__ = ["ApplicationSpec", "DeploymentSpec", "deployment_id"]
 
@@ -28,6 +29,15 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
     methods: list[str]
     #: Dask keys that the bound arguments refer to; the controller keeps them alive.
     keys: list[str] = []
+    #: What the processes of its replicas have; None: nothing special.
+    environment: Environment | None = None
+
+    @property
+    def needs(self) -> list[str]:
+        """Under which names the controller has what replicas ask it for: the code, and the files beside it."""
+        if self.environment is None:
+            return [self.revision]
+        return [self.revision, *(archive.key for archive in self.environment.archives)]
 
 
 class ApplicationSpec(Struct, frozen=True, kw_only=True):

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from .devices import TOLERANCE, Device, describe_devices, pick_devices
 
-__all__ = ["GPU", "Need", "Placement", "WorkerView", "booking", "place", "wanted_workers"]
+__all__ = ["GPU", "Need", "Placement", "WorkerView", "booking", "place", "wanted_workers", "worth_restarting"]
 
 #: The name under which workers declare GPUs as a resource of Dask's, where they do.
 GPU = "GPU"
@@ -32,6 +33,8 @@ class Need(Struct, frozen=True, kw_only=True):
     max_replicas_per_worker: int | None = None
     #: Only where it does not exceed the worker's threads: it is to add to what the workers can do.
     only_free_threads: bool = False
+    #: Name of what its process has to have; "": nothing special, and nothing that others asked for.
+    environment: str = ""
 
 
 class WorkerView(Struct, frozen=True, kw_only=True):
@@ -65,6 +68,12 @@ class WorkerView(Struct, frozen=True, kw_only=True):
     total: int = 0
     #: Failed starts of the revision in question on it.
     failures: int = 0
+    #: Name of the environment that its process has, until it ends; "": none.
+    environment: str = ""
+    #: Its process may be given an environment: it never held a replica, and has nothing of Dask's.
+    fresh: bool = True
+    #: Its process may be ended: it holds nothing of anybody's, and another one comes in its place.
+    spare: bool = False
 
 
 class Placement(Struct, frozen=True):
@@ -78,11 +87,12 @@ class Placement(Struct, frozen=True):
 def place(need: Need, workers: Sequence[WorkerView]) -> Placement:
     """Choose a worker, or say exactly what is missing.
 
-    Hard limits first: named workers, running ones, ``max_replicas_per_worker``, resources, memory, devices. Among what
-    is left the replica goes where this revision failed least, to the host and then the worker with the fewest replicas
-    of its deployment, then to where no task of Dask's holds what it takes and task threads are free (a new actor waits
-    in line as any task does), then to a worker's own devices rather than others that it sees, then to the worker whose
-    threads our replicas use least.
+    Hard limits first: named workers, running ones, those that have its environment or can be given it,
+    ``max_replicas_per_worker``, resources, memory, devices. Among what is left the replica goes where this revision
+    failed least, to the host and then the worker with the fewest replicas of its deployment, then to where no task of
+    Dask's holds what it takes and task threads are free (a new actor waits in line as any task does), then to a
+    worker's own devices rather than others that it sees, then to the worker whose threads our replicas use least. On a
+    host, a worker is given an environment when the threads of those that have it are used.
     """
     if not workers:
         return Placement(None, "no workers are connected")
@@ -93,6 +103,9 @@ def place(need: Need, workers: Sequence[WorkerView]) -> Placement:
     named, left = left, [w for w in left if w.running]
     if not left:
         return Placement(None, f"no worker is running: all are paused or closing (workers: {_list(named)})")
+    few, left = left, [w for w in left if _suits(need, w)]
+    if not left:
+        return Placement(None, _no_environment(need, few))
     limit = need.max_replicas_per_worker
     fits, left = left, [w for w in left if limit is None or w.replicas < limit]
     if not left:
@@ -133,6 +146,7 @@ def place(need: Need, workers: Sequence[WorkerView]) -> Placement:
         return (
             worker.failures,
             on_host[worker.host],
+            _reluctance(need, worker),
             worker.replicas,
             contended,
             crowded,
@@ -176,6 +190,43 @@ def wanted_workers(workers: Sequence[WorkerView], unplaced: int, short: int = 0)
     excess = max(sum(w.threads for w in workers) - nthreads, 0) + short
     more = unplaced + (-(-excess * len(workers) // max(nthreads, 1)) if excess > 0 else 0)
     return len(workers) + more if more else sum(1 for w in workers if w.total)
+
+
+def worth_restarting(need: Need, workers: Sequence[WorkerView]) -> str | None:
+    """Return the address of a worker whose process stands in the way of a replica only by what it once was.
+
+    For replicas that `place` found no worker for. Never one that holds replicas, or anything of Dask's.
+    """
+    candidates = [w for w in workers if w.spare and not _suits(need, w)]
+    found = [w for w in candidates if place(need, [replace(w, environment="", fresh=True)]).worker is not None]
+    return min(found, key=lambda w: (w.failures, w.address)).address if found else None
+
+
+def _suits(need: Need, worker: WorkerView) -> bool:
+    if worker.environment == need.environment:
+        return True
+    return bool(need.environment) and not worker.environment and worker.fresh
+
+
+def _reluctance(need: Need, worker: WorkerView) -> int:
+    """Tell how much to wait with taking a worker for an environment, of which there will be fewer for others."""
+    if not need.environment:
+        return 0
+    if worker.environment != need.environment:
+        return 1
+    return 0 if worker.threads + need.threads <= worker.nthreads else 2
+
+
+def _no_environment(need: Need, workers: Sequence[WorkerView]) -> str:
+    notes = []
+    for worker in workers:
+        if worker.environment:
+            held = "replicas of" if worker.total else "no replicas now, but"
+            notes.append(f"{held} environment {worker.environment}")
+        else:
+            notes.append("replicas without an environment" if worker.total else "Dask's tasks or data, or used before")
+    what = f"can be given environment {need.environment}" if need.environment else "is without an environment"
+    return f"no worker {what}, of which a process has one: add a worker (workers: {_list(workers, notes=notes)})"
 
 
 def _named(need: Need, worker: WorkerView) -> bool:

@@ -24,6 +24,7 @@ from .clients import Clients
 from .construction import Construction
 from .core import ReplicaCore
 from .door import Door
+from .environment import ProcessEnvironment
 from .health import Health
 from .hold import Hold
 from .load import LoadReports
@@ -55,6 +56,7 @@ class ReplicaUnit:
     """
 
     def __init__(self, spec: dict[str, Any], worker: Worker) -> None:
+        ProcessEnvironment.used = True
         self.id: str = spec["id"]
         self.spec = spec
         self.options = _decode_options(spec["options"])

@@ -16,6 +16,7 @@ from ..ingress import ingress_of
 from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
 from .apps import app_reducers
 from .code import REPAIR, bound_handle, pack
+from .environment import resolve
 from .revision import revision
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Built(Struct, frozen=True):
     """An application as it goes to the controller."""
 
     spec: ApplicationSpec
-    #: Blobs by revision.
+    #: Blobs by revision, and the files of environments by their keys.
     code: dict[str, bytes]
 
 
@@ -119,8 +120,10 @@ class _Builder:
             reducers={Application: self._reduce, **(app_reducers(ingress) if ingress is not None else {})},
             repair=REPAIR if ingress is None else _BUILDER,
         )
-        revised = revision(packed, deployment.all_options, deployment_id(self.app, name))
-        self.code[revised] = packed.blob
+        environment, archives = resolve(deployment.all_options.runtime_env, f"deployment {name!r}")
+        identity = deployment_id(self.app, name)
+        revised = revision(packed, deployment.all_options, identity, "" if environment is None else environment.id)
+        self.code.update({**archives, revised: packed.blob})
         self.specs.append(
             DeploymentSpec(
                 name=name,
@@ -128,6 +131,7 @@ class _Builder:
                 options=deployment.all_options,
                 methods=methods(deployment.func_or_class),
                 keys=packed.keys,
+                environment=environment,
             )
         )
 

@@ -31,7 +31,7 @@ _VOLATILE = frozenset(
 )
 
 
-def revision(packed: Packed, options: DeploymentOptions, identity: str = "") -> str:
+def revision(packed: Packed, options: DeploymentOptions, identity: str = "", environment: str = "") -> str:
     """Name what replicas run: equal names need no restart.
 
     Parameters
@@ -42,10 +42,12 @@ def revision(packed: Packed, options: DeploymentOptions, identity: str = "") -> 
         Those in `config.RESTARTING_OPTIONS` count. ``version`` takes the place of the code.
     identity : str
         Name of application and deployment; two deployments of one ``version`` are still two.
+    environment : str
+        Name of what the process is to have, if anything.
     """
     code = f"version:{identity}:{options.version}" if options.version is not None else fingerprint(packed.blob)
     chosen = {name: getattr(options, name) for name in RESTARTING_OPTIONS}
-    text = msgspec.json.encode([code, chosen], order="deterministic")
+    text = msgspec.json.encode([code, chosen, *([environment] if environment else [])], order="deterministic")
     return hashlib.blake2b(text, digest_size=12).hexdigest()
 
 

@@ -23,8 +23,6 @@ HOOKS = {
 #: Options of Ray Serve and others that have no counterpart, with what to write here.
 _ELSEWHERE = {
     "max_replicas_per_node": "use max_replicas_per_worker=",
-    "runtime_env": "install packages where the workers start; the modules of your working directory travel by "
-    "themselves",
     "placement_group_bundles": "use workers=, resources=, gpus= or max_replicas_per_worker= to say where replicas may "
     "run",
     "placement_group_strategy": "replicas are spread over hosts, then over workers",
@@ -65,7 +63,7 @@ _RENAMED: dict[str, tuple[str, Callable[[Any, str], Any]]] = {
     "num_gpus": ("gpus", _same),
 }
 #: Keys of ``ray_actor_options`` that have the names of options here.
-_SHARED = ("memory", "resources")
+_SHARED = ("memory", "resources", "runtime_env")
 
 
 def translate(given: dict[str, Any], unknown: dict[str, Any]) -> dict[str, Any]:
