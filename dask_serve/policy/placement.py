@@ -137,27 +137,25 @@ def place(need: Need, workers: Sequence[WorkerView]) -> Placement:
     for worker in workers:
         on_host[worker.host] = on_host.get(worker.host, 0) + worker.replicas
 
-    def cost(worker: WorkerView) -> tuple[float | str, ...]:
-        crowded = worker.busy >= worker.nthreads
-        contended = _lacks(need, worker, worker.booked, worker.in_use) is not None
-        chosen = devices[worker.address] or ()
-        foreign = sum((worker.devices or ()).index(device) for device in chosen)
-        load = (worker.threads + need.threads) / max(worker.nthreads, 1)
-        return (
-            worker.failures,
-            on_host[worker.host],
-            _reluctance(need, worker),
-            worker.replicas,
-            contended,
-            crowded,
-            foreign,
-            load,
-            worker.total,
-            worker.address,
-        )
-
-    best = min(left, key=cost).address
+    best = min(left, key=lambda w: _cost(need, w, on_host[w.host], devices[w.address] or ())).address
     return Placement(best, devices=devices[best] or ())
+
+
+def _cost(need: Need, worker: WorkerView, on_host: int, chosen: Sequence[Device]) -> tuple[float | str, ...]:
+    return (
+        worker.failures,
+        on_host,
+        _reluctance(need, worker),
+        worker.replicas,
+        # What it takes is in the hands of tasks; then, all threads are.
+        _lacks(need, worker, worker.booked, worker.in_use) is not None,
+        worker.busy >= worker.nthreads,
+        # Devices that are its own come first.
+        sum((worker.devices or ()).index(device) for device in chosen),
+        (worker.threads + need.threads) / max(worker.nthreads, 1),
+        worker.total,
+        worker.address,
+    )
 
 
 def booking(need: Need, declared: Mapping[str, float]) -> dict[str, float]:

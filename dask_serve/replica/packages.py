@@ -46,9 +46,10 @@ def cache_directory() -> Path:
         It cannot be made, or belongs to somebody else, who could put code there.
     """
     chosen = dask.config.get("serve.environments-directory", None)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    path = Path(chosen or os.path.join(home, "dask-serve", "environments")).expanduser()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~") / ".cache")
+    path = Path(chosen) if chosen else home / "dask-serve" / "environments"
     try:
+        path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         owner = path.stat().st_uid
     except (OSError, RuntimeError) as error:

@@ -103,7 +103,7 @@ def _lines_of(path: Path, where: str, within: tuple[Path, ...]) -> Iterator[str]
 
 
 def _check(line: str, where: str) -> None:
-    name = line.split(" ")[0].split("=")[0]
+    name = line.split(" ", maxsplit=1)[0].split("=", maxsplit=1)[0]
     if name in {"-e", "--editable"} or line.startswith(("./", "../")) or line.strip() == ".":
         raise ConfigError(
             f"{where} has {line!r}, which is a directory of this machine: workers do not have it; send it with "
