@@ -75,7 +75,11 @@ def test_options_copies():
     [
         ({"num_replicas": 0}, r"option '?num_replicas'? = 0 is not valid"),
         ({"num_replica": 1}, "did you mean 'num_replicas'"),
-        ({"ray_actor_options": {"runtime_env": {}}}, r"ray_actor_options\['runtime_env'\] has no counterpart here"),
+        (
+            {"ray_actor_options": {"label_selector": {}}},
+            r"ray_actor_options\['label_selector'\] has no counterpart here",
+        ),
+        ({"ray_actor_options": {"runtime_env": {"conda": "x"}}}, "runtime_env of .* has no option 'conda'"),
         ({"ray_actor_options": {"num_tpus": 1}}, "is not known; known keys: 'num_cpus'"),
         ({"ray_actor_options": 1}, "ray_actor_options = 1 is not valid: it is a dict"),
         ({"ray_actor_options": {"num_cpus": 2}, "threads": 2}, "is threads= here, which is given too"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from msgspec import Struct
 
 from dask_serve.policy.devices import Device, pick_devices, share_of
-from dask_serve.policy.placement import Need, WorkerView, booking, place, wanted_workers
+from dask_serve.policy.placement import Need, WorkerView, booking, place, wanted_workers, worth_restarting
 
 
 def worker(number: int, **fields) -> WorkerView:
@@ -300,3 +300,109 @@ def test_replicas_that_are_to_add_something_need_free_threads():
     assert full.worker is None
     assert "no worker has a thread that no replica uses (threads=2)" in full.reason
     assert place(Need(threads=2), workers).worker is not None
+
+
+# -- environments
+
+
+def test_a_worker_is_given_an_environment_when_those_that_have_it_are_used():
+    mine, free = worker(1, environment="e", threads=3, replicas=3), worker(2)
+    mine, free = (msgspec.structs.replace(w, host="a") for w in (mine, free))
+    assert place(Need(environment="e"), [mine, free]).worker == mine.address
+    assert place(Need(environment="e", threads=2), [mine, free]).worker == free.address
+    # Other hosts come first, as ever.
+    assert place(Need(environment="e"), [mine, worker(2)]).worker == worker(2).address
+
+
+def test_reasons_for_want_of_a_process():
+    workers = [
+        worker(1, environment="abc", total=1),
+        worker(2, fresh=False, total=2),
+        worker(3, fresh=False),
+        worker(4, environment="abc"),
+    ]
+    assert place(Need(environment="e"), workers).reason == (
+        "no worker can be given environment e, of which a process has one: add a worker (workers: "
+        "w1 at tcp://10.0.0.1:1 (replicas of environment abc), w2 at tcp://10.0.0.2:2 (replicas without an "
+        "environment), w3 at tcp://10.0.0.3:3 (Dask's tasks or data, or used before), w4 at tcp://10.0.0.4:4 "
+        "(no replicas now, but environment abc))"
+    )
+    assert "no worker is without an environment" in place(Need(), [workers[0]]).reason
+    assert place(Need(environment="abc"), workers).worker == workers[3].address
+
+
+def test_only_processes_that_hold_nothing_are_restarted():
+    old, held, other = worker(1, environment="old", spare=True), worker(2, environment="old"), worker(3, fresh=False)
+    need = Need(environment="new", workers=["w1", "w2", "w3"])
+    assert worth_restarting(need, [old, held, other]) == old.address
+    assert worth_restarting(need, [held, other]) is None
+    # It would not help.
+    assert worth_restarting(Need(environment="new", workers=["w2"]), [old, held]) is None
+    assert worth_restarting(Need(environment="new", resources={"X": 1}), [old]) is None
+    assert worth_restarting(Need(), [old]) == old.address
+
+
+class Process(Struct):
+    """A worker's process as it really is."""
+
+    environment: str | None = None
+    replicas: list[str] = []
+    ever: bool = False
+    data: bool = False
+    nanny: bool = True
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("start"), st.sampled_from(["", "e", "f"])),
+        st.tuples(st.just("end"), st.integers(0, 20)),
+        st.tuples(st.just("data"), st.integers(0, 3)),
+    ),
+    max_size=30,
+)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=4), steps)
+def test_a_process_never_has_two_environments_nor_is_one_ended_that_holds_something(nannies, steps):
+    processes = [Process(nanny=nanny, replicas=[]) for nanny in nannies]
+    for what, which in steps:
+        if what == "end":
+            full = [process for process in processes if process.replicas]
+            if full:
+                full[which % len(full)].replicas.pop()
+        elif what == "data":
+            process = processes[which % len(processes)]
+            process.data = not process.data
+        else:
+            workers = [
+                worker(
+                    number,
+                    host="a",
+                    environment=p.environment or "",
+                    fresh=not p.ever and not p.data,
+                    spare=p.nanny and not p.replicas and not p.data,
+                    replicas=len(p.replicas),
+                    total=len(p.replicas),
+                    threads=len(p.replicas),
+                )
+                for number, p in enumerate(processes)
+            ]
+            address = place(Need(environment=which), workers).worker
+            if address is not None:
+                process = processes[[w.address for w in workers].index(address)]
+                if process.ever:
+                    assert process.environment == (which or None)
+                elif which:
+                    assert not process.data
+                process.environment = which or None
+                process.ever = True
+                process.replicas.append(which)
+            elif (address := worth_restarting(Need(environment=which), workers)) is not None:
+                number = [w.address for w in workers].index(address)
+                assert not processes[number].replicas
+                assert not processes[number].data
+                processes[number] = Process(replicas=[])
+            else:
+                # Nobody could take it, whatever one did.
+                assert all(p.replicas or p.data or not p.nanny for p in processes)
+        assert all(set(p.replicas) <= {p.environment or ""} for p in processes)

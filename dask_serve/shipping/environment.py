@@ -133,19 +133,19 @@ def _pack(path: str, option: str, excludes: list[str], where: str) -> bytes:
 
 
 def _zip(root: Path, prefix: str, excludes: list[str], where: str) -> bytes:
+    files = dict(_files(root, excludes))
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    if sum(sizes.values()) > DIRECTORY_LIMIT:
+        largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
+        told = ", ".join(f"{name} ({format_bytes(sizes[name])})" for name in largest)
+        raise ConfigError(
+            f"{where} = {str(root)!r} has {format_bytes(sum(sizes.values()))}, more than "
+            f"{format_bytes(DIRECTORY_LIMIT)}; the largest files are {told}: leave them out with excludes, and read "
+            "them from where workers can"
+        )
     buffer = io.BytesIO()
-    sizes: dict[str, int] = {}
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        for name, file in _files(root, excludes):
-            sizes[name] = file.stat().st_size
-            if sum(sizes.values()) > DIRECTORY_LIMIT:
-                largest = ", ".join(
-                    f"{name} ({format_bytes(sizes[name])})" for name in sorted(sizes, key=lambda n: -sizes[n])[:3]
-                )
-                raise ConfigError(
-                    f"{where} = {str(root)!r} has more than {format_bytes(DIRECTORY_LIMIT)}, the largest files being "
-                    f"{largest}: leave them out with excludes, and read them from where workers can"
-                )
+        for name, file in files.items():
             entry = zipfile.ZipInfo(prefix + name, _EPOCH)
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = (0o755 if os.access(file, os.X_OK) else 0o644) << 16
