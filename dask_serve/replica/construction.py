@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ServeError
 from .dask_keys import gather_keys
+from .environment import ProcessEnvironment
 from .hooks import Check, warm_up
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ class Construction:
         from ..shipping import code
 
         values = await self._bound_values(keys) if keys else {}
-        target, args, kwargs = code.unpack(blob, values)
+        target, args, kwargs, modules = code.open_blob(blob, values, moved=ProcessEnvironment.moved)
+        self._user.names = modules if modules.names else None
         await self._user.construct(target, args, kwargs)
         if options().user_config is not None:
             await self.reconfigure(options().user_config)

@@ -28,7 +28,7 @@ from .packages import Packages, cache_directory, locked
 if TYPE_CHECKING:
     from distributed import Worker
 
-__all__ = ["ProcessEnvironment", "origins", "prepare"]
+__all__ = ["ProcessEnvironment", "prepare"]
 
 logger = logging.getLogger("dask_serve.process")
 
@@ -78,11 +78,6 @@ async def prepare(environment: bytes, worker: Worker) -> bytes:
         logger.error("The environment %s (%s) could not be prepared: %s", wanted.id, wanted.describe(), text)
         return ProcessEnvironment.told(f"its environment could not be prepared on worker {worker.address}: {text}")
     return ProcessEnvironment.told()
-
-
-def origins() -> list[tuple[str, str]]:
-    """Return where directories of the session are in this process."""
-    return ProcessEnvironment.moved
 
 
 def _why_not(worker: Worker) -> str:

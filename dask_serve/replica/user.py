@@ -97,6 +97,8 @@ class UserCode:
         self.inline_below = inline_below
         #: Clients are shown the tracebacks of user code.
         self.debug = False
+        #: What the names of its own modules mean in the arguments of calls.
+        self.names: payloads.Names | None = None
         self.gather = gather
         #: The Dask clients of user code.
         self.clients: Clients | None = None
@@ -399,7 +401,7 @@ class UserCode:
     def arguments(self, execution: Execution, values: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """Unpickle the arguments of a call; ``values`` are those that were fetched."""
         try:
-            args, kwargs = payloads.loads(execution.parts, values)
+            args, kwargs = payloads.loads(execution.parts, values, self.names)
         except Exception as error:
             raise PayloadError(
                 f"the arguments of {execution.call.method!r} could not be unpickled in replica {self.id}: "

@@ -30,11 +30,12 @@ from msgspec import Struct
 from ..exceptions import ConfigError
 from .apps import remaking
 from .blame import blame
+from .modules import Modules, Source, imports, package_of, sources_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
-__all__ = ["LARGE", "Packed", "bound_handle", "own_modules", "pack", "resolved_key", "unpack"]
+__all__ = ["LARGE", "Packed", "bound_handle", "open_blob", "own_modules", "pack", "resolved_key", "unpack"]
 
 #: Bound arguments that make more bytes than this are warned about.
 LARGE = 10_000_000
@@ -75,6 +76,7 @@ class Packed(Struct, frozen=True):
 class _Unpacking(threading.local):
     values: Mapping[str, Any] | None = None
     handle: Callable[[str, str], Any] | None = None
+    modules: Modules | None = None
 
 
 _unpacking = _Unpacking()
@@ -100,6 +102,28 @@ def bound_handle(app: str, deployment: str) -> Any:
     return DeploymentHandle(app, deployment)
 
 
+def take_sources(sources: dict[str, Any]) -> None:
+    """Stand in a blob, before its functions, for the modules that they import while they run."""
+    if _unpacking.modules is not None:
+        _unpacking.modules.take(sources["modules"], sources["__file__"])
+
+
+class _Sources:
+    """Travels as `take_sources`."""
+
+    def __init__(self, sources: dict[str, Source]) -> None:
+        self._sources = sources
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        modules = {name: (source.text, source.is_package) for name, source in self._sources.items()}
+        # Where they lie is not what they are: see `revision`.
+        return take_sources, ({"modules": modules, "__file__": {n: s.file for n, s in self._sources.items()}},)
+
+
+class _Classes:
+    """Travels, behind everything else, as the classes that travel by value."""
+
+
 class _Refused(pickle.PicklingError):
     """Our own refusal, which needs no search for the culprit."""
 
@@ -108,11 +132,16 @@ _MODULE_INTERNALS = frozenset({"__builtins__", "__cached__", "__loader__", "__sp
 
 
 def _make_module(name: str) -> types.ModuleType:
-    return types.ModuleType(name)
+    module = types.ModuleType(name)
+    if _unpacking.modules is not None:
+        _unpacking.modules.add(module)
+    return module
 
 
 def _module_setstate(module: types.ModuleType, state: dict[str, Any]) -> None:
     vars(module).update(state, __builtins__=builtins)
+    if _unpacking.modules is not None:
+        _unpacking.modules.move(vars(module))
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -120,15 +149,28 @@ class _Pickler(cloudpickle.Pickler):
         super().__init__(file, protocol=5)
         self._reducers = reducers
         self.keys: dict[str, None] = {}
+        #: What functions import while they run.
+        self.imported: set[str] = set()
+        #: Nobody sends objects of the deployment's own class.
+        self.target: Any = None
+        #: Classes that travel by value, by module and name.
+        self.classes: dict[str, dict[str, type]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
         reduce = self._reducers.get(type(obj))
         if isinstance(obj, types.FunctionType):
             reduced = super().reducer_override(obj)
-            if reduce is not None and isinstance(reduced, tuple):
+            if isinstance(reduced, tuple):
                 # It travels by value.
-                reduced[2][1]["__annotations__"] = reduce(obj)
+                self.imported.update(imports(obj.__code__, package_of(obj.__globals__)))
+                if reduce is not None:
+                    reduced[2][1]["__annotations__"] = reduce(obj)
             return reduced
+        if isinstance(obj, type):
+            self._note(obj)
+        elif isinstance(obj, _Classes):
+            known = {name: dict(sorted(kinds.items())) for name, kinds in sorted(self.classes.items())}
+            return dict, (known,)
         if reduce is not None and (reduced := reduce(obj)) is not NotImplemented:
             return reduced
         if isinstance(obj, Future):
@@ -144,6 +186,24 @@ class _Pickler(cloudpickle.Pickler):
             state = {name: value for name, value in vars(obj).items() if name not in _MODULE_INTERNALS}
             return _make_module, (obj.__name__,), state, None, None, _module_setstate
         return super().reducer_override(obj)
+
+    def _note(self, kind: type) -> None:
+        module, name = kind.__module__, kind.__name__
+        if kind is self.target or module not in cloudpickle.list_registry_pickle_by_value():
+            return
+        if kind.__qualname__ == name and vars(sys.modules.get(module, object)).get(name) is kind:
+            self.classes.setdefault(module, {})[name] = kind
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, blob: bytes, modules: Modules) -> None:
+        super().__init__(io.BytesIO(blob))
+        self._modules = modules
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "cloudpickle.cloudpickle" and name in {"_make_function", "_function_setstate"}:
+            return getattr(self._modules, name.strip("_"))
+        return super().find_class(module, name)
 
 
 # -- the application's own modules -------------------------------------------------------------------------------------
@@ -247,10 +307,11 @@ def pack(
     kwargs = dict(kwargs or {})
     reducers = reducers or {}
     with _by_value():
-        buffer = io.BytesIO()
-        pickler = _Pickler(buffer, reducers)
         try:
-            pickler.dump((target, args, kwargs))
+            buffer, pickler = _dump(target, args, kwargs, reducers, {})
+            sources = sources_of(pickler.imported, _is_shipped)
+            if sources:
+                buffer, pickler = _dump(target, args, kwargs, reducers, sources)
         except Exception as error:  # __reduce__ of user code raises what it likes
             raise ConfigError(
                 f"{where} cannot be sent to the workers: {_explain((target, args, kwargs), reducers, error, repair)}"
@@ -261,11 +322,36 @@ def pack(
     return packed
 
 
+def _dump(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], reducers: Reducers, sources: dict[str, Source]
+) -> tuple[io.BytesIO, _Pickler]:
+    buffer = io.BytesIO()
+    pickler = _Pickler(buffer, reducers)
+    pickler.target = target
+    pickler.dump((_Sources(sources) if sources else None, target, args, kwargs, _Classes()))
+    return buffer, pickler
+
+
+def _is_shipped(name: str, file: str) -> bool:
+    """Whether a module is the application's own, by its name and file."""
+    return name.partition(".")[0] not in FOREIGN and _own(file, _roots())
+
+
 def unpack(
     blob: bytes,
     values: Mapping[str, Any] | None = None,
     handle: Callable[[str, str], Any] | None = None,
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Open what `pack` made, as `open_blob` does, and return the first three."""
+    return open_blob(blob, values, handle)[:3]
+
+
+def open_blob(
+    blob: bytes,
+    values: Mapping[str, Any] | None = None,
+    handle: Callable[[str, str], Any] | None = None,
+    moved: Iterable[tuple[str, str]] = (),
+) -> tuple[Any, tuple[Any, ...], dict[str, Any], Modules]:
     """Open what `pack` made.
 
     Parameters
@@ -276,20 +362,27 @@ def unpack(
         Values of `Packed.keys`.
     handle : callable, optional
         Makes the handle of a bound application from the names of application and deployment.
+    moved : iterable of (str, str), optional
+        Directories of the session, with what they are here: ``__file__`` is in the latter.
 
     Returns
     -------
-    target, args, kwargs
-        The class or function and its bound arguments.
+    target, args, kwargs, modules
+        The class or function, its bound arguments, and the modules of its code.
     """
-    before = _unpacking.values, _unpacking.handle
-    _unpacking.values, _unpacking.handle = values or {}, handle
+    before = _unpacking.values, _unpacking.handle, _unpacking.modules
+    modules = Modules(moved)
+    _unpacking.values, _unpacking.handle, _unpacking.modules = values or {}, handle, modules
     try:
         with remaking():
-            target, args, kwargs = pickle.loads(blob)
+            opened = _Unpickler(blob, modules).load()
     finally:
-        _unpacking.values, _unpacking.handle = before
-    return target, args, kwargs
+        _unpacking.values, _unpacking.handle, _unpacking.modules = before
+    if len(opened) == 3:
+        # Of an earlier version, from a state file.
+        return (*opened, modules)
+    _, target, args, kwargs, modules.classes = opened
+    return target, args, kwargs, modules
 
 
 # -- what went wrong, and what is large --------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from operator import methodcaller
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import cloudpickle
 import tblib
@@ -188,16 +188,56 @@ def _copy(buffer: pickle.PickleBuffer) -> Buffer:
         return copied(view)
 
 
-def loads(parts: Sequence[Buffer], values: Sequence[Any] = ()) -> Any:
+class Names(Protocol):
+    """What names in a pickle mean here, where that is something else than what can be imported."""
+
+    @property
+    def names(self) -> Sequence[bytes]:
+        """Names of the modules in question."""
+
+    def find(self, module: str, name: str) -> Any:
+        """Return what is meant; LookupError: what can be imported."""
+
+
+def loads(parts: Sequence[Buffer], values: Sequence[Any] = (), names: Names | None = None) -> Any:
     """Rebuild what `dumps` serialised; ``values`` are those of its attachments, in their order."""
     if not values:
-        return pickle.loads(parts[0], buffers=parts[1:])
+        return _loads(parts, names)
     outer = getattr(_values, "current", ())
     _values.current = values
     try:
-        return pickle.loads(parts[0], buffers=parts[1:])
+        return _loads(parts, names)
     finally:
         _values.current = outer
+
+
+def _loads(parts: Sequence[Buffer], names: Names | None) -> Any:
+    if names is None or not _mentions(parts[0], names.names):
+        return pickle.loads(parts[0], buffers=parts[1:])
+    return _Finder(io.BytesIO(parts[0]), parts[1:], names).load()
+
+
+def _mentions(pickled: Buffer, names: Sequence[bytes]) -> bool:
+    if len(pickled) > _SEARCHED:
+        return True
+    data = bytes(pickled)
+    return any(name in data for name in names)
+
+
+#: Bytes of a pickle that is searched for names before it is opened in the way that takes longer.
+_SEARCHED = 65536
+
+
+class _Finder(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, buffers: Sequence[Buffer], names: Names) -> None:
+        super().__init__(file, buffers=buffers)
+        self._names = names
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return self._names.find(module, name)
+        except LookupError:
+            return super().find_class(module, name)
 
 
 def size_of(parts: Sequence[Buffer]) -> int:
