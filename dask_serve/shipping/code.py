@@ -28,6 +28,7 @@ from distributed import Future
 from msgspec import Struct
 
 from ..exceptions import ConfigError
+from ..wire.payloads import keep_native
 from .apps import remaking
 from .blame import blame
 from .modules import Modules, Source, imports, package_of, sources_of
@@ -185,7 +186,7 @@ class _Pickler(cloudpickle.Pickler):
             # In two steps, unlike cloudpickle's way, because modules that import each other form circles.
             state = {name: value for name, value in vars(obj).items() if name not in _MODULE_INTERNALS}
             return _make_module, (obj.__name__,), state, None, None, _module_setstate
-        return super().reducer_override(obj)
+        return keep_native(super().reducer_override(obj))
 
     def _note(self, kind: type) -> None:
         module, name = kind.__module__, kind.__name__

@@ -174,6 +174,8 @@ class Modules:
 
     def function_setstate(self, function: types.FunctionType, state: Any) -> None:
         """Do the second part of it."""
+        # What the function itself mentions comes a second time.
+        self.move(state[1]["__globals__"])
         cloudpickle.cloudpickle._function_setstate(function, state)
         # Functions that it defines in turn begin with what stands there.
         function.__globals__["__builtins__"] = self._builtins if self.sources else builtins

@@ -13,6 +13,7 @@ import copyreg
 import functools
 import io
 import pickle
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
@@ -27,7 +28,16 @@ from ..exceptions import PayloadError, UserCodeError
 from .frames import Buffer
 from .memory import copied
 
-__all__ = ["dump_exception", "dumps", "dumps_plain", "load_exception", "load_traceback", "loads", "size_of"]
+__all__ = [
+    "dump_exception",
+    "dumps",
+    "dumps_plain",
+    "keep_native",
+    "load_exception",
+    "load_traceback",
+    "loads",
+    "size_of",
+]
 
 #: A frame has at most this many payload parts; more buffers than that are pickled in band.
 _MAX_PARTS = 65_000
@@ -150,8 +160,30 @@ class _CloudPickler(cloudpickle.Pickler):
         self.reducers = functools.cache(reducers)
 
     def reducer_override(self, obj: Any) -> Any:
-        reduce = None if self.reducers is None or isinstance(obj, type) else self.reducers(type(obj))
+        if isinstance(obj, type):
+            return keep_native(super().reducer_override(obj))
+        reduce = None if self.reducers is None else self.reducers(type(obj))
         return super().reducer_override(obj) if reduce is None else reduce(obj)
+
+
+def keep_native(reduced: Any) -> Any:
+    """Let a class that travels by value stay as it is where it comes home: see `class_setstate`."""
+    if isinstance(reduced, tuple) and reduced[-1] is cloudpickle.cloudpickle._class_setstate:
+        return (*reduced[:-1], class_setstate)
+    return reduced
+
+
+def class_setstate(kind: type, state: Any) -> Any:
+    """Do what cloudpickle does, but to a class that a module of this process has.
+
+    Its functions would be replaced by copies, which know only copies of the module's variables.
+    """
+    found: Any = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
+        found = getattr(found, name, None)
+    if found is kind:
+        return kind
+    return cloudpickle.cloudpickle._class_setstate(kind, state)
 
 
 def _dump(kind: Any, obj: object, reducers: Reducers | None) -> list[Buffer]:
