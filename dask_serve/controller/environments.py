@@ -203,6 +203,8 @@ class Environments:
         return True
 
 
-def describe(environment: Environment | None) -> str:
-    """Say what an environment is, after the reason why there is no place for it."""
-    return "" if environment is None else f" [environment {environment.id}: {environment.describe()}]"
+def describe(reason: str, environment: Environment | None) -> str:
+    """Add to the reason why there is no place for an environment what it is."""
+    if environment is None or environment.id not in reason:
+        return reason
+    return f"{reason} [environment {environment.id}: {environment.describe()}]"

@@ -318,7 +318,7 @@ class Reconciler:
             if options.gpus and self.workers.devices.being_asked:
                 self._wait_for_devices.add(id)
                 return
-            registry.unplaced[id] = (1, choice.reason + describe(spec.environment))
+            registry.unplaced[id] = (1, describe(choice.reason, spec.environment))
             restart = self.workers.environments.restart_one(need, views, now)
             if restart is not None:
                 self._spawn(self._restart(restart))
