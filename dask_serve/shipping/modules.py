@@ -33,6 +33,9 @@ class Source(NamedTuple):
     file: str = ""
 
 
+_IMPORT = dis.opmap["IMPORT_NAME"]
+
+
 # -- in the session ----------------------------------------------------------------------------------------------------
 
 
@@ -47,7 +50,8 @@ def imports(code: types.CodeType, package: str) -> Iterator[str]:
         What relative imports start from.
     """
     last: list[Any] = [None, None]
-    for instruction in dis.get_instructions(code):
+    # Most code imports nothing, and to take it apart takes a while.
+    for instruction in dis.get_instructions(code) if _IMPORT in code.co_code[::2] else ():
         if instruction.opname == "EXTENDED_ARG":
             continue
         if instruction.opname == "IMPORT_NAME":
@@ -162,6 +166,9 @@ class Modules:
         self.classes: dict[str, dict[str, type]] = {}
         self.moved = list(moved)
         self._loaded: dict[str, types.ModuleType] = {}
+        #: Those of them that can be used without a lock.
+        self._complete: dict[str, types.ModuleType] = {}
+        self._running: set[str] = set()
         self._builtins = {**vars(builtins), "__import__": self._import}
 
     def make_function(
@@ -234,7 +241,7 @@ class Modules:
                 full = importlib.util.resolve_name("." * level + name, package)
         if full not in self.sources:
             return builtins.__import__(name, namespace, local, fromlist or (), level)
-        module = self._load(full)
+        module = self._complete.get(full) or self._load(full)
         if not fromlist:
             return self._loaded[full.partition(".")[0]]
         for each in fromlist:
@@ -251,6 +258,9 @@ class Modules:
                 module = self._loaded[name]
                 if parent and not hasattr(self._loaded[parent], last):
                     setattr(self._loaded[parent], last, module)
+                # Unless this is one of those that it imports, in its turn.
+                if name not in self._running:
+                    self._complete[name] = module
                 return module
             text, is_package, file = self.sources[name]
             module = types.ModuleType(name)
@@ -265,6 +275,7 @@ class Modules:
             if is_package:
                 module.__path__ = []
             self._loaded[name] = module
+            self._running.add(name)
             if parent:
                 setattr(self._loaded[parent], last, module)
             try:
@@ -272,6 +283,9 @@ class Modules:
             except BaseException:
                 del self._loaded[name]
                 raise
+            finally:
+                self._running.discard(name)
+            self._complete[name] = module
             return module
 
     def _execute(self, module: types.ModuleType, text: str, file: str) -> None:
