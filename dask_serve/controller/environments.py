@@ -62,6 +62,8 @@ class Environments:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
+        #: There has been a replica that needs one, or a worker that has one.
+        self.in_use = False
         #: By worker: the environment that its process has, or is about to have.
         self.claimed: dict[str, str] = {}
         #: Workers that said so themselves.
@@ -83,6 +85,7 @@ class Environments:
 
     def _learn(self, worker: str, told: Prepared) -> None:
         if told.environment:
+            self.in_use = True
             self.claimed[worker] = told.environment
             self._prepared.add(worker)
         if told.used:

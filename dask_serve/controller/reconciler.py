@@ -16,7 +16,7 @@ from distributed import Client
 from msgspec.structs import replace
 
 from ..policy.lifecycle import ENDS
-from ..policy.placement import Need, booking, place, wanted_workers
+from ..policy.placement import Need, WorkerView, booking, place, wanted_workers
 from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
 from .actors import QUEUED_AFTER, Actors, explain, replica_class
 from .environments import describe
@@ -301,6 +301,8 @@ class Reconciler:
             environment="" if spec.environment is None else spec.environment.id,
         )
         registry, id = self.registry, action.deployment
+        if need.environment:
+            self.workers.environments.in_use = True
         if id in registry.unplaced:
             # It was found a moment ago that there is no place.
             number, reason = registry.unplaced[id]
@@ -319,14 +321,7 @@ class Reconciler:
                 self._wait_for_devices.add(id)
                 return
             registry.unplaced[id] = (1, describe(choice.reason, spec.environment))
-            restart = self.workers.environments.restart_one(need, views, now)
-            if restart is not None:
-                self._spawn(self._restart(restart))
-            if need.only_free_threads and place(replace(need, only_free_threads=False), views).worker is not None:
-                self._short_of_threads[id] = (1, need.threads)
-            old = [r for r in registry.of(id) if r.state == "ready" and r.spec.revision != action.revision]
-            if old and place(need, self.workers.views(id, action.revision, without=old)).worker is not None:
-                registry.crowded.add(id)
+            self._look_for_place(action, need, views, now)
             return
         replica = Replica(app, spec, choice.worker, now)
         view = next(view for view in views if view.address == choice.worker)
@@ -339,6 +334,18 @@ class Reconciler:
             self._submit(replica)
         else:
             self._spawn(self._ask_and_submit(replica))
+
+    def _look_for_place(self, action: Start, need: Need, views: list[WorkerView], now: float) -> None:
+        """There is no place for a replica: see what would make one."""
+        id = action.deployment
+        restart = self.workers.environments.restart_one(need, views, now)
+        if restart is not None:
+            self._spawn(self._restart(restart))
+        if need.only_free_threads and place(replace(need, only_free_threads=False), views).worker is not None:
+            self._short_of_threads[id] = (1, need.threads)
+        old = [r for r in self.registry.of(id) if r.state == "ready" and r.spec.revision != action.revision]
+        if old and place(need, self.workers.views(id, action.revision, without=old)).worker is not None:
+            self.registry.crowded.add(id)
 
     async def _ask_for_devices(self, worker: str) -> None:
         assert self._client is not None

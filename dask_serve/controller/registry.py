@@ -344,8 +344,9 @@ class Registry:
                 self.touch_application(name)
         self.attempts = {key: tried for key, tried in self.attempts.items() if self.desired(key[0]) is not None}
         self.setbacks = {key: tried for key, tried in self.setbacks.items() if self.desired(key[0]) is not None}
-        running = (replica.spec for replica in self.replicas.values())
-        needed = {name for spec in (*self._all_specs(), *running) for name in spec.needs}
+        specs = [*self._all_specs(), *(replica.spec for replica in self.replicas.values())]
+        needed = {spec.revision for spec in specs}
+        needed.update(*(spec.needs for spec in specs if spec.environment is not None))
         if not self.code.keys() - needed <= self._spare:
             self.code = self.history.kept(self.code, needed)
         self._spare = self.code.keys() - needed

@@ -132,6 +132,7 @@ class WorkerViews:
                 for device in replica.devices:
                     shares[replica.host, device.id] += share_of(replica.spec.options.gpus)
         by_worker = self._registry.by_worker
+        environments = self.environments.in_use
         for address, worker in self._scheduler.workers.items():
             here = by_worker.get(address, {}).values()
             ours = [replica for replica in here if replica not in without]
@@ -162,7 +163,7 @@ class WorkerViews:
                     replicas=same,
                     total=len(ours),
                     failures=self._failures[address, revision],
-                    **self.environments.describe(address, ours, len(ours) < len(here)),
+                    **(self.environments.describe(address, ours, len(ours) < len(here)) if environments else {}),
                 )
             )
         return views

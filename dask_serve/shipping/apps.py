@@ -177,7 +177,7 @@ def _variable(name: str, *default: Any) -> contextvars.ContextVar[Any]:
 
 def home_of(value: Any) -> tuple[types.ModuleType, str] | None:
     """Find a module of an installed package that has something as one of its variables."""
-    from .code import own_modules
+    from .own import own_modules
 
     own = {module.__name__ for module in own_modules()} | _NO_HOMES
     for module in list(sys.modules.values()):
@@ -193,7 +193,7 @@ _NO_HOMES = frozenset({"builtins", "__main__"})
 
 
 def _is_own(endpoint: Any) -> bool:
-    from .code import own_modules
+    from .own import own_modules
 
     name = getattr(inspect.unwrap(endpoint), "__module__", None) if callable(endpoint) else None
     return name == "__main__" or any(module.__name__ == name for module in own_modules())

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import functools
-import importlib.machinery
 import inspect
 import io
 import pickle
 import sys
-import sysconfig
 import threading
 import types
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
@@ -32,6 +28,7 @@ from ..wire.payloads import keep_native
 from .apps import remaking
 from .blame import blame
 from .modules import Modules, Source, imports, package_of, sources_of
+from .own import is_own, own_modules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -46,9 +43,6 @@ REPAIR = (
     "Create it in `__init__`, which runs on the worker, instead of in the class, the module or the arguments of "
     "`.bind()`."
 )
-
-#: Packages that are never the application's own, wherever they lie (an editable install, a checkout).
-FOREIGN = frozenset({"dask_serve", "distributed", "dask"})
 
 #: What replaces an object while it is pickled: a callable that workers can import, and its arguments. For functions:
 #: the annotations that they travel with.
@@ -210,48 +204,6 @@ class _Unpickler(pickle.Unpickler):
 # -- the application's own modules -------------------------------------------------------------------------------------
 
 
-def own_modules() -> list[types.ModuleType]:
-    """Modules whose files lie under the working directory or beside the main program, and are no installed package."""
-    roots = _roots()
-    found = []
-    for module in list(sys.modules.values()):
-        if not isinstance(module, types.ModuleType) or module.__name__ == "__main__":
-            continue
-        if sys.modules.get(module.__name__) is not module or module.__name__.partition(".")[0] in FOREIGN:
-            continue
-        # Through the dictionary, because modules that load lazily do so at the first attribute.
-        file = vars(module).get("__file__")
-        if isinstance(file, str) and file.endswith(tuple(importlib.machinery.SOURCE_SUFFIXES)) and _own(file, roots):
-            found.append(module)
-    return found
-
-
-def _roots() -> frozenset[str]:
-    roots = set()
-    with contextlib.suppress(OSError):
-        roots.add(str(Path.cwd()))
-    main = getattr(sys.modules.get("__main__"), "__file__", None)
-    if main:
-        roots.add(str(Path(main).absolute().parent))
-    return frozenset(roots)
-
-
-@functools.lru_cache(maxsize=8192)
-def _own(file: str, roots: frozenset[str]) -> bool:
-    path = Path(file).absolute()
-    if not any(path.is_relative_to(root) for root in roots):
-        return False
-    if {"site-packages", "dist-packages"} & set(path.parts):
-        return False
-    return not any(path.is_relative_to(directory) for directory in _library_directories())
-
-
-@functools.cache
-def _library_directories() -> tuple[str, ...]:
-    paths = sysconfig.get_paths()
-    return tuple({str(Path(paths[name]).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-
-
 @contextlib.contextmanager
 def _by_value() -> Iterator[None]:
     with _lock:
@@ -310,7 +262,7 @@ def pack(
     with _by_value():
         try:
             buffer, pickler = _dump(target, args, kwargs, reducers, {})
-            sources = sources_of(pickler.imported, _is_shipped)
+            sources = sources_of(pickler.imported, is_own)
             if sources:
                 buffer, pickler = _dump(target, args, kwargs, reducers, sources)
         except Exception as error:  # __reduce__ of user code raises what it likes
@@ -331,11 +283,6 @@ def _dump(
     pickler.target = target
     pickler.dump((_Sources(sources) if sources else None, target, args, kwargs, _Classes()))
     return buffer, pickler
-
-
-def _is_shipped(name: str, file: str) -> bool:
-    """Whether a module is the application's own, by its name and file."""
-    return name.partition(".")[0] not in FOREIGN and _own(file, _roots())
 
 
 def unpack(
