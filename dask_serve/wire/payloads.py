@@ -234,7 +234,7 @@ class Names(Protocol):
 def loads(parts: Sequence[Buffer], values: Sequence[Any] = (), names: Names | None = None) -> Any:
     """Rebuild what `dumps` serialised; ``values`` are those of its attachments, in their order."""
     if not values:
-        return _loads(parts, names)
+        return pickle.loads(parts[0], buffers=parts[1:]) if names is None else _loads(parts, names)
     outer = getattr(_values, "current", ())
     _values.current = values
     try:
