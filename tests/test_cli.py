@@ -19,6 +19,9 @@ import pytest
 from click.testing import CliRunner
 
 from dask_serve import api, cli
+from dask_serve.cli.connecting import Cluster
+from dask_serve.cli.loading import load
+from dask_serve.cli.serving import INTERRUPTED
 from dask_serve.controller.status import ServeStatus
 from dask_serve.deployment import Application
 from dask_serve.exceptions import ApplicationNotFoundError, DeploymentFailedError
@@ -78,12 +81,12 @@ def invoke(*arguments: str) -> Any:
 
 
 def test_loads_an_application_from_the_working_directory(module: Path) -> None:
-    assert isinstance(cli._load("hello_module:app"), Application)
+    assert isinstance(load("hello_module:app"), Application)
     assert sys.path[0] == str(module)
 
 
 def test_calls_a_builder() -> None:
-    assert cli._load("hello_module:build").name == "Built"
+    assert load("hello_module:build").name == "Built"
 
 
 @pytest.mark.parametrize(
@@ -91,9 +94,9 @@ def test_calls_a_builder() -> None:
     [
         ("hello_module", "write MODULE:APP"),
         ("no_such_module:app", "there is no module 'no_such_module'"),
-        ("hello_module:ap", "has no attribute 'ap'; its applications: app"),
-        ("hello_module:Hello", "is a Deployment (Hello), not an application; write .bind() behind it"),
-        ("hello_module:Plain", "is a type (Plain), not an application; decorate the class"),
+        ("hello_module:ap", "has no attribute 'ap'\nits applications: app"),
+        ("hello_module:Hello", "is a Deployment (Hello), not an application\nwrite .bind() behind it"),
+        ("hello_module:Plain", "is a type (Plain), not an application\ndecorate the class"),
         ("hello_module:wrong", "wrong() returned an int, not an application"),
     ],
 )
@@ -106,7 +109,7 @@ def test_says_what_is_wrong_with_a_target(target: str, message: str) -> None:
 
 def test_a_module_that_cannot_be_imported_shows_its_own_traceback() -> None:
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        cli._load("broken_module:app")
+        load("broken_module:app")
 
 
 def test_workers_are_for_the_embedded_cluster() -> None:
@@ -124,7 +127,7 @@ def _no_client(*_: Any) -> Iterator[str]:
 
 
 def test_status_as_text_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_connected", _no_client)
+    monkeypatch.setattr(Cluster, "client", _no_client)
     monkeypatch.setattr(api, "status", lambda client: ServeStatus(version=3, url="http://127.0.0.1:8000"))
     assert "HTTP at http://127.0.0.1:8000" in invoke("status").output
     assert json.loads(invoke("status", "--json").output)["version"] == 3
@@ -132,7 +135,7 @@ def test_status_as_text_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_delete_and_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(cli, "_connected", _no_client)
+    monkeypatch.setattr(Cluster, "client", _no_client)
     monkeypatch.setattr(api, "delete", lambda name, client: calls.append(("delete", name, client)))
     monkeypatch.setattr(api, "shutdown", lambda client: calls.append(("shutdown", client)))
     assert invoke("delete", "shop").exit_code == 0
@@ -142,7 +145,7 @@ def test_delete_and_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int | None]] = []
-    monkeypatch.setattr(cli, "_connected", _no_client)
+    monkeypatch.setattr(Cluster, "client", _no_client)
     monkeypatch.setattr(api, "rollback", lambda name, version, client: calls.append((name, version)))
     monkeypatch.setattr(api, "history", lambda name, client: ["version 1", "version 2"])
     assert invoke("rollback", "shop").output == "version 2\n"
@@ -154,7 +157,7 @@ def test_errors_of_the_service_are_one_message(monkeypatch: pytest.MonkeyPatch) 
     def fail(name: str, client: Any) -> None:
         raise ApplicationNotFoundError(f"there is no application {name!r}; there are: default")
 
-    monkeypatch.setattr(cli, "_connected", _no_client)
+    monkeypatch.setattr(Cluster, "client", _no_client)
     monkeypatch.setattr(api, "delete", fail)
     result = invoke("delete", "shop")
     assert result.exit_code == 1
@@ -192,7 +195,7 @@ def test_run_on_a_cluster_deletes_what_it_deployed(monkeypatch: pytest.MonkeyPat
         calls.append(("run", application.name, options["name"], options["route_prefix"]))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(cli, "_client", lambda address: client)
+    monkeypatch.setattr(Cluster, "connect", lambda self: client)
     monkeypatch.setattr(api, "start", lambda **options: calls.append(("start", options)))
     monkeypatch.setattr(api, "run", deploy)
     monkeypatch.setattr(api, "delete", lambda name, client: calls.append(("delete", name)))
@@ -211,7 +214,7 @@ def test_run_reports_a_deployment_that_failed(monkeypatch: pytest.MonkeyPatch) -
     def fail(application: Application, **options: Any) -> None:
         raise DeploymentFailedError("ZeroDivisionError: in the constructor")
 
-    monkeypatch.setattr(cli, "_client", lambda address: _Client())
+    monkeypatch.setattr(Cluster, "connect", lambda self: _Client())
     monkeypatch.setattr(api, "start", lambda **options: None)
     monkeypatch.setattr(api, "run", fail)
     monkeypatch.setattr(api, "delete", lambda name, client: None)
@@ -298,7 +301,7 @@ def test_a_second_signal_ends_at_once(module: Path) -> None:
         process.send_signal(signal.SIGINT)
         read_until(process, "draining")
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == cli.INTERRUPTED
+        assert process.wait(timeout=10) == INTERRUPTED
         assert_all_end(family)
 
 
