@@ -83,6 +83,7 @@ class Cluster:
         from distributed import Client
 
         address = self.address
+        _check(address)
         try:
             return Client(address, timeout=CONNECT_WITHIN, security=self.security, set_as_default=False)
         except (OSError, ValueError, TypeError, RuntimeError) as error:
@@ -117,9 +118,24 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def _check(address: str) -> None:
+    """Raise Failure where an address cannot be one: a client would go on trying."""
+    from distributed.comm.addressing import parse_address, parse_host_port
+    from distributed.comm.registry import get_backend
+
+    try:
+        scheme, location = parse_address(address)
+        get_backend(scheme)
+        if scheme != "inproc":
+            parse_host_port(location)
+    except ValueError as error:
+        raise Failure(
+            f"{address} is no address of a scheduler ({_first_line(error)})",
+            "one is like tcp://HOST:8786, or tls://HOST:8786 where there are certificates",
+        ) from error
+
+
 def _repair(address: str) -> str:
-    if "://" in address and not address.startswith(("tcp://", "tls://", "ws://", "wss://", "ucx://", "inproc://")):
-        return "a scheduler's address is like tcp://HOST:8786, or tls://HOST:8786 where it has certificates"
     hint = "; tls:// needs --tls-ca-file, --tls-cert and --tls-key" if address.startswith("tls://") else ""
     return f"is it running (`dask scheduler`), and is this the address that it logs?{hint}"
 

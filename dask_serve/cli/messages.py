@@ -5,12 +5,16 @@ The exit code is 2 for a command that was not written as it should be, and 1 for
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import IO, Any
 
 import click
 
-__all__ = ["Failure", "Misused", "Misuses", "command"]
+__all__ = ["Failure", "Misused", "Misuses", "command", "told"]
+
+
+_DEBUG = "dask_serve.debug"
 
 
 class Failure(click.ClickException):
@@ -26,6 +30,10 @@ class Failure(click.ClickException):
 
     def __init__(self, what: str, repair: str = "") -> None:
         super().__init__(f"{what}\n{repair}" if repair else what)
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print it on stderr."""
+        click.echo(f"{_error()} {self.format_message()}", file=file, err=True)
 
 
 class Misused(click.UsageError):
@@ -46,9 +54,10 @@ class Misused(click.UsageError):
         self.repair = repair
 
     def show(self, file: IO[Any] | None = None) -> None:
+        """Print it on stderr."""
         path = self.ctx.command_path if self.ctx is not None else "dask serve"
         repair = self.repair or f"`{path} --help` tells what it takes"
-        click.echo(f"Error: {self.format_message()}\n{repair}", file=file, err=True)
+        click.echo(f"{_error()} {self.format_message()}\n{repair}", file=file, err=True)
 
 
 class Misuses:
@@ -70,7 +79,13 @@ class _Command(Misuses, click.Command):
     def __init__(self, *args: Any, **attributes: Any) -> None:
         super().__init__(*args, **attributes)
         self.params.append(
-            click.Option(["--debug"], is_flag=True, expose_value=False, help="Show the traceback of an error.")
+            click.Option(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                callback=_note_debug,
+                help="Show the traceback of an error.",
+            )
         )
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -81,14 +96,16 @@ class _Command(Misuses, click.Command):
                 error.ctx = error.ctx or ctx
                 raise
             raise Misused(error.format_message(), "", error.ctx or ctx) from None
-        except Exception as error:  # noqa: BLE001 - whatever it is, it becomes a message
-            if _is_debugging(ctx) and not isinstance(error, click.exceptions.Exit | click.Abort):
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if ctx.meta.get(_DEBUG):
                 _show_traceback()
-            raise _told(error) from None
+            raise told(error) from error
 
 
-def _is_debugging(ctx: click.Context) -> bool:
-    return bool(ctx.params.get("debug"))
+def _note_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+    ctx.meta[_DEBUG] = value
 
 
 def _show_traceback() -> None:
@@ -97,15 +114,21 @@ def _show_traceback() -> None:
     click.echo(traceback.format_exc().rstrip(), err=True)
 
 
-def _told(error: Exception) -> Exception:
-    """Return the exception that click prints as one message."""
-    if isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
+def told(error: Exception) -> click.ClickException:
+    """Return the exception that click prints as one message: what and where in a line, what to do in the next."""
+    if isinstance(error, click.ClickException):
         return error
     from ..exceptions import ServeError
 
     if isinstance(error, ServeError):
-        return Failure(str(error))
+        what, _, repair = str(error).partition("; ")
+        return Failure(str(error)) if "\n" in what else Failure(what, repair)
     return Failure(f"{type(error).__name__}: {error}", "--debug shows where it comes from")
+
+
+def _error() -> str:
+    # Click strips it where no terminal reads it, and does not know the variable.
+    return "Error:" if os.environ.get("NO_COLOR") else click.style("Error:", fg="red", bold=True)
 
 
 def command(*examples: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:

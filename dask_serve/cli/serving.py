@@ -6,21 +6,22 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from .connecting import Cluster
-from .messages import Failure
+from .messages import Failure, told
 
 if TYPE_CHECKING:
     from distributed import Client
 
     from ..embedded import EmbeddedCluster
+    from .watching import Watch
 
-__all__ = ["INTERRUPTED", "Serving", "Stop"]
+__all__ = ["INTERRUPTED", "Serving", "Stop", "check_port"]
 
 #: Exit code of a process that a signal ended before it could drain.
 INTERRUPTED = 130
@@ -28,6 +29,18 @@ INTERRUPTED = 130
 
 class Stop(BaseException):
     """The user asked for the end. Not an Exception: no handler of user code is meant to catch it."""
+
+
+def check_port(http: dict[str, Any]) -> None:
+    """Raise ConfigError where a port that was asked for is busy: before a cluster is started for nothing."""
+    if not http.get("port"):
+        return
+    import asyncio
+
+    from ..controller.sockets import bind_slots
+
+    for sock in asyncio.run(bind_slots(http.get("host", "127.0.0.1"), http["port"], 1)):
+        sock.close()
 
 
 class Serving:
@@ -47,6 +60,7 @@ class Serving:
         self.cluster: EmbeddedCluster | None = None
         self.client: Client | None = None
         self._deployed: str | None = None
+        self._route_prefix = "/"
         self._signals = 0
         self._closing = False
 
@@ -78,6 +92,7 @@ class Serving:
         from .. import api
 
         client = self._connect()
+        self._route_prefix = route_prefix
         if self.cluster is None:
             click.echo(f"scheduler at {client.scheduler.address}, dashboard at {client.dashboard_link}")
         api.start(**http, client=client)
@@ -106,6 +121,29 @@ class Serving:
         while True:
             pause.wait(0.5)
             self.check()
+
+    def follow(self, watch: Watch, load: Callable[[], Any]) -> NoReturn:
+        """Deploy what ``load`` returns whenever source files have changed; where that fails the old code goes on."""
+        while True:
+            changed = watch.wait(0.5)
+            self.check()
+            if changed:
+                click.echo(f"changed: {', '.join(sorted(changed))}")
+                try:
+                    self._deploy_again(load())
+                except Exception as error:  # noqa: BLE001 - whatever it is, the next change may mend it
+                    told(error).show()
+                    click.echo("the old code goes on")
+
+    def _deploy_again(self, application: Any) -> None:
+        from .. import api
+
+        name = self._deployed
+        assert name is not None
+        before = api.history(name, client=self.client)[-1].version
+        api.run(application, name=name, route_prefix=self._route_prefix, client=self.client)
+        after = api.history(name, client=self.client)[-1].version
+        click.echo(f"version {after} of {name} is ready" if after != before else f"nothing of {name} has changed")
 
     def check(self) -> None:
         """Raise where the cluster has ended."""
