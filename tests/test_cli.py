@@ -18,7 +18,7 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from dask_serve import api, cli
+from dask_serve import api, cli, versions
 from dask_serve.cli.connecting import Cluster
 from dask_serve.cli.loading import load
 from dask_serve.cli.serving import INTERRUPTED
@@ -146,8 +146,8 @@ def test_delete_and_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int | None]] = []
     monkeypatch.setattr(Cluster, "client", _no_client)
-    monkeypatch.setattr(api, "rollback", lambda name, version, client: calls.append((name, version)))
-    monkeypatch.setattr(api, "history", lambda name, client: ["version 1", "version 2"])
+    monkeypatch.setattr(versions, "rollback", lambda name, version, client: calls.append((name, version)))
+    monkeypatch.setattr(versions, "history", lambda name, client: ["version 1", "version 2"])
     assert invoke("rollback", "shop").output == "version 2\n"
     assert invoke("rollback", "shop", "--version", "1").exit_code == 0
     assert calls == [("shop", None), ("shop", 1)]

@@ -17,6 +17,7 @@ __all__ = ["serve"]
 COMMANDS = {
     "run": "run",
     "status": "look",
+    "scale": "change",
     "rollback": "change",
     "drain": "change",
     "delete": "change",

@@ -7,7 +7,26 @@ import click
 from .connecting import Cluster, cluster_options
 from .messages import command
 
-__all__ = ["delete", "drain", "rollback", "shutdown"]
+__all__ = ["delete", "drain", "rollback", "scale", "shutdown"]
+
+
+@command("scale shop/Model 4")
+@click.argument("deployment", metavar="APPLICATION/DEPLOYMENT")
+@click.argument("number", type=click.IntRange(1), metavar="NUMBER")
+@click.option("--no-wait", is_flag=True, help="Do not wait until the replicas are ready.")
+@cluster_options
+def scale(cluster: Cluster, deployment: str, number: int, no_wait: bool) -> None:
+    """Change how many replicas a deployment has.
+
+    Those that stay are not restarted. The change is a version of the application, which `rollback` takes back; the
+    next deployment makes the number what the code says. The name of the application is enough where it has one
+    deployment only.
+    """
+    from .. import versions
+
+    with cluster.client() as client:
+        versions.scale(deployment, number, wait=not no_wait, client=client)
+        click.echo(str(versions.history(deployment.partition("/")[0], client=client)[-1]))
 
 
 @command("rollback shop", "rollback shop --version 3")
@@ -16,11 +35,11 @@ __all__ = ["delete", "drain", "rollback", "shutdown"]
 @cluster_options
 def rollback(cluster: Cluster, name: str, version: int | None) -> None:
     """Make the application NAME again what it was."""
-    from .. import api
+    from .. import versions
 
     with cluster.client() as client:
-        api.rollback(name, version, client=client)
-        click.echo(str(api.history(name, client=client)[-1]))
+        versions.rollback(name, version, client=client)
+        click.echo(str(versions.history(name, client=client)[-1]))
 
 
 @command("drain tcp://10.0.0.7:40123", "drain gpu-3 --stay")

@@ -136,13 +136,13 @@ class Serving:
                     click.echo("the old code goes on")
 
     def _deploy_again(self, application: Any) -> None:
-        from .. import api
+        from .. import api, versions
 
         name = self._deployed
         assert name is not None
-        before = api.history(name, client=self.client)[-1].version
+        before = versions.history(name, client=self.client)[-1].version
         api.run(application, name=name, route_prefix=self._route_prefix, client=self.client)
-        after = api.history(name, client=self.client)[-1].version
+        after = versions.history(name, client=self.client)[-1].version
         click.echo(f"version {after} of {name} is ready" if after != before else f"nothing of {name} has changed")
 
     def check(self) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ..config import HTTPOptions
     from ..shipping.graph import Built
 
-__all__ = ["deploy", "ensure_controller", "roll_back", "signature", "start_proxies"]
+__all__ = ["deploy", "ensure_controller", "roll_back", "scale", "signature", "start_proxies"]
 
 #: Seconds one long poll may take.
 POLL = 30.0
@@ -75,8 +75,22 @@ async def roll_back(
     client: Client, name: str, version: int | None, *, wait: bool, timeout: float | None, say: Progress
 ) -> int:
     """Make an application again what it was, and wait until that runs; return the number of the new version."""
+    return await _change(client, "serve_rollback", name, wait=wait, timeout=timeout, say=say, version=version)
+
+
+async def scale(
+    client: Client, name: str, deployment: str, number: int, *, wait: bool, timeout: float | None, say: Progress
+) -> int:
+    """Change how many replicas a deployment has, and wait for them; return the number of the new version."""
+    options = {"deployment": deployment, "number": number}
+    return await _change(client, "serve_scale", name, wait=wait, timeout=timeout, say=say, **options)
+
+
+async def _change(
+    client: Client, op: str, name: str, *, wait: bool, timeout: float | None, say: Progress, **arguments: Any
+) -> int:
     deadline = None if timeout is None else time.monotonic() + timeout
-    answer = await ask(client.scheduler, "serve_rollback", app=name, version=version, **signature(client))
+    answer = await ask(client.scheduler, op, app=name, **arguments, **signature(client))
     if wait:
         try:
             await _wait_running(client, name, answer["version"], deadline=deadline, timeout=timeout, say=say)

@@ -12,7 +12,7 @@ from distributed.protocol import to_serialize
 
 from ..config import HTTPOptions
 from ..exceptions import ApplicationNotFoundError, ConfigError
-from ..policy.desired import ApplicationSpec, deployment_id
+from ..policy.desired import ApplicationSpec, deployment_id, with_replicas
 from ..policy.history import By, Entry, earlier
 from ..policy.reconcile import ATTEMPTS, Attempts
 from .history import signed
@@ -191,6 +191,26 @@ class Editor:
                 )
             return await self._replace(entry.spec, {}, by, f"rolled back to {entry.version}")
 
+    async def scale(self, app: str, deployment: str, number: int, by: By) -> int:
+        """Change how many replicas a deployment has; return the number of the version that this is.
+
+        Raises
+        ------
+        ApplicationNotFoundError
+            There is no such application or deployment.
+        ConfigError
+            The deployment follows its load, or the number is none.
+        """
+        async with self._lock:
+            current = self.history.current(app)
+            application = self.registry.applications.get(app)
+            if current is None or application is None or application.deleting:
+                raise ApplicationNotFoundError(self.not_found(app))
+            spec, before = with_replicas(application.spec, deployment, number)
+            # It stays the application of the session that deployed it, and ends with that.
+            by = By(by.owner, current.by.client)
+            return await self._replace(spec, {}, by, f"scaled {deployment} from {before} to {number}")
+
     def _earlier(self, app: str, version: int | None) -> Entry:
         entries = self.history.of(app)
         if not entries:
@@ -231,7 +251,7 @@ class Editor:
             if application is None:
                 raise ApplicationNotFoundError(self.not_found(app))
             current = self.history.current(app)
-            if own and current is not None and current.by != by:
+            if own and current is not None and current.by.client != by.client:
                 return False
             await self._save(app, ())
             replicas = self.registry.delete(app)

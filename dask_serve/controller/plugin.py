@@ -282,6 +282,13 @@ class Controller(SchedulerPlugin):
         return {"version": await self.editor.rollback(app, version, by, self.scheduler.tasks.__contains__)}
 
     @_op
+    async def serve_scale(
+        self, app: str, deployment: str, number: int, owner: str = "", client: str = ""
+    ) -> dict[str, Any]:
+        """Change how many replicas a deployment has; answer with the number of the version that this is."""
+        return {"version": await self.editor.scale(app, deployment, number, By(owner, client))}
+
+    @_op
     async def serve_history(self, app: str) -> dict[str, Any]:
         """Return what an application was, and what became of it."""
         return {"history": encode_history(self.registry.history.answer(app)), "told": self.editor.not_found(app)}
