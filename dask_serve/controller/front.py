@@ -168,6 +168,11 @@ class Front:
         """The options of the proxies, or those that they would have."""
         return HTTPOptions() if self._proxies is None else self._proxies.options
 
+    @property
+    def explicit(self) -> list[str]:
+        """Names of the options that a person gave."""
+        return sorted(self._explicit)
+
     def describe(self) -> list[dict[str, Any]]:
         """Return one dictionary for each process."""
         rows = [] if self._proxies is None else self._proxies.describe()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import secrets
 import uuid
-from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +20,6 @@ from ..exceptions import (
     ApplicationNotFoundError,
     ConfigError,
     DeploymentUnavailableError,
-    ServeError,
 )
 from ..logs import join_dask
 from ..measures.sources import add_source, drop_source
@@ -30,6 +27,7 @@ from ..policy.desired import ApplicationSpec
 from ..policy.history import By
 from ..routing.table import Table, encode_table
 from .changes import Changes, Throttle
+from .desired import DESIRED_OPERATIONS, Desired
 from .editor import Editor
 from .events import Events
 from .front import Front, first_options
@@ -37,6 +35,7 @@ from .history import History, encode_history
 from .leaving import Leaving
 from .measures import Measures
 from .metrics import controller_families
+from .operations import operation
 from .promises import Promises
 from .pulse import Pulse
 from .reconciler import Reconciler
@@ -58,21 +57,6 @@ logger = logging.getLogger("dask_serve.controller")
 
 #: Seconds between two reminders to the scheduler that it is not idle; it looks every 0.25 s.
 NOT_IDLE = 0.1
-
-Op = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
-
-
-def _op(method: Op) -> Op:
-    """Return errors that callers can mend as data: the scheduler would log and pickle them."""
-
-    @functools.wraps(method)
-    async def answer(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        try:
-            return await method(*args, **kwargs)
-        except ServeError as error:
-            return {"error": [type(error).__name__, str(error)]}
-
-    return answer
 
 
 class Controller(SchedulerPlugin):
@@ -125,6 +109,7 @@ class Controller(SchedulerPlugin):
         add_source(
             "dask-serve-controller", lambda: controller_families(lambda: self._status, self.measures, self.events)
         )
+        self.desired = Desired(self)
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
         self._tables = Changes()
@@ -134,6 +119,8 @@ class Controller(SchedulerPlugin):
         self._not_idle = PeriodicCallback(self._keep_awake, NOT_IDLE * 1000)
         for name in OPERATIONS:
             scheduler.handlers[name] = getattr(self, name)
+        for name in DESIRED_OPERATIONS:
+            scheduler.handlers[name] = getattr(self.desired, name)
         scheduler.stream_handlers["serve-load"] = self._on_load
         self._adaptive_before = scheduler.adaptive_target
         # Both names are used: Dask's own Adaptive asks over the wire, dashboards and gateways call the method.
@@ -254,7 +241,7 @@ class Controller(SchedulerPlugin):
         """Return those revisions whose code is not here."""
         return {"missing": self.editor.lacks(revisions)}
 
-    @_op
+    @operation
     async def serve_deploy(
         self, application: bytes, code: dict[str, Any] | None = None, owner: str = "", client: str = ""
     ) -> dict[str, Any]:
@@ -273,7 +260,7 @@ class Controller(SchedulerPlugin):
             await self.front.start(HTTPOptions(), set())
         return {"version": version}
 
-    @_op
+    @operation
     async def serve_rollback(
         self, app: str, version: int | None = None, owner: str = "", client: str = ""
     ) -> dict[str, Any]:
@@ -281,19 +268,19 @@ class Controller(SchedulerPlugin):
         by = By(owner, client)
         return {"version": await self.editor.rollback(app, version, by, self.scheduler.tasks.__contains__)}
 
-    @_op
+    @operation
     async def serve_scale(
         self, app: str, deployment: str, number: int, owner: str = "", client: str = ""
     ) -> dict[str, Any]:
         """Change how many replicas a deployment has; answer with the number of the version that this is."""
         return {"version": await self.editor.scale(app, deployment, number, By(owner, client))}
 
-    @_op
+    @operation
     async def serve_history(self, app: str) -> dict[str, Any]:
         """Return what an application was, and what became of it."""
         return {"history": encode_history(self.registry.history.answer(app)), "told": self.editor.not_found(app)}
 
-    @_op
+    @operation
     async def serve_code(self, revision: str) -> dict[str, Any]:
         """Return a revision's code, as it came, and the cluster's secret."""
         code = await self.editor.code(revision)
@@ -301,12 +288,12 @@ class Controller(SchedulerPlugin):
             raise DeploymentUnavailableError(f"revision {revision} is not deployed any more")
         return {"code": code, "secret": self.secret}
 
-    @_op
+    @operation
     async def serve_delete(self, app: str, owner: str = "", client: str = "", own: bool = False) -> dict[str, Any]:
         """Take an application away (``own``: if this client deployed it); answer when its replicas have ended."""
         return {"deleted": await self.editor.delete(app, By(owner, client), own=own)}
 
-    @_op
+    @operation
     async def serve_shutdown(self, owner: str = "", client: str = "") -> dict[str, Any]:
         """Take everything away; the controller stays and can be used again."""
         names = [name for name, app in self.registry.applications.items() if not app.deleting]
@@ -373,7 +360,7 @@ class Controller(SchedulerPlugin):
         await self.leaving.replace([worker], patience, no_place=0.2)
         return {}
 
-    @_op
+    @operation
     async def serve_drain(self, worker: str, stay: bool = False) -> dict[str, Any]:
         """Bring a worker, by address or name, to hold no replicas, and keep it so; ``stay`` takes it back."""
         there = self.scheduler.workers
@@ -426,7 +413,7 @@ class Controller(SchedulerPlugin):
         answer = await self.serve_table(epoch, since, timeout)
         return {**answer, "options": msgspec.msgpack.encode(self.front.options)}
 
-    @_op
+    @operation
     async def serve_start(self, options: bytes = b"", explicit: list[str] | None = None) -> dict[str, Any]:
         """Start the proxies, or change what can be changed; answer when they accept requests."""
         given = msgspec.msgpack.decode(options, type=HTTPOptions) if options else HTTPOptions()

@@ -20,7 +20,10 @@ _WRITTEN: dict[str, Any] = {"memory": Union[Annotated[int, Meta(ge=1)], str, Non
 
 def _entry(name: str, options: type[Struct], *own: tuple[str, Any]) -> Any:
     """Return a class with the options of another one, none of which has to be given."""
-    hints = {**get_type_hints(options, include_extras=True), **{n: t for n, t in _WRITTEN.items() if hasattr(options, n)}}
+    hints = {
+        **get_type_hints(options, include_extras=True),
+        **{n: t for n, t in _WRITTEN.items() if hasattr(options, n)},
+    }
     fields = [(field, Union[hints[field], UnsetType], UNSET) for field in options.__struct_fields__]
     return msgspec.defstruct(
         name, [*own, *fields], frozen=True, kw_only=True, forbid_unknown_fields=True, module=__name__

@@ -21,7 +21,9 @@ __all__ = ["Tree", "read"]
 #: Bytes and values of the largest document.
 LARGEST, MOST = 2**20, 50_000
 
-_variable = re.compile(r"\$(?:\$|\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-(?P<text>[^}]*))?\}|\{(?P<bad>[^}]*)\}?)")
+_variable = re.compile(
+    r"\$(?:\$|\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-(?P<text>[^}]*))?\}|\{(?P<bad>[^}]*)\}?)"
+)
 
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _SEQUENCE, _MAPPING = "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"
@@ -168,9 +170,9 @@ class _Reader:
                 continue
             name = _text(key.value)
             if name in made:
-                first = self.keys[*path, name][0] + 1
+                first = self.keys[(*path, name)][0] + 1
                 self._problems.add(position, (*path, name), f"it is given twice, in line {first} too")
-            self.keys[*path, name] = position
+            self.keys[(*path, name)] = position
             made[name] = self.make(item, (*path, name))
         return {**merged, **made}
 
@@ -234,8 +236,8 @@ class _Reader:
         self._problems.add(
             position,
             path,
-            f"the environment variable {name} is not set: set it, or write a default, ${{{name}:-...}}, or $${{{name}}} "
-            "for the text itself",
+            f"the environment variable {name} is not set: set it, or write a default, ${{{name}:-...}}, or "
+            f"$${{{name}}} for the text itself",
         )
         return found[0]
 

@@ -108,8 +108,8 @@ def _check_version(tree: Tree, problems: Problems) -> None:
         problems.add(
             tree.position(("version",)),
             ("version",),
-            f"the document has version {tree.value['version']!r}, and dask_serve {__version__} reads version {VERSION}: "
-            "write it anew (`dask serve build` begins one), or use the dask_serve that it was written for",
+            f"the document has version {tree.value['version']!r}, and dask_serve {__version__} reads version {VERSION}:"
+            " write it anew (`dask serve build` begins one), or use the dask_serve that it was written for",
         )
     else:
         return

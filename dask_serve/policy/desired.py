@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import Struct, structs
 
 from ..config import DeploymentOptions, change_options
 from ..exceptions import ApplicationNotFoundError, ConfigError
 
-__all__ = ["ApplicationSpec", "DeploymentSpec", "deployment_id", "with_replicas"]
+__all__ = ["ApplicationSpec", "DeploymentSpec", "Source", "deployment_id", "with_replicas"]
 
 
 def deployment_id(app: str, name: str) -> str:
@@ -31,6 +33,14 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
     keys: list[str] = []
 
 
+class Source(Struct, frozen=True, kw_only=True):
+    """Where an application's code came from, as a document names it."""
+
+    import_path: str
+    #: Arguments of the function that ``import_path`` names, with variables that are not filled in.
+    args: dict[str, Any] = {}
+
+
 class ApplicationSpec(Struct, frozen=True, kw_only=True):
     """One application: its deployments, the one that answers, and where HTTP finds it."""
 
@@ -40,6 +50,8 @@ class ApplicationSpec(Struct, frozen=True, kw_only=True):
     #: Name of the deployment that handles and HTTP requests reach.
     ingress: str
     deployments: list[DeploymentSpec]
+    #: None: it was deployed from Python.
+    source: Source | None = None
 
 
 def with_replicas(spec: ApplicationSpec, deployment: str, number: int) -> tuple[ApplicationSpec, int]:
