@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Union, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -15,16 +15,14 @@ __all__ = ["VERSION", "ApplicationEntry", "DeploymentEntry", "Document", "HTTPEn
 VERSION = 1
 
 #: Options that take other types where people write them.
-_WRITTEN: dict[str, Any] = {"memory": Union[Annotated[int, Meta(ge=1)], str, None]}
+_WRITTEN: dict[str, Any] = {"memory": Annotated[int, Meta(ge=1)] | str | None}
 
 
 def _entry(name: str, options: type[Struct], *own: tuple[str, Any]) -> Any:
     """Return a class with the options of another one, none of which has to be given."""
-    hints = {
-        **get_type_hints(options, include_extras=True),
-        **{n: t for n, t in _WRITTEN.items() if hasattr(options, n)},
-    }
-    fields = [(field, Union[hints[field], UnsetType], UNSET) for field in options.__struct_fields__]
+    hints = get_type_hints(options, include_extras=True)
+    hints.update((field, hint) for field, hint in _WRITTEN.items() if field in hints)
+    fields = [(field, hints[field] | UnsetType, UNSET) for field in options.__struct_fields__]
     return msgspec.defstruct(
         name, [*own, *fields], frozen=True, kw_only=True, forbid_unknown_fields=True, module=__name__
     )

@@ -169,11 +169,12 @@ class _Reader:
                 self._problems.add(position, path, "a key is a text")
                 continue
             name = _text(key.value)
+            name_path: Path = (*path, name)
             if name in made:
-                first = self.keys[(*path, name)][0] + 1
-                self._problems.add(position, (*path, name), f"it is given twice, in line {first} too")
-            self.keys[(*path, name)] = position
-            made[name] = self.make(item, (*path, name))
+                first = self.keys[name_path][0] + 1
+                self._problems.add(position, name_path, f"it is given twice, in line {first} too")
+            self.keys[name_path] = position
+            made[name] = self.make(item, name_path)
         return {**merged, **made}
 
     def _merge(self, node: yaml.Node, path: Path, into: dict[str, Any]) -> None:
