@@ -26,6 +26,7 @@ INSTALL = [
     "uvicorn[standard]>=0.34",
     "msgspec>=0.19",
     "click>=8.1",
+    "pyyaml>=6.0",
     "cloudpickle>=3.0",
     "tblib>=1.6",
 ]
@@ -93,7 +94,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["dask_serve", "dask_serve.*"]),
-    package_data={"dask_serve": ["py.typed", "*.yaml"]},
+    package_data={"dask_serve": ["py.typed", "*.yaml", "document/*.json"]},
     zip_safe=False,
     install_requires=INSTALL,
     extras_require=EXTRAS,

@@ -9,6 +9,7 @@ import click
 from .config import HTTPOptions, build_options, parse_options
 from .controller.plugin import Controller
 from .controller.state_file import default_file
+from .defaults import overlaid
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
@@ -42,5 +43,7 @@ def dask_setup(  # noqa: PLR0917 - click passes them by name
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     given.update(parse_options(serve_http))
     http = None if no_serve_http else build_options(HTTPOptions, given, "the preload of dask_serve")
+    if http is not None:
+        http = overlaid(http, given)
     # Not register_scheduler_plugin: the scheduler starts all its plugins after the preloads.
     scheduler.add_plugin(Controller(http, list(given), default_file(scheduler, serve_state)), idempotent=True)

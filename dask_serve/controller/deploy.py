@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from distributed.protocol import to_serialize
 
+from ..defaults import configured_http
 from ..exceptions import ConfigError, ConflictError, DeploymentFailedError, NotRunningError, StartTimeoutError
 from ..policy.desired import ApplicationSpec
 from ..policy.history import CONTROLLER
@@ -27,7 +28,19 @@ if TYPE_CHECKING:
     from ..config import HTTPOptions
     from ..shipping.graph import Built
 
-__all__ = ["deploy", "ensure_controller", "roll_back", "scale", "signature", "start_proxies"]
+__all__ = [
+    "SEND_TRIES",
+    "ask_again",
+    "check_bound",
+    "deploy",
+    "ensure_controller",
+    "roll_back",
+    "scale",
+    "signature",
+    "start_proxies",
+    "wait_known",
+    "wait_running",
+]
 
 #: Seconds one long poll may take.
 POLL = 30.0
@@ -93,16 +106,26 @@ async def _change(
     answer = await ask(client.scheduler, op, app=name, **arguments, **signature(client))
     if wait:
         try:
-            await _wait_running(client, name, answer["version"], deadline=deadline, timeout=timeout, say=say)
+            await wait_running(client, name, answer["version"], deadline=deadline, timeout=timeout, say=say)
         finally:
             say.end()
-        await _wait_known(client, routed=True)
+        await wait_known(client, routed=True)
     return int(answer["version"])
 
 
 async def start_proxies(client: Client, options: HTTPOptions, explicit: list[str]) -> str:
     """Start the proxies, or change their options; return the URL."""
-    answer = await _ask_again(client, "serve_start", options=msgspec.msgpack.encode(options), explicit=sorted(explicit))
+    found, names = configured_http()
+    # For the first start only: what is configured in one session does not change what runs.
+    preferred = [name for name in names if name not in explicit]
+    options = msgspec.structs.replace(options, **{name: getattr(found, name) for name in preferred})
+    answer = await ask_again(
+        client,
+        "serve_start",
+        options=msgspec.msgpack.encode(options),
+        explicit=sorted(explicit),
+        preferred=preferred,
+    )
     return str(answer["url"])
 
 
@@ -135,7 +158,7 @@ async def deploy(
     deadline = None if timeout is None else time.monotonic() + timeout
     spec = built.spec
     await ensure_controller(client)
-    await _check_bound(client, spec, deadline, say)
+    await check_bound(client, spec, deadline, say)
     address = ""
     if proxies[1]:
         # What was asked for may be refused (a busy port), which must leave everything as it was.
@@ -147,16 +170,16 @@ async def deploy(
         version = await _send(client, built)
     if wait:
         try:
-            await _wait_running(client, spec.name, version, deadline=deadline, timeout=timeout, say=say)
+            await wait_running(client, spec.name, version, deadline=deadline, timeout=timeout, say=say)
         finally:
             say.end()
-        await _wait_known(client, spec.route_prefix is not None)
+        await wait_known(client, spec.route_prefix is not None)
         route = spec.route_prefix
         where = f" at {address}{route.rstrip('/')}/" if address and route else ""
         say(f"application {spec.name!r} is running{where}")
 
 
-async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | None, say: Progress) -> None:
+async def check_bound(client: Client, spec: ApplicationSpec, deadline: float | None, say: Progress) -> None:
     """Wait for the Dask futures that are bound; a failed one would fail every constructor."""
     for deployment in spec.deployments:
         for key in deployment.keys:
@@ -181,9 +204,9 @@ async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | 
                 ) from state.exception
 
 
-async def _wait_known(client: Client, routed: bool) -> None:
+async def wait_known(client: Client, routed: bool) -> None:
     """Wait until proxies and this session have the present table: the next call finds the replicas that are ready."""
-    answer = await _ask_again(client, "serve_routed", timeout=KNOWN_WITHIN if routed else 0.0)
+    answer = await ask_again(client, "serve_routed", timeout=KNOWN_WITHIN if routed else 0.0)
     present = answer["epoch"], answer["version"]
     # Of a later epoch, another controller has taken over.
     await Session.of(client).until(
@@ -193,11 +216,11 @@ async def _wait_known(client: Client, routed: bool) -> None:
 
 async def _send(client: Client, built: Built) -> int:
     """Send an application, and those parts of its code that the controller does not have; return its version."""
-    answer = await _ask_again(client, "serve_missing", revisions=list(built.code))
+    answer = await ask_again(client, "serve_missing", revisions=list(built.code))
     application = msgspec.msgpack.encode(built.spec)
     for _ in range(SEND_TRIES):
         code = {revision: to_serialize(built.code[revision]) for revision in answer.get("missing", ())}
-        answer = await _ask_again(client, "serve_deploy", application=application, code=code, **signature(client))
+        answer = await ask_again(client, "serve_deploy", application=application, code=code, **signature(client))
         if "version" in answer:
             return int(answer["version"])
     raise DeploymentFailedError(
@@ -205,7 +228,7 @@ async def _send(client: Client, built: Built) -> int:
     )
 
 
-async def _wait_running(
+async def wait_running(
     client: Client, name: str, version: int, *, deadline: float | None, timeout: float | None, say: Progress
 ) -> None:
     """Wait until a version runs; raise where it fails, or is no longer what is desired."""
@@ -234,11 +257,11 @@ async def _next_status(client: Client, since: int, timeout: float) -> ServeStatu
     """Return the status once it is newer."""
     # The present one will do at first, and after a restart, when versions count anew.
     again = {"since": 0}
-    answer = await _ask_again(client, "serve_watch", again, since=since, timeout=timeout)
+    answer = await ask_again(client, "serve_watch", again, since=since, timeout=timeout)
     return decode_status(answer["status"])
 
 
-async def _ask_again(
+async def ask_again(
     client: Client, op: str, again: dict[str, Any] | None = None, /, **arguments: Any
 ) -> dict[str, Any]:
     """Ask what may be asked twice, ``again`` with other arguments: a scheduler that went away may come back."""

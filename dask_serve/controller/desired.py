@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from ..config import HTTPOptions
+from ..defaults import overlaid
 from ..exceptions import ConfigError
 from ..policy.desired import ApplicationSpec
 from ..policy.history import By, Entry
@@ -124,7 +125,7 @@ class Desired:
         back = front.options if front.url and wanted.explicit else None
         routed = any(spec.route_prefix is not None for spec in wanted.applications)
         if wanted.explicit or (routed and not front.url):
-            await front.start(wanted.http, set(wanted.explicit))
+            await front.start(overlaid(wanted.http, wanted.explicit), set(wanted.explicit))
         return back
 
 

@@ -16,6 +16,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from ..config import HTTPOptions
+from ..defaults import overlaid
 from ..exceptions import (
     ApplicationNotFoundError,
     ConfigError,
@@ -257,7 +258,7 @@ class Controller(SchedulerPlugin):
             return {"missing": missing}
         version = await self.editor.deploy(spec, code or {}, By(owner, client))
         if spec.route_prefix is not None and not self.front.url:
-            await self.front.start(HTTPOptions(), set())
+            await self.front.start(overlaid(HTTPOptions(), ()), set())
         return {"version": version}
 
     @operation
@@ -414,9 +415,15 @@ class Controller(SchedulerPlugin):
         return {**answer, "options": msgspec.msgpack.encode(self.front.options)}
 
     @operation
-    async def serve_start(self, options: bytes = b"", explicit: list[str] | None = None) -> dict[str, Any]:
-        """Start the proxies, or change what can be changed; answer when they accept requests."""
+    async def serve_start(
+        self, options: bytes = b"", explicit: list[str] | None = None, preferred: list[str] | None = None
+    ) -> dict[str, Any]:
+        """Start the proxies, or change what can be changed; answer when they accept requests.
+
+        ``preferred`` are options that the caller's configuration has: they go before this process's own.
+        """
         given = msgspec.msgpack.decode(options, type=HTTPOptions) if options else HTTPOptions()
+        given = overlaid(given, [*(explicit or ()), *(preferred or ())])
         return {"url": await self.front.start(given, set(explicit or ()))}
 
     # -- inside

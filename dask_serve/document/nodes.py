@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from .problems import Path, Problems
 
-__all__ = ["Tree", "read"]
+__all__ = ["RESOLVERS", "Tree", "read"]
 
 #: Bytes and values of the largest document.
 LARGEST, MOST = 2**20, 50_000
@@ -50,6 +50,10 @@ for _kind, _pattern, _first in _PLAIN:
     _Loader.add_implicit_resolver(
         f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})\Z"), [c if c != "\0" else "" for c in _first]
     )
+
+
+#: What plain words stand for, as PyYAML keeps it.
+RESOLVERS: dict[str, Any] = _Loader.yaml_implicit_resolvers
 
 
 class Tree(Struct):

@@ -39,6 +39,8 @@ class Source(Struct, frozen=True, kw_only=True):
     import_path: str
     #: Arguments of the function that ``import_path`` names, with variables that are not filled in.
     args: dict[str, Any] = {}
+    #: By deployment: names of the options that the document gives.
+    overrides: dict[str, list[str]] = {}
 
 
 class ApplicationSpec(Struct, frozen=True, kw_only=True):
