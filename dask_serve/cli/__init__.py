@@ -16,6 +16,8 @@ __all__ = ["serve"]
 #: The module of each command, in which a function has the command's name. They are listed in this order.
 COMMANDS = {
     "run": "run",
+    "deploy": "documents",
+    "build": "documents",
     "status": "look",
     "scale": "change",
     "rollback": "change",

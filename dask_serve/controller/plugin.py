@@ -27,7 +27,9 @@ from ..measures.sources import add_source, drop_source
 from ..policy.desired import ApplicationSpec
 from ..policy.history import By
 from ..routing.table import Table, encode_table
+from .boot import Boot, BootDocument
 from .changes import Changes, Throttle
+from .child import Deployer
 from .desired import DESIRED_OPERATIONS, Desired
 from .editor import Editor
 from .events import Events
@@ -41,6 +43,7 @@ from .promises import Promises
 from .pulse import Pulse
 from .reconciler import Reconciler
 from .registry import Registry
+from .rest import Rest
 from .scaling import Scaling
 from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, WorkerStatus, encode_status
@@ -74,17 +77,24 @@ class Controller(SchedulerPlugin):
         Names of those options that a person gave, for which there is no way round.
     state : StateFile, optional
         Where the desired state is saved; by default where the scheduler's configuration says, if it does.
+    document : BootDocument, optional
+        Deployed once the scheduler runs.
     """
 
     name = "dask-serve"
     idempotent = True
 
     def __init__(
-        self, http: HTTPOptions | None = None, explicit: list[str] | None = None, state: StateFile | None = None
+        self,
+        http: HTTPOptions | None = None,
+        explicit: list[str] | None = None,
+        state: StateFile | None = None,
+        document: BootDocument | None = None,
     ) -> None:
         self._http_at_start = http
         self._explicit = set(explicit or ())
         self._state = state
+        self._document = document
 
     async def start(self, scheduler: Scheduler) -> None:
         """Install the operations. Never waits, so that two registrations cannot overlap."""
@@ -111,6 +121,10 @@ class Controller(SchedulerPlugin):
             "dask-serve-controller", lambda: controller_families(lambda: self._status, self.measures, self.events)
         )
         self.desired = Desired(self)
+        self.deployer = Deployer(scheduler)
+        self.boot = None if self._document is None else Boot(self._document, self.deployer, self._publish)
+        self._booting: asyncio.Task[None] | None = None
+        Rest(self).install()
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
         self._tables = Changes()
@@ -147,6 +161,8 @@ class Controller(SchedulerPlugin):
             )
             if self._http_at_start is not None:
                 self.front.begin(self._http_at_start, self._explicit)
+            if self.boot is not None:
+                self._booting = asyncio.create_task(self.boot.run())
             pulse = asyncio.create_task(Pulse(self.scheduler, self.registry, self.reconciler, self.secret).run())
             try:
                 await self.reconciler.run(self._client)
@@ -161,6 +177,9 @@ class Controller(SchedulerPlugin):
         self._not_idle.stop()
         drop_source("dask-serve-controller")
         self._main.cancel()
+        if self._booting is not None:
+            self._booting.cancel()
+        self.deployer.close()
         with suppress(asyncio.CancelledError, Exception):
             await self._main
         self._publish_soon.close()
@@ -225,8 +244,7 @@ class Controller(SchedulerPlugin):
 
     async def serve_status(self) -> dict[str, Any]:
         """Return the status."""
-        self._publish_soon.flush()
-        return {"status": encode_status(self._with_workers())}
+        return {"status": encode_status(self.present_status())}
 
     async def serve_watch(self, since: int = 0, timeout: float = 30.0) -> dict[str, Any]:
         """Return the status as soon as it is newer than ``since``, or after ``timeout`` seconds."""
@@ -449,12 +467,13 @@ class Controller(SchedulerPlugin):
             self._table_bytes = encode_table(self._table)
             self.front.publish(self._table_bytes)
             self._tables.happened()
+        boot = "" if self.boot is None else self.boot.message
         status = ServeStatus(
             version=self._status.version,
             applications=self.views.statuses(),
             proxies=self.front.describe(),
             url=self.front.url,
-            message="\n".join(text for text in (self.front.message, *self.editor.trouble) if text),
+            message="\n".join(text for text in (self.front.message, *self.editor.trouble, boot) if text),
             events=self.events.latest(),
         )
         if status != self._status or not status.version:
@@ -465,6 +484,11 @@ class Controller(SchedulerPlugin):
         elif not registry.applications and self._not_idle.is_running():
             self._not_idle.stop()
         self.scaling.look()
+
+    def present_status(self) -> ServeStatus:
+        """Return the status, with all that has happened."""
+        self._publish_soon.flush()
+        return self._with_workers()
 
     def _with_workers(self) -> ServeStatus:
         # Each heartbeat changes it, which is no news to those who watch the status.

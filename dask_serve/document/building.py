@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ..deployment import Application, Deployment
@@ -20,7 +20,7 @@ __all__ = ["build_all"]
 Load = Callable[[str, Mapping[str, Any]], Application]
 
 
-def build_all(checked: Checked, load: Load) -> list[Built]:
+def build_all(checked: Checked, load: Load, without: Collection[str] = ()) -> list[Built]:
     """Import the applications of a document.
 
     Parameters
@@ -29,6 +29,8 @@ def build_all(checked: Checked, load: Load) -> list[Built]:
         The document.
     load : callable
         Gets an import path and arguments, and returns an application or raises.
+    without : collection of str
+        Names of applications to leave out.
 
     Raises
     ------
@@ -36,11 +38,11 @@ def build_all(checked: Checked, load: Load) -> list[Built]:
         Something cannot be imported, or does not fit the code; the error lists all of that.
     """
     problems = checked.problems()
-    found = []
+    found: list[Built] = []
     for index, entry in enumerate(checked.document.applications):
-        built = _build(checked, entry, ("applications", index), load, problems)
-        if built is not None:
-            found.append(built)
+        if entry.name not in without:
+            built = _build(checked, entry, ("applications", index), load, problems)
+            found += [] if built is None else [built]
     problems.check()
     return found
 

@@ -41,11 +41,13 @@ def difference(
 
 
 def _http(now: DesiredState, wanted: HTTPOptions, explicit: Sequence[str], *, routed: bool) -> Iterator[str]:
-    if now.http is None and (explicit or routed):
-        yield "+ proxies"
-    running = now.http or HTTPOptions()
+    if now.http is None:
+        if explicit or routed:
+            yield "+ proxies"
+        yield from (f"    {name}: {_shown(getattr(wanted, name))}" for name in sorted(explicit))
+        return
     for name in sorted(explicit):
-        before, after = getattr(running, name), getattr(wanted, name)
+        before, after = getattr(now.http, name), getattr(wanted, name)
         if before != after:
             yield f"~ http {name}: {_shown(before)} → {_shown(after)}"
 
