@@ -48,6 +48,7 @@ EXTRAS = {
         "requests>=2.32",
         # Makes requests up from an OpenAPI document: tests/test_openapi.py.
         "schemathesis>=4.1",
+        "jsonschema>=4.18",
         "threadpoolctl>=3.0",
         "numpy>=1.26",
         # dask.dataframe needs both.

@@ -11,6 +11,7 @@ from ..exceptions import ConfigError
 from ..policy.desired import Source
 from ..shipping.graph import Built, build
 from .declaration import ApplicationEntry, given
+from .dumping import dump
 from .problems import Path, Problems
 from .validation import Checked
 
@@ -70,12 +71,13 @@ def _message(error: Exception) -> str:
     return str(getattr(error, "message", "") or error or type(error).__name__)
 
 
-def _raw(checked: Checked, path: Path) -> dict[str, Any]:
+def _raw(checked: Checked, path: Path) -> str:
     """Return the arguments as they are written: values of variables may be secrets."""
     raw = checked.tree.raw
     for part in path:
         raw = raw[part]
-    return dict(raw.get("args") or {})
+    args = raw.get("args")
+    return "\n".join(dump({"args": args})) if args else ""
 
 
 class _Overrides:
@@ -92,7 +94,8 @@ class _Overrides:
 
     def names(self) -> dict[str, list[str]]:
         """Return the names of the options by deployment."""
-        return {name: sorted(given(entry)) for name, (entry, _) in self._entries.items()}
+        found = {name: sorted(given(entry)) for name, (entry, _) in self._entries.items()}
+        return {name: options for name, options in found.items() if options}
 
     def change(self, name: str, deployment: Deployment) -> Deployment:
         """Return the deployment with its options."""

@@ -66,7 +66,8 @@ def _application(before: ApplicationSpec | None, after: ApplicationSpec) -> Iter
     for name in ("route_prefix", "ingress"):
         yield from _change(name, getattr(before, name), getattr(after, name))
     for name in ("import_path", "args"):
-        yield from _change(name, getattr(before.source, name, None), getattr(after.source, name, None))
+        # No argument is the same as none that is known.
+        yield from _change(name, getattr(before.source, name, "") or None, getattr(after.source, name, "") or None)
     old = {deployment.name: deployment for deployment in before.deployments}
     new = {deployment.name: deployment for deployment in after.deployments}
     for name, spec in new.items():
@@ -77,6 +78,8 @@ def _application(before: ApplicationSpec | None, after: ApplicationSpec) -> Iter
     for name in old:
         if name not in new:
             yield f"    - deployment {name!r}"
+    if getattr(before.source, "overrides", None) != getattr(after.source, "overrides", None):
+        yield "    which options are the document's, and which are the code's"
 
 
 def _change(name: str, before: Any, after: Any) -> Iterator[str]:

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from .problems import Path, Problems
 
-__all__ = ["RESOLVERS", "Tree", "read"]
+__all__ = ["RESOLVERS", "Plain", "Tree", "read"]
 
 #: Bytes and values of the largest document.
 LARGEST, MOST = 2**20, 50_000
@@ -54,6 +54,12 @@ for _kind, _pattern, _first in _PLAIN:
 
 #: What plain words stand for, as PyYAML keeps it.
 RESOLVERS: dict[str, Any] = _Loader.yaml_implicit_resolvers
+
+
+class Plain(str):
+    """A text with variables that stood without quotes: filled in, it may be a number."""
+
+    __slots__ = ()
 
 
 class Tree(Struct):
@@ -196,6 +202,8 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode, path: Path) -> Any:
         tag, text = node.tag, _text(node.value)
+        if self._environment is None and node.style is None and "$" in text:
+            return Plain(text)
         if self._environment is not None and "$" in text:
             text = _variable.sub(lambda found: self._fill(found, node, path), text)
             if node.style is None and tag == _TEXT:

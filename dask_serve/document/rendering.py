@@ -7,33 +7,15 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import msgspec
-import yaml
 
 from ..config import DeploymentOptions, HTTPOptions, documented
 from ..controller.desired import DesiredState
 from ..policy.desired import ApplicationSpec, DeploymentSpec
 from .declaration import VERSION
-from .nodes import RESOLVERS
+from .dumping import WIDTH, dump
 from .shipped import SCHEMA
 
 __all__ = ["render", "render_desired"]
-
-WIDTH = 118
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts texts into quotes that YAML 1.1 or 1.2 would take for something else."""
-
-    yaml_implicit_resolvers = {
-        first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *RESOLVERS.get(first, [])]
-        for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *RESOLVERS}
-    }
-
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        super().increase_indent(flow, False)
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def render(
@@ -88,18 +70,18 @@ def render_desired(state: DesiredState) -> str:
 def _application(spec: ApplicationSpec, explain: bool, note: str) -> list[str]:
     source = spec.source
     lines = [
-        *_dump({"name": _text(spec.name)}),
+        *dump({"name": _text(spec.name)}),
         *_comment(note),
-        *_dump({"import_path": None if source is None else source.import_path, "route_prefix": spec.route_prefix}),
+        *dump({"import_path": None if source is None else source.import_path, "route_prefix": spec.route_prefix}),
     ]
     if source is not None and source.args:
         # As written: variables are not filled in.
-        lines += _dump({"args": source.args})
+        lines += source.args.splitlines()
     overrides = {} if source is None else source.overrides
     entries = []
     for deployment in spec.deployments:
         options = _chosen(deployment, overrides.get(deployment.name, ()))
-        body = [*_dump({"name": deployment.name}), *_options(options, DeploymentOptions, explain)]
+        body = [*dump({"name": deployment.name}), *_options(options, DeploymentOptions, explain)]
         entries += [f"  - {body[0]}", *_indented(body[1:], 4)]
     return [*lines, "deployments:", *entries]
 
@@ -131,7 +113,7 @@ def _options(options: dict[str, Any], kind: type[msgspec.Struct], explain: bool)
         if name in meanings:
             first = meanings[name].split(". ")[0].rstrip(".:")
             lines += _comment(first.replace("``", ""))
-        lines += _dump({name: _text(value)})
+        lines += dump({name: _text(value)})
     return lines
 
 
@@ -149,11 +131,6 @@ def _escaped(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _escaped(item) for name, item in value.items()}
     return value
-
-
-def _dump(value: dict[str, Any]) -> list[str]:
-    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=WIDTH, default_flow_style=False)
-    return str(text).splitlines()
 
 
 def _comment(text: str) -> list[str]:

@@ -177,7 +177,7 @@ class _Checker:
             for theirs, ours in (("`object`", "a mapping"), ("`array`", "a list"), ("`null`", "null")):
                 text = text.replace(theirs, ours)
             wants = described(kind, name) or text[:1].lower() + text[1:]
-            if "`str`" in text and re.search(r"got (`int`|`float`|`bool`|null)", text):
+            if "`str" in text and re.search(r"got (`int`|`float`|`bool`|null)", text):
                 wants += "; put it in quotes"
             self._wrong(inner, f"{_shown(got)} is not valid: {wants}")
             return None

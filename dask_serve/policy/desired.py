@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from msgspec import Struct, structs
 
 from ..config import DeploymentOptions, change_options
@@ -37,8 +35,8 @@ class Source(Struct, frozen=True, kw_only=True):
     """Where an application's code came from, as a document names it."""
 
     import_path: str
-    #: Arguments of the function that ``import_path`` names, with variables that are not filled in.
-    args: dict[str, Any] = {}
+    #: Arguments of the function that ``import_path`` names, as YAML, with variables that are not filled in.
+    args: str = ""
     #: By deployment: names of the options that the document gives.
     overrides: dict[str, list[str]] = {}
 
