@@ -19,6 +19,7 @@ COMMANDS = {
     "deploy": "documents",
     "build": "documents",
     "status": "look",
+    "logs": "logs",
     "scale": "change",
     "rollback": "change",
     "drain": "change",

@@ -12,6 +12,7 @@ import msgspec
 
 from ..config import HTTPOptions
 from ..exceptions import ConfigError
+from ..records import keep_records
 from .editor import Editor
 from .elsewhere import Elsewhere
 from .measures import Measures
@@ -185,5 +186,8 @@ class Front:
             self._on_backlogs(**details)
         elif event == "counts":
             self._measures.proxy_told(**details)
+        elif event == "logs":
+            for record in details["records"]:
+                keep_records().add({**record, "source": f"proxy {slot}"})
         elif event != "stats":
             self._on_change()

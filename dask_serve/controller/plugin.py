@@ -26,6 +26,7 @@ from ..logs import join_dask
 from ..measures.sources import add_source, drop_source
 from ..policy.desired import ApplicationSpec
 from ..policy.history import By
+from ..records import keep_records, told_since
 from ..routing.table import Table, encode_table
 from .boot import Boot, BootDocument
 from .changes import Changes, Throttle
@@ -99,6 +100,7 @@ class Controller(SchedulerPlugin):
     async def start(self, scheduler: Scheduler) -> None:
         """Install the operations. Never waits, so that two registrations cannot overlap."""
         join_dask()
+        keep_records()
         self.scheduler = scheduler
         self.epoch = uuid.uuid4().hex
         self.secret = secrets.token_bytes(32)
@@ -253,6 +255,10 @@ class Controller(SchedulerPlugin):
         # More may have happened at the same moment.
         self._publish_soon.flush()
         return {"status": encode_status(self._with_workers())}
+
+    async def serve_logs(self, known: dict[str, int]) -> dict[str, Any]:
+        """Return the records of this process, and of the proxies, that the caller does not have."""
+        return told_since(known)
 
     # -- operations: applications
 

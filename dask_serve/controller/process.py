@@ -175,6 +175,9 @@ class Process:
             self._on_event(self.slot, "applied", {"pid": self.pid})
         elif kind == wire.BACKLOGS:
             self._on_event(self.slot, "backlogs", msgspec.msgpack.decode(payload, type=dict[str, Any]))
+        elif kind == wire.LOGS:
+            found = msgspec.msgpack.decode(payload, type=list[dict[str, Any]])
+            self._on_event(self.slot, "logs", {"pid": self.pid, "records": found})
         elif kind == wire.STATS:
             self.stats = msgspec.msgpack.decode(payload, type=dict[str, Any])
             counts = self.stats.pop("counts", None)
