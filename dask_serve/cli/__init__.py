@@ -25,6 +25,7 @@ COMMANDS = {
     "drain": "change",
     "delete": "change",
     "shutdown": "change",
+    "doctor": "doctor",
     "proxy": "proxy",
 }
 

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CONNECT_WITHIN", "Cluster", "cluster_options"]
 
-#: Seconds within which a scheduler must answer.
-CONNECT_WITHIN = 10.0
+#: Seconds within which a scheduler must answer; within which its port must be open, for it may be about to start.
+CONNECT_WITHIN, OPEN_WITHIN = 10.0, 3.0
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -83,17 +83,24 @@ class Cluster:
         from distributed import Client
 
         address = self.address
+        security = self.security
         _check(address)
-        try:
-            return Client(address, timeout=CONNECT_WITHIN, security=self.security, set_as_default=False)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:
-            raise Failure(f"no scheduler answers at {address} ({_first_line(error)})", _repair(address)) from error
+        _greet(address, security)
+        return Client(address, timeout=CONNECT_WITHIN, security=security, set_as_default=False)
 
     @contextlib.contextmanager
     def client(self) -> Iterator[Client]:
-        """Connect, for as long as the block runs."""
+        """Connect, for as long as the block runs.
+
+        What the scheduler says and cannot be understood is a matter of versions.
+        """
+        import msgspec
+
         with self.connect() as client:
-            yield client
+            try:
+                yield client
+            except msgspec.DecodeError as error:
+                raise _other_version(client, error) from error
 
     @staticmethod
     def _read(path: str) -> str:
@@ -135,9 +142,74 @@ def _check(address: str) -> None:
         ) from error
 
 
-def _repair(address: str) -> str:
-    hint = "; tls:// needs --tls-ca-file, --tls-cert and --tls-key" if address.startswith("tls://") else ""
-    return f"is it running (`dask scheduler`), and is this the address that it logs?{hint}"
+def _greet(address: str, security: Security | None) -> None:
+    """Raise Failure where no scheduler answers: a client would take half a minute, and not say why."""
+    import asyncio
+
+    from distributed.comm.addressing import normalize_address, parse_address, parse_host_port
+    from distributed.security import Security
+
+    arguments = (security or Security()).get_connection_args("client")
+    scheme, location = parse_address(normalize_address(address))
+    if scheme == "tls" and arguments.get("ssl_context") is None:
+        raise Failure(f"{address} wants certificates, and none are named", _CERTIFICATES)
+    if scheme in ("tcp", "tls"):
+        host, port = parse_host_port(location, 8786)
+        _await_port(address, f"tcp://{host}:{port}")
+        try:
+            asyncio.run(_identify(address, arguments))
+        except (OSError, ValueError, TypeError, RuntimeError, asyncio.TimeoutError) as error:
+            repair = _CERTIFICATES if scheme == "tls" else "one with certificates has an address with tls://"
+            raise Failure(
+                f"what listens at {address} does not answer as a Dask scheduler ({_first_line(error)})", repair
+            ) from error
+
+
+def _await_port(address: str, port: str) -> None:
+    import asyncio
+    import time
+
+    from ..checkup import knock
+
+    deadline = time.monotonic() + OPEN_WITHIN
+    while why := asyncio.run(knock(port)):
+        if time.monotonic() > deadline:
+            raise Failure(
+                f"no scheduler answers at {address}: {why}",
+                "is it running (`dask scheduler`), and is this the address that it logs?",
+            )
+        time.sleep(0.2)
+
+
+async def _identify(address: str, arguments: dict[str, Any]) -> None:
+    import asyncio
+
+    from distributed.core import rpc
+
+    scheduler = rpc(address, connection_args=arguments, timeout=CONNECT_WITHIN)
+    try:
+        await asyncio.wait_for(scheduler.identity(), CONNECT_WITHIN)
+    finally:
+        await scheduler.close_rpc()
+
+
+_CERTIFICATES = "give --tls-ca-file, --tls-cert and --tls-key, of an authority that the scheduler trusts"
+
+
+def _other_version(client: Client, error: Exception) -> Failure:
+    from .. import __version__
+    from ..session.peers import probe
+
+    address = client.scheduler.address
+    try:
+        answer = client.sync(probe, client.scheduler, "serve_checkup")
+        theirs = f"has dask_serve {answer['facts']['versions']['dask_serve']}"
+    except (OSError, TypeError, KeyError):
+        theirs = "has another version of dask_serve"
+    return Failure(
+        f"the scheduler at {address} {theirs}, which {__version__} here does not understand ({error})",
+        "use the same version in both; `dask serve doctor` tells what each process has",
+    )
 
 
 def cluster_options(function: Function) -> Function:

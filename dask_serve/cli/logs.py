@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .asking import ask_workers
 from .connecting import Cluster, cluster_options
 from .messages import Failure, command
 
@@ -21,8 +22,6 @@ __all__ = ["logs"]
 
 #: Seconds between two looks for new records.
 LOOK = 0.5
-#: Seconds that workers have to answer: one that hangs must not hide what the others say.
-ANSWER = 5.0
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
@@ -105,21 +104,8 @@ class Source:
     def _workers(self) -> Iterable[tuple[dict[str, Any], str]]:
         from ..records import told_since
 
-        async def ask() -> dict[str, Any]:
-            # Each by itself: one that hangs, or has no dask_serve, must not hide what the others say.
-            import asyncio
-
-            workers = list((await self._client.scheduler.identity(n_workers=-1))["workers"])
-            asked = (
-                asyncio.wait_for(
-                    self._client._run(told_since, self._known, workers=[worker], on_error="ignore"), ANSWER
-                )
-                for worker in workers
-            )
-            answers = await asyncio.gather(*asked, return_exceptions=True)
-            return {address: told for answer in answers if isinstance(answer, dict) for address, told in answer.items()}
-
-        return [(answer, worker) for worker, answer in self._client.sync(ask).items()]
+        answers = ask_workers(self._client, told_since, self._known)
+        return [(answer.value, answer.worker) for answer in answers if answer.value]
 
 
 def _chosen(found: Iterable[dict[str, Any]], what: str, level: str) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from ..records import keep_records, told_since
 from ..routing.table import Table, encode_table
 from .boot import Boot, BootDocument
 from .changes import Changes, Throttle
+from .checkup import CHECKUP_OPERATIONS, Checkup
 from .child import Deployer
 from .desired import DESIRED_OPERATIONS, Desired
 from .editor import Editor
@@ -138,6 +139,9 @@ class Controller(SchedulerPlugin):
             scheduler.handlers[name] = getattr(self, name)
         for name in DESIRED_OPERATIONS:
             scheduler.handlers[name] = getattr(self.desired, name)
+        checkup = Checkup(self)
+        for name in CHECKUP_OPERATIONS:
+            scheduler.handlers[name] = getattr(checkup, name)
         scheduler.stream_handlers["serve-load"] = self._on_load
         self._adaptive_before = scheduler.adaptive_target
         # Both names are used: Dask's own Adaptive asks over the wire, dashboards and gateways call the method.
@@ -195,7 +199,7 @@ class Controller(SchedulerPlugin):
         if self._client is not None:
             await self._client.close()
         self.editor.flush()
-        await self.editor.close(remove=self._state is not None and self._state.for_crashes)
+        await self.editor.close(remove=self.saves_for_crashes)
 
     # -- hooks of the scheduler
 
@@ -508,6 +512,11 @@ class Controller(SchedulerPlugin):
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.
         self.scheduler.idle_since = None
+
+    @property
+    def saves_for_crashes(self) -> bool:
+        """The state file is gone once the scheduler ends in order."""
+        return self._state is not None and self._state.for_crashes
 
     def _adaptive_target(self, target_duration: float | None = None) -> int:
         return max(int(self._adaptive_before(target_duration)), self.reconciler.wanted_workers())
