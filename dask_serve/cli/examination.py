@@ -93,8 +93,8 @@ class Examination:
         try:
             self.processes["scheduler"] = found = client.run_on_scheduler(facts)
             self._clock("scheduler", found["time"], asked, time.time())
-        except ImportError as error:
-            self._lacks("scheduler", error)
+        except ImportError:
+            self._lacks("scheduler")
         except ValueError as error:
             self.add("note", "scheduler", f"it takes no code from clients ({error})", _PRELOAD)
         return None, None
@@ -114,8 +114,8 @@ class Examination:
 
     def _worker(self, answer: Answer) -> None:
         name, error = f"worker {answer.worker}", answer.error
-        if isinstance(error, ImportError):
-            self._lacks(name, error)
+        if isinstance(error, ImportError) or "No module named 'dask_serve'" in str(error):
+            self._lacks(name)
         elif error is not None:
             message = f"it does not answer ({type(error).__name__}: {error})".replace(": )", ")")
             self.add("wrong", name, message, "is it busy, stopped, or out of memory? Its own output tells")
@@ -123,13 +123,13 @@ class Examination:
             self.processes[name] = answer.value
             self._clock(name, answer.value["time"], answer.asked, answer.answered)
 
-    def _lacks(self, name: str, error: ImportError) -> None:
+    def _lacks(self, name: str) -> None:
         from .. import __version__
 
         self.add(
             "wrong",
             name,
-            f"it cannot import dask_serve ({error})",
+            "dask_serve cannot be imported there",
             f"install it there: pip install dask-serve=={__version__}",
         )
 

@@ -6,6 +6,7 @@ The exit code is 2 for a command that was not written as it should be, and 1 for
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -15,6 +16,9 @@ __all__ = ["Failure", "Misused", "Misuses", "command", "told"]
 
 
 _DEBUG = "dask_serve.debug"
+
+#: Where messages of `dask_serve.exceptions` begin to say what to do.
+_REPAIR = re.compile(r"; |: (?=(?:install|start|use|write|give|call|deploy|choose|make|add|wait|set|name|open)\b)")
 
 
 class Failure(click.ClickException):
@@ -121,8 +125,8 @@ def told(error: Exception) -> click.ClickException:
     from ..exceptions import ServeError
 
     if isinstance(error, ServeError):
-        what, _, repair = str(error).partition("; ")
-        return Failure(str(error)) if "\n" in what else Failure(what, repair)
+        what, *rest = _REPAIR.split(str(error), 1)
+        return Failure(str(error)) if "\n" in what else Failure(what, "".join(rest))
     return Failure(f"{type(error).__name__}: {error}", "--debug shows where it comes from")
 
 
