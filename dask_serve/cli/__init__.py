@@ -20,6 +20,7 @@ COMMANDS = {
     "build": "documents",
     "status": "look",
     "logs": "logs",
+    "config": "look",
     "scale": "change",
     "rollback": "change",
     "drain": "change",

@@ -1,4 +1,4 @@
-"""`dask serve status`: what runs and how it fares."""
+"""Commands that look: status, config."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ..controller.status import ServeStatus
 
-__all__ = ["status"]
+__all__ = ["config", "is_well", "status"]
 
 #: Seconds after which `--watch` draws again, where nothing has happened but loads.
 AGAIN = 2.0
@@ -58,6 +58,24 @@ def status(  # noqa: PLR0917 - click passes them by name
             _show(found, verbose=verbose, as_json=as_json, as_yaml=as_yaml, watch=watch)
     if check and not is_well(found):
         raise click.exceptions.Exit(1)
+
+
+@command("config", "config > shop.yaml")
+@cluster_options
+def config(cluster: Cluster) -> None:
+    """Print what is desired on a cluster, as a document for `dask serve deploy`.
+
+    What was deployed from Python has no import path in it, and is said to have none.
+    """
+    import msgspec
+
+    from ..controller.desired import DesiredState
+    from ..document.rendering import render_desired
+    from ..session.peers import ask
+
+    with cluster.client() as client:
+        answer = client.sync(ask, client.scheduler, "serve_desired")
+        click.echo(render_desired(msgspec.msgpack.decode(answer["desired"], type=DesiredState)), nl=False)
 
 
 def is_well(status: ServeStatus) -> bool:
