@@ -33,13 +33,17 @@ class Stop(BaseException):
 
 def check_port(http: dict[str, Any]) -> None:
     """Raise ConfigError where a port that was asked for is busy: before a cluster is started for nothing."""
-    if not http.get("port"):
+    from ..defaults import configured_http
+
+    options, names = configured_http()
+    wanted = {**{name: getattr(options, name) for name in names}, **http}
+    if not wanted.get("port") or wanted.get("unix_socket"):
         return
     import asyncio
 
     from ..controller.sockets import bind_slots
 
-    for sock in asyncio.run(bind_slots(http.get("host", "127.0.0.1"), http["port"], 1)):
+    for sock in asyncio.run(bind_slots(wanted.get("host", "127.0.0.1"), wanted["port"], 1)):
         sock.close()
 
 

@@ -47,7 +47,7 @@ def draw(status: ServeStatus, *, verbose: bool = False) -> str:
     lines += [click.style(line, fg="red") for line in status.message.splitlines()]
     rows = [
         [name, deployment, found.status, _ready(found), _revisions(found), _message(found)]
-        for name, application in status.applications.items()
+        for name, application in sorted(status.applications.items())
         for deployment, found in application.deployments.items()
     ]
     if rows:
