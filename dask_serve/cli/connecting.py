@@ -122,7 +122,8 @@ class Cluster:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    kind = type(error).__name__
+    return next((line if " " in line else f"{kind}: {line}" for line in str(error).strip().splitlines()), kind)
 
 
 def _check(address: str) -> None:
@@ -158,7 +159,7 @@ def _greet(address: str, security: Security | None) -> None:
         _await_port(address, f"tcp://{host}:{port}")
         try:
             asyncio.run(_identify(address, arguments))
-        except (OSError, ValueError, TypeError, RuntimeError, asyncio.TimeoutError) as error:
+        except Exception as error:
             repair = _CERTIFICATES if scheme == "tls" else "one with certificates has an address with tls://"
             raise Failure(
                 f"what listens at {address} does not answer as a Dask scheduler ({_first_line(error)})", repair
