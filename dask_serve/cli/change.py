@@ -70,7 +70,7 @@ def delete(cluster: Cluster, name: str) -> None:
         click.echo(f"deleted {name}")
 
 
-@command()
+@command(short_help="Delete all applications, and end the proxies of a cluster.")
 @cluster_options
 def shutdown(cluster: Cluster) -> None:
     """Delete all applications and end the proxies of a cluster; its scheduler and workers go on."""

@@ -15,7 +15,11 @@ from .table import COLOURS
 __all__ = ["doctor"]
 
 
-@command("doctor", "doctor --scheduler tls://10.0.0.1:8786 --tls-ca-file ca.pem --tls-cert me.pem --tls-key me.key")
+@command(
+    "doctor",
+    "doctor --scheduler tls://10.0.0.1:8786 --tls-ca-file ca.pem --tls-cert me.pem --tls-key me.key",
+    short_help="Say what is wrong with a cluster, and what to do.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @cluster_options
 def doctor(cluster: Cluster, as_json: bool) -> None:

@@ -59,7 +59,11 @@ def deploy(  # noqa: PLR0917 - click passes them by name
             click.echo(f"application {name!r} is deleted")
 
 
-@command("build shop:app -o shop.yaml", "build first=shop:app second=shop:build")
+@command(
+    "build shop:app -o shop.yaml",
+    "build first=shop:app second=shop:build",
+    short_help="Write a YAML document for applications.",
+)
 @click.argument("targets", metavar="[NAME=]MODULE:APP", nargs=-1, required=True)
 @click.option("-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write to this file.")
 @click.option("--force", is_flag=True, help="Replace the file if it is there.")

@@ -26,7 +26,13 @@ LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 COLOURS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
 
-@command("logs", "logs shop/Model --follow", "logs shop/Model/3f6912 --tail 20 --level warning", "logs shop --json")
+@command(
+    "logs",
+    "logs shop/Model --follow",
+    "logs shop/Model/3f6912 --tail 20 --level warning",
+    "logs shop --json",
+    short_help="Show the last log records of replicas, proxies and controller.",
+)
 @click.argument("what", metavar="[APPLICATION[/DEPLOYMENT[/REPLICA]]]", default="")
 @click.option("-f", "--follow", is_flag=True, help="Go on with new records, until Ctrl-C.")
 @click.option("-n", "--tail", type=click.IntRange(0), default=100, show_default=True, help="How many of the last ones.")

@@ -25,7 +25,7 @@ AGAIN = 2.0
 
 
 @command("status", "status shop -v", "status --json", "status --watch", "status --check && echo all is well")
-@click.argument("application", required=False)
+@click.argument("application", required=False, metavar="[APPLICATION]")
 @click.option("-v", "--verbose", is_flag=True, help="Show replicas, proxies, workers and the last decisions too.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch, one line for each change.")
 @click.option("--yaml", "as_yaml", is_flag=True, help="Print YAML; with --watch, one document for each change.")
@@ -60,7 +60,7 @@ def status(  # noqa: PLR0917 - click passes them by name
         raise click.exceptions.Exit(1)
 
 
-@command("config", "config > shop.yaml")
+@command("config", "config > shop.yaml", short_help="Print what is desired on a cluster, as a YAML document.")
 @cluster_options
 def config(cluster: Cluster) -> None:
     """Print what is desired on a cluster, as a document for `dask serve deploy`.

@@ -14,7 +14,10 @@ from .messages import command
 __all__ = ["proxy"]
 
 
-@command("proxy --scheduler tcp://10.0.0.1:8786 --host 0.0.0.0 --port 8000 --num-proxies 4")
+@command(
+    "proxy --scheduler tcp://10.0.0.1:8786 --host 0.0.0.0 --port 8000 --num-proxies 4",
+    short_help="Serve HTTP on this node for a cluster elsewhere.",
+)
 @cluster_options
 @http_options
 def proxy(cluster: Cluster, http: dict[str, Any]) -> None:
