@@ -237,7 +237,7 @@ def test_what_listens_is_no_scheduler():
 
 
 def test_a_scheduler_of_another_version():
-    with LocalCluster(n_workers=0, processes=False, protocol="tcp", dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=0, processes=False, protocol="tcp", dashboard_address=":0") as cluster:
         from dask_serve.checkup import facts
 
         async def checkup() -> dict[str, Any]:

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from distributed import Client
+from distributed import Client, LocalCluster
+from distributed.security import Security
 from helpers import http_client, wait_until
 
 import dask_serve as serve
@@ -314,6 +315,34 @@ def test_doctor_finds_a_worker_without_the_package(address, dask, tmp_path):
     finally:
         worker.terminate()
         worker.wait(timeout=30)
+
+
+def test_certificates(tmp_path):
+    security = Security.temporary()
+    options = []
+    for option, text in (
+        ("--tls-ca-file", security.tls_ca_file),
+        ("--tls-cert", security.tls_client_cert),
+        ("--tls-key", security.tls_client_key),
+    ):
+        path = tmp_path / option
+        path.write_text(text)
+        options += [option, str(path)]
+    with LocalCluster(
+        n_workers=1, processes=False, protocol="tls", security=security, dashboard_address=":0"
+    ) as cluster:
+        address = cluster.scheduler_address
+        told = CliRunner().invoke(cli, ["doctor", "--scheduler", address, *options])
+        assert "the scheduler's certificate is good for" in told.stdout, told.output
+        assert "ok     workers: 1 of 1" in told.stdout
+        assert "dask_serve does not run there yet" in told.stdout
+        assert told.exit_code == 0
+        assert "no applications" in CliRunner().invoke(cli, ["status", "--scheduler", address, *options]).stdout
+        # Without certificates nobody gets in.
+        refused = CliRunner().invoke(cli, ["status", "--scheduler", address.replace("tls://", "tcp://")])
+        assert refused.exit_code == 1
+        assert "does not answer as a Dask scheduler" in refused.stderr
+        assert "tls://" in refused.stderr
 
 
 # -- answers that say what is wrong ------------------------------------------------------------------------------------
