@@ -12,10 +12,7 @@ from typing import Any
 
 from .messages import Failure, Misused
 
-__all__ = ["load", "parse_arguments", "reload"]
-
-#: What never is the application's own code, wherever it lies.
-INSTALLED = {"site-packages", "dist-packages"}
+__all__ = ["describe", "load", "parse_arguments", "reload"]
 
 
 def parse_arguments(texts: Iterable[str]) -> dict[str, str]:
@@ -37,7 +34,7 @@ def load(target: str, arguments: Mapping[str, Any] | None = None) -> Any:
     target : str
         ``module:attribute``; modules of the working directory come first.
     arguments : dict, optional
-        Arguments of a function, as text where they come from a command line; see `..cli.builders.call`.
+        Arguments of a function, as text where they come from a command line; see `dask_serve.cli.builders.call`.
 
     Raises
     ------
@@ -72,9 +69,11 @@ def load(target: str, arguments: Mapping[str, Any] | None = None) -> Any:
 def reload(target: str, arguments: Mapping[str, Any] | None = None) -> Any:
     """Return the application as `load` does, from the files as they are now.
 
-    Modules of the working directory are imported anew. Where that fails, those that were there stay.
+    The application's own modules are imported anew. Where that fails, those that were there stay.
     """
-    own = {name: module for name, module in list(sys.modules.items()) if _is_own(module)}
+    from ..shipping.code import own_modules
+
+    own = {module.__name__: module for module in own_modules()}
     for name in own:
         del sys.modules[name]
     importlib.invalidate_caches()
@@ -83,19 +82,6 @@ def reload(target: str, arguments: Mapping[str, Any] | None = None) -> Any:
     except BaseException:
         sys.modules.update(own)
         raise
-
-
-def _is_own(module: Any) -> bool:
-    file = getattr(module, "__dict__", {}).get("__file__")
-    if not isinstance(file, str) or getattr(module, "__name__", "") == "__main__":
-        return False
-    path, here = Path(file), Path.cwd()
-    # An environment in the working directory is not the application's.
-    return (
-        path.is_relative_to(here)
-        and not INSTALLED & set(path.parts)
-        and not path.is_relative_to(Path(__file__).parents[1])
-    )
 
 
 def _import(name: str) -> Any:
