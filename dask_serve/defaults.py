@@ -23,6 +23,7 @@ from .exceptions import ConfigError
 __all__ = [
     "DEFAULTS",
     "EmbeddedSettings",
+    "MetricsSettings",
     "RestSettings",
     "Settings",
     "checked",
@@ -102,8 +103,20 @@ class RestSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     timeout: float | str = "5 minutes"
 
 
+class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What stands under ``serve.metrics``.
+
+    Parameters
+    ----------
+    replica_label : bool, default True
+        Whether each replica is a series of its own. False: those of one deployment are one.
+    """
+
+    replica_label: bool = True
+
+
 #: The parts of ``serve:``. Of ``deployment`` the options themselves are checked where they are used.
-SECTIONS = ("http", "deployment", "embedded", "rest")
+SECTIONS = ("http", "deployment", "embedded", "rest", "metrics")
 
 
 def _load() -> dict[str, Any]:

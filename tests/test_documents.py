@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 from typing import Any
 
 import dask
@@ -501,6 +502,25 @@ def test_shipped_defaults_are_those_that_are_declared():
     assert shipped_defaults["results-limit"] == FRACTION
     # Of Dask's own list: other tests begin with a configuration of their own.
     assert any("serve" in values for values in dask.config.defaults)
+
+
+def test_every_key_that_is_read_is_declared():
+    declared = yaml.safe_load(defaults.DEFAULTS.read_text())
+    package = defaults.DEFAULTS.parent
+    read = {
+        key
+        for path in package.rglob("*.py")
+        for key in re.findall(r'config\.get\(\s*"(serve\.[a-z.-]+)"', path.read_text())
+    }
+    assert "serve.state-file" in read
+    missing = []
+    for key in sorted(read):
+        found: Any = declared
+        for part in key.split("."):
+            found = found.get(part, missing) if isinstance(found, dict) else missing
+        if found is missing:
+            missing.append(key)
+    assert missing == [], "declare them in dask_serve/defaults.py"
 
 
 # -- Dask's configuration ----------------------------------------------------------------------------------------------

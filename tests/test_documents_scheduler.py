@@ -138,6 +138,10 @@ async def test_proxies_start_as_configured_and_are_not_changed_by_it(c, s, a):
     with dask.config.set({"serve.http.body-limit": 1}):
         assert await serve.start(client=c) == url
     assert front.options.body_limit == 2000
+    await serve.shutdown(client=c)
+    with dask.config.set({"serve.http.port": 0, "serve.http.body-limit": 1000}):
+        await apply(c, [application("one", "/")], (HTTPOptions(max_headers=7), ["max_headers"]))
+    assert (front.options.port, front.options.body_limit, front.options.max_headers) == (0, 1000, 7)
 
 
 # -- the document that a scheduler starts with -------------------------------------------------------------------------

@@ -12,7 +12,16 @@ from msgspec import Struct
 
 from ..exceptions import DeploymentFailedError, ServeError, StartTimeoutError
 from ..session.peers import probe
-from .deploy import SEND_TRIES, ask_again, check_bound, ensure_controller, signature, wait_known, wait_running
+from .deploy import (
+    SEND_TRIES,
+    ask_again,
+    check_bound,
+    ensure_controller,
+    signature,
+    wait_known,
+    wait_running,
+    with_configured,
+)
 from .desired import Change, DesiredState
 from .progress import Progress
 
@@ -93,11 +102,15 @@ async def apply(
     say = Progress()
     for application in built:
         await check_bound(client, application.spec, deadline, say)
-    applied = await _send(
-        client,
-        built,
-        Change(applications=[application.spec for application in built], prune=prune, http=http[0], explicit=http[1]),
+    options, preferred = with_configured(*http)
+    change = Change(
+        applications=[application.spec for application in built],
+        prune=prune,
+        http=options,
+        explicit=http[1],
+        preferred=preferred,
     )
+    applied = await _send(client, built, change)
     if wait:
         await _wait_all(client, built, applied, timeout, tell)
     return applied

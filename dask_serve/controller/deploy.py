@@ -7,6 +7,7 @@ import getpass
 import os
 import socket
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -40,6 +41,7 @@ __all__ = [
     "start_proxies",
     "wait_known",
     "wait_running",
+    "with_configured",
 ]
 
 #: Seconds one long poll may take.
@@ -113,12 +115,19 @@ async def _change(
     return int(answer["version"])
 
 
+def with_configured(options: HTTPOptions, explicit: Sequence[str]) -> tuple[HTTPOptions, list[str]]:
+    """Put what Dask's configuration has of this session in the place of options that nobody gave; return its names too.
+
+    It is for the first start of proxies: what is configured in one session does not change what runs.
+    """
+    found, names = configured_http()
+    preferred = [name for name in names if name not in explicit]
+    return msgspec.structs.replace(options, **{name: getattr(found, name) for name in preferred}), preferred
+
+
 async def start_proxies(client: Client, options: HTTPOptions, explicit: list[str]) -> str:
     """Start the proxies, or change their options; return the URL."""
-    found, names = configured_http()
-    # For the first start only: what is configured in one session does not change what runs.
-    preferred = [name for name in names if name not in explicit]
-    options = msgspec.structs.replace(options, **{name: getattr(found, name) for name in preferred})
+    options, preferred = with_configured(options, explicit)
     answer = await ask_again(
         client,
         "serve_start",

@@ -52,12 +52,15 @@ class Change(Struct, frozen=True, kw_only=True):
         Options of the proxies.
     explicit : list of str
         Names of those of them that are to change.
+    preferred : list of str
+        Names of those that are meant for proxies that have still to be started.
     """
 
     applications: list[ApplicationSpec]
     prune: bool = False
     http: HTTPOptions = HTTPOptions()
     explicit: list[str] = []
+    preferred: list[str] = []
 
 
 class Desired:
@@ -125,7 +128,7 @@ class Desired:
         back = front.options if front.url and wanted.explicit else None
         routed = any(spec.route_prefix is not None for spec in wanted.applications)
         if wanted.explicit or (routed and not front.url):
-            await front.start(overlaid(wanted.http, wanted.explicit), set(wanted.explicit))
+            await front.start(overlaid(wanted.http, [*wanted.explicit, *wanted.preferred]), set(wanted.explicit))
         return back
 
 
