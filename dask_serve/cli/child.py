@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,12 +22,16 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+#: Seconds between two looks whether the scheduler is there.
+LOOK = 0.5
+
 
 def main() -> None:
     """Do what standard input says."""
     # What is imported may print.
     answer = os.dup(1)
     os.dup2(2, 1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
     sys.stdin.close()
     try:
@@ -36,6 +42,13 @@ def main() -> None:
         outcome = Outcome(error=type(error).__name__, message=f"{type(error).__name__}: {error}")
     with os.fdopen(answer, "wb") as stream:
         stream.write(msgspec.json.encode(outcome))
+
+
+def _end_with(parent: int) -> None:
+    """End when the scheduler is gone, however it went: nobody would take the answer, or end a module that hangs."""
+    while os.getppid() == parent:
+        time.sleep(LOOK)
+    os._exit(1)
 
 
 def _refusal(error: ServeError) -> Outcome:
