@@ -26,6 +26,7 @@ INSTALL = [
     "uvicorn[standard]>=0.34",
     "msgspec>=0.19",
     "click>=8.1",
+    "pyyaml>=6.0",
     "cloudpickle>=3.0",
     "tblib>=1.6",
 ]
@@ -47,6 +48,7 @@ EXTRAS = {
         "requests>=2.32",
         # Makes requests up from an OpenAPI document: tests/test_openapi.py.
         "schemathesis>=4.1",
+        "jsonschema>=4.18",
         "threadpoolctl>=3.0",
         "numpy>=1.26",
         # dask.dataframe needs both.
@@ -93,7 +95,7 @@ setup(
     ],
     python_requires=">=3.10",
     packages=find_packages(include=["dask_serve", "dask_serve.*"]),
-    package_data={"dask_serve": ["py.typed", "*.yaml"]},
+    package_data={"dask_serve": ["py.typed", "*.yaml", "document/*.json"]},
     zip_safe=False,
     install_requires=INSTALL,
     extras_require=EXTRAS,

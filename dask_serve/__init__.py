@@ -17,8 +17,6 @@ if TYPE_CHECKING:
         delete,
         get_app_handle,
         get_deployment_handle,
-        history,
-        rollback,
         run,
         shutdown,
         start,
@@ -54,6 +52,7 @@ if TYPE_CHECKING:
     from .multiplex import multiplexed
     from .response import DeploymentResponse
     from .streaming import DeploymentResponseGenerator
+    from .versions import history, rollback, scale
 
 __version__ = "0.1.0"
 
@@ -97,6 +96,7 @@ __all__ = [
     "multiplexed",
     "rollback",
     "run",
+    "scale",
     "shutdown",
     "start",
     "status",
@@ -108,8 +108,6 @@ _MODULES = {
         "delete",
         "get_app_handle",
         "get_deployment_handle",
-        "history",
-        "rollback",
         "run",
         "shutdown",
         "start",
@@ -125,6 +123,7 @@ _MODULES = {
     "multiplex": ("multiplexed",),
     "response": ("DeploymentResponse",),
     "streaming": ("DeploymentResponseGenerator",),
+    "versions": ("history", "rollback", "scale"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

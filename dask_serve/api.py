@@ -15,13 +15,12 @@ from msgspec import UNSET, UnsetType
 
 from .clients import close_made, ensure_client, existing_client, is_made_here
 from .config import HTTPOptions, build_options
-from .controller.deploy import deploy, ensure_controller, roll_back, signature, start_proxies
-from .controller.history import Revision, decode_history
+from .controller.deploy import deploy, ensure_controller, signature, start_proxies
 from .controller.progress import Progress
 from .controller.status import ServeStatus, decode_status
 from .deployment import Application, Deployment
-from .exceptions import ApplicationNotFoundError, ConfigError, NotRunningError, ServeError
-from .session.peers import ask, current_client, current_worker, find_handle, make_handle, probe
+from .exceptions import ConfigError, NotRunningError
+from .session.peers import ask, current_client, find_handle, make_handle, probe, refuse_inside
 from .shipping.graph import build
 
 if TYPE_CHECKING:
@@ -34,8 +33,6 @@ __all__ = [
     "delete",
     "get_app_handle",
     "get_deployment_handle",
-    "history",
-    "rollback",
     "run",
     "shutdown",
     "start",
@@ -115,7 +112,7 @@ def run(
     """
     timeout = unknown.pop("timeout_s", timeout)
     _refuse(unknown, "serve.run")
-    _refuse_inside("serve.run")
+    refuse_inside("serve.run")
     options = build_options(HTTPOptions, {"host": host, "port": port}, "serve.run")
     explicit = [option for option, value in (("host", host), ("port", port)) if value is not UNSET]
     built = build(_bound(target), name, route_prefix)
@@ -174,7 +171,7 @@ def start(
     given.update(options.pop("http_options", None) or {})
     given.update(options)
     _refuse(given, "serve.start")
-    _refuse_inside("serve.start")
+    refuse_inside("serve.start")
     http = build_options(HTTPOptions, given, "serve.start")
     used, _ = ensure_client(client, Progress())
 
@@ -231,7 +228,7 @@ def delete(name: str, client: Client | None = None) -> Any:
     ApplicationNotFoundError
         There is none of that name; the message lists those there are.
     """
-    _refuse_inside("serve.delete")
+    refuse_inside("serve.delete")
     used = existing_client(client)
 
     async def end() -> None:
@@ -249,87 +246,12 @@ def _delete_own(name: str, client: Client) -> Any:
     return client.sync(end)
 
 
-def rollback(
-    name: str,
-    version: int | None = None,
-    *,
-    wait: bool = True,
-    timeout: float | str | None = None,
-    client: Client | None = None,
-) -> Any:
-    """Make an application again what it was: code, bound arguments, options and route.
-
-    It is a deployment like any other, with the code that the controller kept: old replicas serve until new ones are
-    ready.
-
-    Parameters
-    ----------
-    name : str
-        Name of the application.
-    version : int, optional
-        Which version, as `history` tells them. By default the last one that ran and is another than the present one.
-    wait : bool, default True
-        Return once all replicas are ready.
-    timeout : float or str, optional
-        How long to wait, in seconds or as Dask parses it. By default there is no limit.
-    client : distributed.Client, optional
-        The cluster to use.
-
-    Returns
-    -------
-    int
-        The number of the version that this is.
-
-    Raises
-    ------
-    ApplicationNotFoundError
-        There is none of that name; the message lists those there are.
-    ConfigError
-        There is no such version, or it cannot come back: its route is taken, or Dask values that were bound are gone.
-    DeploymentFailedError, ConflictError, StartTimeoutError
-        As of `run`.
-    """
-    _refuse_inside("serve.rollback")
-    used = existing_client(client)
-    seconds = None if timeout is None else parse_timedelta(timeout, "s")
-
-    async def begin() -> int:
-        return await roll_back(used, name, version, wait=wait, timeout=seconds, say=Progress())
-
-    return used.sync(begin)
-
-
-def history(name: str, client: Client | None = None) -> Any:
-    """Return the last versions of an application: who deployed what, when and why.
-
-    Returns
-    -------
-    list of Revision
-        The oldest first; 10 of them unless ``serve.history-length`` of the scheduler's configuration says otherwise.
-
-    Raises
-    ------
-    ApplicationNotFoundError
-        There is none of that name; the message says who deleted it, if that was lately.
-    """
-    used = existing_client(client)
-
-    async def get() -> list[Revision]:
-        answer = await ask(used.scheduler, "serve_history", app=name)
-        revisions = decode_history(answer["history"]).revisions
-        if not revisions:
-            raise ApplicationNotFoundError(answer["told"])
-        return revisions
-
-    return used.sync(get)
-
-
 def shutdown(client: Client | None = None) -> Any:
     """End all applications and the proxies on the cluster; nothing happens where none run.
 
     The embedded cluster, and the client, that `run` or `start` made end with it. Other clusters go on.
     """
-    _refuse_inside("serve.shutdown")
+    refuse_inside("serve.shutdown")
     used = current_client(client)
     if used is None:
         return close_made()
@@ -405,15 +327,6 @@ def _refuse(unknown: dict[str, Any], where: str) -> None:
         raise ConfigError(
             f"serve.run has no option {next(iter(unknown))!r}; options of a deployment go to "
             "@serve.deployment or .options(), those of HTTP to serve.start()"
-        )
-
-
-def _refuse_inside(where: str) -> None:
-    if current_worker() is not None:
-        raise ServeError(
-            f"{where} does not work inside a replica or a Dask task: call it in a session. Here, "
-            "serve.get_app_handle(name) and serve.get_deployment_handle(name) reach what runs already; deployments "
-            "that belong together are bound into each other with .bind()"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import ipaddress
 import re
 from collections.abc import Iterable
@@ -21,6 +22,8 @@ __all__ = [
     "RuntimeEnv",
     "build_options",
     "change_options",
+    "described",
+    "documented",
     "parse_options",
 ]
 
@@ -447,7 +450,7 @@ def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Op
             raise ConfigError(f"{where}: {text.removesuffix(' - at `$`')}") from None
         name = path.rstrip("`").split("[")[0].split(".")[0]
         got = f" = {given[name]!r}" if name in given else ""
-        repair = _described(kind, name) or text[:1].lower() + text[1:]
+        repair = described(kind, name) or text[:1].lower() + text[1:]
         raise ConfigError(f"{where}: option {name}{got} is not valid: {repair}") from None
 
 
@@ -455,10 +458,28 @@ def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Op
 _NESTED: dict[str, type[Struct]] = {"autoscaling_config": AutoscalingConfig, "runtime_env": RuntimeEnv}
 
 
-def _described(kind: type[Options], name: str) -> str | None:
+def described(kind: type[Struct], name: str) -> str | None:
     """Return what an option may be, where its declaration says so in words."""
     hint = get_type_hints(kind, include_extras=True).get(name)
     return next((meta.description for meta in getattr(hint, "__metadata__", ()) if meta.description), None)
+
+
+def documented(kind: type[Struct]) -> dict[str, str]:
+    """Return what each option means, as the docstring of its class says."""
+    lines = iter(inspect.cleandoc(kind.__doc__ or "").splitlines())
+    found: dict[str, list[str]] = {}
+    names: list[str] = []
+    for line in lines:
+        head = re.match(r"(\w+(?:, \w+)*) : ", line)
+        if head:
+            names = head[1].split(", ")
+            found.update((name, []) for name in names)
+        elif line.startswith("    "):
+            for name in names:
+                found[name].append(line.strip())
+        elif line.strip():
+            names = []
+    return {name: " ".join(text) for name, text in found.items()}
 
 
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:

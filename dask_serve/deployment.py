@@ -11,6 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from .batching import BatchedFunction
 from .config import AutoscalingConfig, DeploymentOptions, RuntimeEnv, build_options, change_options
+from .defaults import checked, configured
 from .exceptions import ConfigError, ServeError
 from .ingress import ingress_of
 from .shipping.spellings import check_hooks, translate
@@ -297,7 +298,7 @@ def deployment(
         _check_target(target)
         chosen = target.__name__ if isinstance(name, UnsetType) else name
         where = f"deployment {chosen!r}"
-        options = _checked(build_options(DeploymentOptions, given, where), where)
+        options = _checked(build_options(DeploymentOptions, {**_configured(), **given}, where), where)
         return Deployment(target, chosen, options)
 
     if func_or_class is None:
@@ -315,6 +316,16 @@ def _given(parameters: dict[str, Any]) -> dict[str, Any]:
     fields = {name: parameters[name] for name in DeploymentOptions.__struct_fields__}
     given = {name: value for name, value in fields.items() if value is not UNSET}
     return _scaled(translate(given, parameters["unknown"]))
+
+
+def _configured() -> dict[str, Any]:
+    """Return the options that Dask's configuration has for all deployments."""
+    values = configured("deployment")
+    if not values:
+        return values
+    values = _scaled(translate(values, {}))
+    checked(DeploymentOptions, "deployment", values)
+    return values
 
 
 def _scaled(given: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from msgspec import UNSET, UnsetType
+
+from .defaults import EmbeddedSettings, checked
 from .exceptions import ServeError, StartTimeoutError
 from .launcher import python_command
 
@@ -80,7 +83,7 @@ class EmbeddedCluster:
         cls,
         n_workers: int | None = None,
         nthreads: int | None = None,
-        dashboard_address: str | None = "127.0.0.1:8787",
+        dashboard_address: str | UnsetType | None = UNSET,
         progress: Progress | None = None,
         timeout: float = 60.0,
     ) -> EmbeddedCluster:
@@ -89,17 +92,23 @@ class EmbeddedCluster:
         Parameters
         ----------
         n_workers : int, optional
-            Worker processes to begin with; the number of cores, at most 4, by default. More are started when
-            replicas find no place.
+            Worker processes to begin with; by default as ``serve.embedded`` of Dask's configuration says, which is the
+            number of cores, at most 4. More are started when replicas find no place.
         nthreads : int, optional
-            Threads of each worker; the cores are shared out by default.
-        dashboard_address : str or None
-            ``host:port`` of the Dask dashboard; another port is taken when this one is busy. None: no dashboard.
+            Threads of each worker; by default as configured, which is that the cores are shared out.
+        dashboard_address : str or None, optional
+            ``host:port`` of the Dask dashboard, by default as configured; another port is taken when this one is busy.
+            None: no dashboard.
         progress : callable, optional
             Called with a line of text for each thing that happens, from other threads too.
         timeout : float
             Seconds until `StartTimeoutError`.
         """
+        configured = checked(EmbeddedSettings, "embedded")
+        n_workers = configured.workers if n_workers is None else n_workers
+        nthreads = configured.threads if nthreads is None else nthreads
+        if isinstance(dashboard_address, UnsetType):
+            dashboard_address = configured.dashboard_address
         cores = os.cpu_count() or 1
         n_workers = max(1, min(cores, DEFAULT_WORKERS) if n_workers is None else n_workers)
         options = {

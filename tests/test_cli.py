@@ -18,7 +18,10 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from dask_serve import api, cli
+from dask_serve import api, cli, versions
+from dask_serve.cli.connecting import Cluster
+from dask_serve.cli.loading import load
+from dask_serve.cli.serving import INTERRUPTED
 from dask_serve.controller.status import ServeStatus
 from dask_serve.deployment import Application
 from dask_serve.exceptions import ApplicationNotFoundError, DeploymentFailedError
@@ -37,12 +40,6 @@ app = Hello.bind()
 
 def build():
     return Hello.options(name="Built").bind()
-
-def wrong():
-    return 3
-
-class Plain:
-    pass
 """
 
 #: The command with an API that deploys nothing: what is tested is how the command starts and ends.
@@ -62,12 +59,10 @@ serve()
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Provide a working directory with an application in it."""
     (tmp_path / "hello_module.py").write_text(MODULE)
-    (tmp_path / "broken_module.py").write_text("import a_module_that_is_not_there\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path
-    for name in ("hello_module", "broken_module"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("hello_module", None)
 
 
 def invoke(*arguments: str) -> Any:
@@ -78,41 +73,12 @@ def invoke(*arguments: str) -> Any:
 
 
 def test_loads_an_application_from_the_working_directory(module: Path) -> None:
-    assert isinstance(cli._load("hello_module:app"), Application)
+    assert isinstance(load("hello_module:app"), Application)
     assert sys.path[0] == str(module)
 
 
 def test_calls_a_builder() -> None:
-    assert cli._load("hello_module:build").name == "Built"
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("hello_module", "write MODULE:APP"),
-        ("no_such_module:app", "there is no module 'no_such_module'"),
-        ("hello_module:ap", "has no attribute 'ap'; its applications: app"),
-        ("hello_module:Hello", "is a Deployment (Hello), not an application; write .bind() behind it"),
-        ("hello_module:Plain", "is a type (Plain), not an application; decorate the class"),
-        ("hello_module:wrong", "wrong() returned an int, not an application"),
-    ],
-)
-def test_says_what_is_wrong_with_a_target(target: str, message: str) -> None:
-    result = invoke("run", target)
-    assert result.exit_code in {1, 2}
-    assert message in result.output
-    assert "Traceback" not in result.output
-
-
-def test_a_module_that_cannot_be_imported_shows_its_own_traceback() -> None:
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
-        cli._load("broken_module:app")
-
-
-def test_workers_are_for_the_embedded_cluster() -> None:
-    result = invoke("run", "hello_module:app", "--scheduler", "tcp://127.0.0.1:1", "--workers", "2")
-    assert result.exit_code == 2
-    assert "--workers" in result.output
+    assert load("hello_module:build").name == "Built"
 
 
 # -- commands on a running cluster -------------------------------------------------------------------------------------
@@ -124,7 +90,7 @@ def _no_client(*_: Any) -> Iterator[str]:
 
 
 def test_status_as_text_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_connected", _no_client)
+    monkeypatch.setattr(Cluster, "client", _no_client)
     monkeypatch.setattr(api, "status", lambda client: ServeStatus(version=3, url="http://127.0.0.1:8000"))
     assert "HTTP at http://127.0.0.1:8000" in invoke("status").output
     assert json.loads(invoke("status", "--json").output)["version"] == 3
@@ -132,7 +98,7 @@ def test_status_as_text_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_delete_and_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, ...]] = []
-    monkeypatch.setattr(cli, "_connected", _no_client)
+    monkeypatch.setattr(Cluster, "client", _no_client)
     monkeypatch.setattr(api, "delete", lambda name, client: calls.append(("delete", name, client)))
     monkeypatch.setattr(api, "shutdown", lambda client: calls.append(("shutdown", client)))
     assert invoke("delete", "shop").exit_code == 0
@@ -142,9 +108,9 @@ def test_delete_and_shutdown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rollback(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int | None]] = []
-    monkeypatch.setattr(cli, "_connected", _no_client)
-    monkeypatch.setattr(api, "rollback", lambda name, version, client: calls.append((name, version)))
-    monkeypatch.setattr(api, "history", lambda name, client: ["version 1", "version 2"])
+    monkeypatch.setattr(Cluster, "client", _no_client)
+    monkeypatch.setattr(versions, "rollback", lambda name, version, client: calls.append((name, version)))
+    monkeypatch.setattr(versions, "history", lambda name, client: ["version 1", "version 2"])
     assert invoke("rollback", "shop").output == "version 2\n"
     assert invoke("rollback", "shop", "--version", "1").exit_code == 0
     assert calls == [("shop", None), ("shop", 1)]
@@ -154,11 +120,11 @@ def test_errors_of_the_service_are_one_message(monkeypatch: pytest.MonkeyPatch) 
     def fail(name: str, client: Any) -> None:
         raise ApplicationNotFoundError(f"there is no application {name!r}; there are: default")
 
-    monkeypatch.setattr(cli, "_connected", _no_client)
+    monkeypatch.setattr(Cluster, "client", _no_client)
     monkeypatch.setattr(api, "delete", fail)
     result = invoke("delete", "shop")
     assert result.exit_code == 1
-    assert result.output == "Error: there is no application 'shop'; there are: default\n"
+    assert result.output == "Error: there is no application 'shop'\nthere are: default\n"
 
 
 def test_asks_for_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +158,7 @@ def test_run_on_a_cluster_deletes_what_it_deployed(monkeypatch: pytest.MonkeyPat
         calls.append(("run", application.name, options["name"], options["route_prefix"]))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(cli, "_client", lambda address: client)
+    monkeypatch.setattr(Cluster, "connect", lambda self: client)
     monkeypatch.setattr(api, "start", lambda **options: calls.append(("start", options)))
     monkeypatch.setattr(api, "run", deploy)
     monkeypatch.setattr(api, "delete", lambda name, client: calls.append(("delete", name)))
@@ -211,7 +177,7 @@ def test_run_reports_a_deployment_that_failed(monkeypatch: pytest.MonkeyPatch) -
     def fail(application: Application, **options: Any) -> None:
         raise DeploymentFailedError("ZeroDivisionError: in the constructor")
 
-    monkeypatch.setattr(cli, "_client", lambda address: _Client())
+    monkeypatch.setattr(Cluster, "connect", lambda self: _Client())
     monkeypatch.setattr(api, "start", lambda **options: None)
     monkeypatch.setattr(api, "run", fail)
     monkeypatch.setattr(api, "delete", lambda name, client: None)
@@ -298,7 +264,7 @@ def test_a_second_signal_ends_at_once(module: Path) -> None:
         process.send_signal(signal.SIGINT)
         read_until(process, "draining")
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == cli.INTERRUPTED
+        assert process.wait(timeout=10) == INTERRUPTED
         assert_all_end(family)
 
 

@@ -7,11 +7,13 @@ import getpass
 import os
 import socket
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from distributed.protocol import to_serialize
 
+from ..defaults import configured_http
 from ..exceptions import ConfigError, ConflictError, DeploymentFailedError, NotRunningError, StartTimeoutError
 from ..policy.desired import ApplicationSpec
 from ..policy.history import CONTROLLER
@@ -27,7 +29,20 @@ if TYPE_CHECKING:
     from ..config import HTTPOptions
     from ..shipping.graph import Built
 
-__all__ = ["deploy", "ensure_controller", "roll_back", "signature", "start_proxies"]
+__all__ = [
+    "SEND_TRIES",
+    "ask_again",
+    "check_bound",
+    "deploy",
+    "ensure_controller",
+    "roll_back",
+    "scale",
+    "signature",
+    "start_proxies",
+    "wait_known",
+    "wait_running",
+    "with_configured",
+]
 
 #: Seconds one long poll may take.
 POLL = 30.0
@@ -75,20 +90,51 @@ async def roll_back(
     client: Client, name: str, version: int | None, *, wait: bool, timeout: float | None, say: Progress
 ) -> int:
     """Make an application again what it was, and wait until that runs; return the number of the new version."""
+    return await _change(client, "serve_rollback", name, wait=wait, timeout=timeout, say=say, version=version)
+
+
+async def scale(
+    client: Client, name: str, deployment: str, number: int, *, wait: bool, timeout: float | None, say: Progress
+) -> int:
+    """Change how many replicas a deployment has, and wait for them; return the number of the new version."""
+    options = {"deployment": deployment, "number": number}
+    return await _change(client, "serve_scale", name, wait=wait, timeout=timeout, say=say, **options)
+
+
+async def _change(
+    client: Client, op: str, name: str, *, wait: bool, timeout: float | None, say: Progress, **arguments: Any
+) -> int:
     deadline = None if timeout is None else time.monotonic() + timeout
-    answer = await ask(client.scheduler, "serve_rollback", app=name, version=version, **signature(client))
+    answer = await ask(client.scheduler, op, app=name, **arguments, **signature(client))
     if wait:
         try:
-            await _wait_running(client, name, answer["version"], deadline=deadline, timeout=timeout, say=say)
+            await wait_running(client, name, answer["version"], deadline=deadline, timeout=timeout, say=say)
         finally:
             say.end()
-        await _wait_known(client, routed=True)
+        await wait_known(client, routed=True)
     return int(answer["version"])
+
+
+def with_configured(options: HTTPOptions, explicit: Sequence[str]) -> tuple[HTTPOptions, list[str]]:
+    """Put what Dask's configuration has of this session in the place of options that nobody gave; return its names too.
+
+    It is for the first start of proxies: what is configured in one session does not change what runs.
+    """
+    found, names = configured_http()
+    preferred = [name for name in names if name not in explicit]
+    return msgspec.structs.replace(options, **{name: getattr(found, name) for name in preferred}), preferred
 
 
 async def start_proxies(client: Client, options: HTTPOptions, explicit: list[str]) -> str:
     """Start the proxies, or change their options; return the URL."""
-    answer = await _ask_again(client, "serve_start", options=msgspec.msgpack.encode(options), explicit=sorted(explicit))
+    options, preferred = with_configured(options, explicit)
+    answer = await ask_again(
+        client,
+        "serve_start",
+        options=msgspec.msgpack.encode(options),
+        explicit=sorted(explicit),
+        preferred=preferred,
+    )
     return str(answer["url"])
 
 
@@ -121,7 +167,7 @@ async def deploy(
     deadline = None if timeout is None else time.monotonic() + timeout
     spec = built.spec
     await ensure_controller(client)
-    await _check_bound(client, spec, deadline, say)
+    await check_bound(client, spec, deadline, say)
     address = ""
     if proxies[1]:
         # What was asked for may be refused (a busy port), which must leave everything as it was.
@@ -133,16 +179,16 @@ async def deploy(
         version = await _send(client, built)
     if wait:
         try:
-            await _wait_running(client, spec.name, version, deadline=deadline, timeout=timeout, say=say)
+            await wait_running(client, spec.name, version, deadline=deadline, timeout=timeout, say=say)
         finally:
             say.end()
-        await _wait_known(client, spec.route_prefix is not None)
+        await wait_known(client, spec.route_prefix is not None)
         route = spec.route_prefix
         where = f" at {address}{route.rstrip('/')}/" if address and route else ""
         say(f"application {spec.name!r} is running{where}")
 
 
-async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | None, say: Progress) -> None:
+async def check_bound(client: Client, spec: ApplicationSpec, deadline: float | None, say: Progress) -> None:
     """Wait for the Dask futures that are bound; a failed one would fail every constructor."""
     for deployment in spec.deployments:
         for key in deployment.keys:
@@ -167,9 +213,9 @@ async def _check_bound(client: Client, spec: ApplicationSpec, deadline: float | 
                 ) from state.exception
 
 
-async def _wait_known(client: Client, routed: bool) -> None:
+async def wait_known(client: Client, routed: bool) -> None:
     """Wait until proxies and this session have the present table: the next call finds the replicas that are ready."""
-    answer = await _ask_again(client, "serve_routed", timeout=KNOWN_WITHIN if routed else 0.0)
+    answer = await ask_again(client, "serve_routed", timeout=KNOWN_WITHIN if routed else 0.0)
     present = answer["epoch"], answer["version"]
     # Of a later epoch, another controller has taken over.
     await Session.of(client).until(
@@ -179,11 +225,11 @@ async def _wait_known(client: Client, routed: bool) -> None:
 
 async def _send(client: Client, built: Built) -> int:
     """Send an application, and those parts of its code that the controller does not have; return its version."""
-    answer = await _ask_again(client, "serve_missing", revisions=list(built.code))
+    answer = await ask_again(client, "serve_missing", revisions=list(built.code))
     application = msgspec.msgpack.encode(built.spec)
     for _ in range(SEND_TRIES):
         code = {revision: to_serialize(built.code[revision]) for revision in answer.get("missing", ())}
-        answer = await _ask_again(client, "serve_deploy", application=application, code=code, **signature(client))
+        answer = await ask_again(client, "serve_deploy", application=application, code=code, **signature(client))
         if "version" in answer:
             return int(answer["version"])
     raise DeploymentFailedError(
@@ -191,7 +237,7 @@ async def _send(client: Client, built: Built) -> int:
     )
 
 
-async def _wait_running(
+async def wait_running(
     client: Client, name: str, version: int, *, deadline: float | None, timeout: float | None, say: Progress
 ) -> None:
     """Wait until a version runs; raise where it fails, or is no longer what is desired."""
@@ -220,11 +266,11 @@ async def _next_status(client: Client, since: int, timeout: float) -> ServeStatu
     """Return the status once it is newer."""
     # The present one will do at first, and after a restart, when versions count anew.
     again = {"since": 0}
-    answer = await _ask_again(client, "serve_watch", again, since=since, timeout=timeout)
+    answer = await ask_again(client, "serve_watch", again, since=since, timeout=timeout)
     return decode_status(answer["status"])
 
 
-async def _ask_again(
+async def ask_again(
     client: Client, op: str, again: dict[str, Any] | None = None, /, **arguments: Any
 ) -> dict[str, Any]:
     """Ask what may be asked twice, ``again`` with other arguments: a scheduler that went away may come back."""

@@ -12,7 +12,7 @@ from distributed.protocol import to_serialize
 
 from ..config import HTTPOptions
 from ..exceptions import ApplicationNotFoundError, ConfigError
-from ..policy.desired import ApplicationSpec, deployment_id
+from ..policy.desired import ApplicationSpec, deployment_id, with_replicas
 from ..policy.history import By, Entry, earlier
 from ..policy.reconcile import ATTEMPTS, Attempts
 from .history import signed
@@ -113,13 +113,16 @@ class Editor:
                 except StoreError as error:
                     logger.error("application %r: %s", app, error)
 
-    async def _save(self, app: str, entries: Sequence[Entry], code: Mapping[str, Any] | None = None) -> None:
+    async def _save(self, app: str, entries: Sequence[Entry]) -> None:
+        await self._save_all({app: entries}, {})
+
+    async def _save_all(self, versions: Mapping[str, Sequence[Entry]], code: Mapping[str, Any]) -> None:
         if self.store is None:
             return
-        keep = self.history.revisions(but=app)
-        keep |= {name for entry in entries for spec in entry.spec.deployments for name in spec.needs}
-        known = {**self.registry.code, **(code or {})}
-        await self.store.save(app, entries, known, keep)
+        keep = self.history.revisions(but=versions.keys())
+        specs = [spec for entries in versions.values() for entry in entries for spec in entry.spec.deployments]
+        keep |= {name for spec in specs for name in spec.needs}
+        await self.store.save_all(versions, {**self.registry.code, **code}, keep)
         self.history.stored = self.store.code
 
     async def save_http(self, options: HTTPOptions | None, explicit: Sequence[str] = ()) -> None:
@@ -148,23 +151,76 @@ class Editor:
             It could not be saved; nothing has changed.
         """
         async with self._lock:
-            return await self._replace(spec, code, by, reason)
+            return (await self._replace([spec], code, by, reason))[spec.name]
 
-    async def _replace(self, spec: ApplicationSpec, code: Mapping[str, Any], by: By, reason: str) -> int:
-        self.registry.check(spec, code)
+    async def deploy_all(
+        self,
+        specs: Sequence[ApplicationSpec],
+        code: Mapping[str, Any],
+        by: By,
+        reason: str,
+        *,
+        gone: Sequence[str] = (),
+    ) -> dict[str, int]:
+        """Make some applications as they are given, and take others away, all of that or nothing.
+
+        Parameters
+        ----------
+        specs : sequence of ApplicationSpec
+            What they are to be.
+        code, by, reason
+            As of `deploy`.
+        gone : sequence of str
+            Names of those that are to go; nobody waits for the end of their replicas.
+
+        Returns
+        -------
+        dict
+            The number of the present version of each of ``specs``.
+
+        Raises
+        ------
+        ConfigError, StoreError
+            As of `deploy`.
+        """
+        async with self._lock:
+            return await self._replace(specs, code, by, reason, gone)
+
+    def check(self, specs: Sequence[ApplicationSpec], code: Mapping[str, Any], gone: Sequence[str] = ()) -> None:
+        """Raise ConfigError where `deploy_all` would."""
+        routes = {name: route for name, route in self.registry.routes().items() if name not in gone}
+        routes |= {spec.name: spec.route_prefix for spec in specs}
+        for spec in specs:
+            self.registry.check(spec, code, routes)
+
+    async def _replace(
+        self, specs: Sequence[ApplicationSpec], code: Mapping[str, Any], by: By, reason: str, gone: Sequence[str] = ()
+    ) -> dict[str, int]:
+        self.check(specs, code, gone)
         while True:
-            before = entries = self.history.of(spec.name)
+            before = {spec.name: self.history.of(spec.name) for spec in specs}
             # The same again is no other version: it belongs to whoever made it.
-            if not before or before[-1].spec != spec:
-                entries = self.history.extended(spec, by, reason)
-                await self._save(spec.name, entries, code)
-            # The controller may have changed it itself while this was written.
-            if self.history.of(spec.name) is before:
+            new = {
+                spec.name: self.history.extended(spec, by, reason)
+                for spec in specs
+                if not before[spec.name] or before[spec.name][-1].spec != spec
+            }
+            if new or gone:
+                await self._save_all({**new, **dict.fromkeys(gone, ())}, code)
+            # The controller may have changed one itself while this was written.
+            if all(self.history.of(name) is entries for name, entries in before.items()):
                 break
-        self.history.put(spec.name, entries)
-        self.registry.deploy(spec, code)
+        after = {**before, **new}
+        for name in gone:
+            if name in self.registry.applications:
+                self.registry.delete(name)
+            self.history.remove(name, by)
+        # Whoever takes over a route comes after those that had it.
+        for spec in specs:
+            self.history.put(spec.name, after[spec.name])
+            self.registry.replace(spec, code)
         self._wake()
-        return entries[-1].version
+        return {name: entries[-1].version for name, entries in after.items()}
 
     async def rollback(self, app: str, version: int | None, by: By, has_key: Callable[[str], bool]) -> int:
         """Make an application again what it was; return the number of the version that this is.
@@ -189,7 +245,27 @@ class Editor:
                     f"version {entry.version} of application {app!r} cannot come back: its code was dropped to save "
                     "memory; with a state file all of it is kept"
                 )
-            return await self._replace(entry.spec, {}, by, f"rolled back to {entry.version}")
+            return (await self._replace([entry.spec], {}, by, f"rolled back to {entry.version}"))[app]
+
+    async def scale(self, app: str, deployment: str, number: int, by: By) -> int:
+        """Change how many replicas a deployment has; return the number of the version that this is.
+
+        Raises
+        ------
+        ApplicationNotFoundError
+            There is no such application or deployment.
+        ConfigError
+            The deployment follows its load, or the number is none.
+        """
+        async with self._lock:
+            current = self.history.current(app)
+            application = self.registry.applications.get(app)
+            if current is None or application is None or application.deleting:
+                raise ApplicationNotFoundError(self.not_found(app))
+            spec, before = with_replicas(application.spec, deployment, number)
+            # It stays the application of the session that deployed it, and ends with that.
+            by = By(by.owner, current.by.client)
+            return (await self._replace([spec], {}, by, f"scaled {deployment} from {before} to {number}"))[app]
 
     def _earlier(self, app: str, version: int | None) -> Entry:
         entries = self.history.of(app)
@@ -231,7 +307,7 @@ class Editor:
             if application is None:
                 raise ApplicationNotFoundError(self.not_found(app))
             current = self.history.current(app)
-            if own and current is not None and current.by != by:
+            if own and current is not None and current.by.client != by.client:
                 return False
             await self._save(app, ())
             replicas = self.registry.delete(app)

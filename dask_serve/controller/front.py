@@ -12,6 +12,7 @@ import msgspec
 
 from ..config import HTTPOptions
 from ..exceptions import ConfigError
+from ..records import keep_records
 from .editor import Editor
 from .elsewhere import Elsewhere
 from .measures import Measures
@@ -168,6 +169,11 @@ class Front:
         """The options of the proxies, or those that they would have."""
         return HTTPOptions() if self._proxies is None else self._proxies.options
 
+    @property
+    def explicit(self) -> list[str]:
+        """Names of the options that a person gave."""
+        return sorted(self._explicit)
+
     def describe(self) -> list[dict[str, Any]]:
         """Return one dictionary for each process."""
         rows = [] if self._proxies is None else self._proxies.describe()
@@ -180,5 +186,8 @@ class Front:
             self._on_backlogs(**details)
         elif event == "counts":
             self._measures.proxy_told(**details)
+        elif event == "logs":
+            for record in details["records"]:
+                keep_records().add({**record, "source": f"proxy {slot}"})
         elif event != "stats":
             self._on_change()

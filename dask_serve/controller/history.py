@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -184,12 +184,12 @@ class History:
         ]
         return Answer(revisions=revisions, deleted=self._deleted.get(app))
 
-    def revisions(self, but: str | None = None) -> set[str]:
-        """Return the names of the code that versions need, those of application ``but`` left out."""
+    def revisions(self, but: Collection[str] = ()) -> set[str]:
+        """Return the names of the code that versions need, those of applications ``but`` left out."""
         return {
             name
             for app, entries in self._entries.items()
-            if app != but
+            if app not in but
             for entry in entries
             for spec in entry.spec.deployments
             for name in spec.needs

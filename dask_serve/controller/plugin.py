@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import secrets
 import uuid
-from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +16,23 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from ..config import HTTPOptions
+from ..defaults import overlaid
 from ..exceptions import (
     ApplicationNotFoundError,
     ConfigError,
     DeploymentUnavailableError,
-    ServeError,
 )
 from ..logs import join_dask
 from ..measures.sources import add_source, drop_source
 from ..policy.desired import ApplicationSpec
 from ..policy.history import By
+from ..records import keep_records, told_since
 from ..routing.table import Table, encode_table
+from .boot import Boot, BootDocument
 from .changes import Changes, Throttle
+from .checkup import CHECKUP_OPERATIONS, Checkup
+from .child import Deployer
+from .desired import DESIRED_OPERATIONS, Desired
 from .editor import Editor
 from .events import Events
 from .front import Front, first_options
@@ -37,10 +40,12 @@ from .history import History, encode_history
 from .leaving import Leaving
 from .measures import Measures
 from .metrics import controller_families
+from .operations import operation
 from .promises import Promises
 from .pulse import Pulse
 from .reconciler import Reconciler
 from .registry import Registry
+from .rest import Rest
 from .scaling import Scaling
 from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, WorkerStatus, encode_status
@@ -59,21 +64,6 @@ logger = logging.getLogger("dask_serve.controller")
 #: Seconds between two reminders to the scheduler that it is not idle; it looks every 0.25 s.
 NOT_IDLE = 0.1
 
-Op = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
-
-
-def _op(method: Op) -> Op:
-    """Return errors that callers can mend as data: the scheduler would log and pickle them."""
-
-    @functools.wraps(method)
-    async def answer(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        try:
-            return await method(*args, **kwargs)
-        except ServeError as error:
-            return {"error": [type(error).__name__, str(error)]}
-
-    return answer
-
 
 class Controller(SchedulerPlugin):
     """Runs in the scheduler and owns applications, replicas and proxies.
@@ -89,21 +79,29 @@ class Controller(SchedulerPlugin):
         Names of those options that a person gave, for which there is no way round.
     state : StateFile, optional
         Where the desired state is saved; by default where the scheduler's configuration says, if it does.
+    document : BootDocument, optional
+        Deployed once the scheduler runs.
     """
 
     name = "dask-serve"
     idempotent = True
 
     def __init__(
-        self, http: HTTPOptions | None = None, explicit: list[str] | None = None, state: StateFile | None = None
+        self,
+        http: HTTPOptions | None = None,
+        explicit: list[str] | None = None,
+        state: StateFile | None = None,
+        document: BootDocument | None = None,
     ) -> None:
         self._http_at_start = http
         self._explicit = set(explicit or ())
         self._state = state
+        self._document = document
 
     async def start(self, scheduler: Scheduler) -> None:
         """Install the operations. Never waits, so that two registrations cannot overlap."""
         join_dask()
+        keep_records()
         self.scheduler = scheduler
         self.epoch = uuid.uuid4().hex
         self.secret = secrets.token_bytes(32)
@@ -125,6 +123,11 @@ class Controller(SchedulerPlugin):
         add_source(
             "dask-serve-controller", lambda: controller_families(lambda: self._status, self.measures, self.events)
         )
+        self.desired = Desired(self)
+        self.deployer = Deployer(scheduler)
+        self.boot = None if self._document is None else Boot(self._document, self.deployer, self._publish)
+        self._booting: asyncio.Task[None] | None = None
+        Rest(self).install()
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
         self._tables = Changes()
@@ -134,6 +137,11 @@ class Controller(SchedulerPlugin):
         self._not_idle = PeriodicCallback(self._keep_awake, NOT_IDLE * 1000)
         for name in OPERATIONS:
             scheduler.handlers[name] = getattr(self, name)
+        for name in DESIRED_OPERATIONS:
+            scheduler.handlers[name] = getattr(self.desired, name)
+        checkup = Checkup(self)
+        for name in CHECKUP_OPERATIONS:
+            scheduler.handlers[name] = getattr(checkup, name)
         scheduler.stream_handlers["serve-load"] = self._on_load
         self._adaptive_before = scheduler.adaptive_target
         # Both names are used: Dask's own Adaptive asks over the wire, dashboards and gateways call the method.
@@ -159,6 +167,8 @@ class Controller(SchedulerPlugin):
             )
             if self._http_at_start is not None:
                 self.front.begin(self._http_at_start, self._explicit)
+            if self.boot is not None:
+                self._booting = asyncio.create_task(self.boot.run())
             pulse = asyncio.create_task(Pulse(self.scheduler, self.registry, self.reconciler, self.secret).run())
             try:
                 await self.reconciler.run(self._client)
@@ -173,6 +183,9 @@ class Controller(SchedulerPlugin):
         self._not_idle.stop()
         drop_source("dask-serve-controller")
         self._main.cancel()
+        if self._booting is not None:
+            self._booting.cancel()
+        self.deployer.close()
         with suppress(asyncio.CancelledError, Exception):
             await self._main
         self._publish_soon.close()
@@ -186,7 +199,7 @@ class Controller(SchedulerPlugin):
         if self._client is not None:
             await self._client.close()
         self.editor.flush()
-        await self.editor.close(remove=self._state is not None and self._state.for_crashes)
+        await self.editor.close(remove=self.saves_for_crashes)
 
     # -- hooks of the scheduler
 
@@ -237,8 +250,7 @@ class Controller(SchedulerPlugin):
 
     async def serve_status(self) -> dict[str, Any]:
         """Return the status."""
-        self._publish_soon.flush()
-        return {"status": encode_status(self._with_workers())}
+        return {"status": encode_status(self.present_status())}
 
     async def serve_watch(self, since: int = 0, timeout: float = 30.0) -> dict[str, Any]:
         """Return the status as soon as it is newer than ``since``, or after ``timeout`` seconds."""
@@ -248,13 +260,17 @@ class Controller(SchedulerPlugin):
         self._publish_soon.flush()
         return {"status": encode_status(self._with_workers())}
 
+    async def serve_logs(self, known: dict[str, int]) -> dict[str, Any]:
+        """Return the records of this process, and of the proxies, that the caller does not have."""
+        return told_since(known)
+
     # -- operations: applications
 
     async def serve_missing(self, revisions: list[str]) -> dict[str, Any]:
         """Return those revisions whose code is not here."""
         return {"missing": self.editor.lacks(revisions)}
 
-    @_op
+    @operation
     async def serve_deploy(
         self, application: bytes, code: dict[str, Any] | None = None, owner: str = "", client: str = ""
     ) -> dict[str, Any]:
@@ -270,10 +286,10 @@ class Controller(SchedulerPlugin):
             return {"missing": missing}
         version = await self.editor.deploy(spec, code or {}, By(owner, client))
         if spec.route_prefix is not None and not self.front.url:
-            await self.front.start(HTTPOptions(), set())
+            await self.front.start(overlaid(HTTPOptions(), ()), set())
         return {"version": version}
 
-    @_op
+    @operation
     async def serve_rollback(
         self, app: str, version: int | None = None, owner: str = "", client: str = ""
     ) -> dict[str, Any]:
@@ -281,12 +297,19 @@ class Controller(SchedulerPlugin):
         by = By(owner, client)
         return {"version": await self.editor.rollback(app, version, by, self.scheduler.tasks.__contains__)}
 
-    @_op
+    @operation
+    async def serve_scale(
+        self, app: str, deployment: str, number: int, owner: str = "", client: str = ""
+    ) -> dict[str, Any]:
+        """Change how many replicas a deployment has; answer with the number of the version that this is."""
+        return {"version": await self.editor.scale(app, deployment, number, By(owner, client))}
+
+    @operation
     async def serve_history(self, app: str) -> dict[str, Any]:
         """Return what an application was, and what became of it."""
         return {"history": encode_history(self.registry.history.answer(app)), "told": self.editor.not_found(app)}
 
-    @_op
+    @operation
     async def serve_code(self, revision: str) -> dict[str, Any]:
         """Return a revision's code, as it came, and the cluster's secret."""
         code = await self.editor.code(revision)
@@ -294,12 +317,12 @@ class Controller(SchedulerPlugin):
             raise DeploymentUnavailableError(f"revision {revision} is not deployed any more")
         return {"code": code, "secret": self.secret}
 
-    @_op
+    @operation
     async def serve_delete(self, app: str, owner: str = "", client: str = "", own: bool = False) -> dict[str, Any]:
         """Take an application away (``own``: if this client deployed it); answer when its replicas have ended."""
         return {"deleted": await self.editor.delete(app, By(owner, client), own=own)}
 
-    @_op
+    @operation
     async def serve_shutdown(self, owner: str = "", client: str = "") -> dict[str, Any]:
         """Take everything away; the controller stays and can be used again."""
         names = [name for name, app in self.registry.applications.items() if not app.deleting]
@@ -366,7 +389,7 @@ class Controller(SchedulerPlugin):
         await self.leaving.replace([worker], patience, no_place=0.2)
         return {}
 
-    @_op
+    @operation
     async def serve_drain(self, worker: str, stay: bool = False) -> dict[str, Any]:
         """Bring a worker, by address or name, to hold no replicas, and keep it so; ``stay`` takes it back."""
         there = self.scheduler.workers
@@ -419,10 +442,16 @@ class Controller(SchedulerPlugin):
         answer = await self.serve_table(epoch, since, timeout)
         return {**answer, "options": msgspec.msgpack.encode(self.front.options)}
 
-    @_op
-    async def serve_start(self, options: bytes = b"", explicit: list[str] | None = None) -> dict[str, Any]:
-        """Start the proxies, or change what can be changed; answer when they accept requests."""
+    @operation
+    async def serve_start(
+        self, options: bytes = b"", explicit: list[str] | None = None, preferred: list[str] | None = None
+    ) -> dict[str, Any]:
+        """Start the proxies, or change what can be changed; answer when they accept requests.
+
+        ``preferred`` are options that the caller's configuration has: they go before this process's own.
+        """
         given = msgspec.msgpack.decode(options, type=HTTPOptions) if options else HTTPOptions()
+        given = overlaid(given, [*(explicit or ()), *(preferred or ())])
         return {"url": await self.front.start(given, set(explicit or ()))}
 
     # -- inside
@@ -448,12 +477,13 @@ class Controller(SchedulerPlugin):
             self._table_bytes = encode_table(self._table)
             self.front.publish(self._table_bytes)
             self._tables.happened()
+        boot = "" if self.boot is None else self.boot.message
         status = ServeStatus(
             version=self._status.version,
             applications=self.views.statuses(),
             proxies=self.front.describe(),
             url=self.front.url,
-            message="\n".join(text for text in (self.front.message, *self.editor.trouble) if text),
+            message="\n".join(text for text in (self.front.message, *self.editor.trouble, boot) if text),
             events=self.events.latest(),
         )
         if status != self._status or not status.version:
@@ -464,6 +494,11 @@ class Controller(SchedulerPlugin):
         elif not registry.applications and self._not_idle.is_running():
             self._not_idle.stop()
         self.scaling.look()
+
+    def present_status(self) -> ServeStatus:
+        """Return the status, with all that has happened."""
+        self._publish_soon.flush()
+        return self._with_workers()
 
     def _with_workers(self) -> ServeStatus:
         # Each heartbeat changes it, which is no news to those who watch the status.
@@ -477,6 +512,11 @@ class Controller(SchedulerPlugin):
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.
         self.scheduler.idle_since = None
+
+    @property
+    def saves_for_crashes(self) -> bool:
+        """The state file is gone once the scheduler ends in order."""
+        return self._state is not None and self._state.for_crashes
 
     def _adaptive_target(self, target_duration: float | None = None) -> int:
         return max(int(self._adaptive_before(target_duration)), self.reconciler.wanted_workers())

@@ -21,7 +21,7 @@ from ..exceptions import ConfigError, ServeError, StartTimeoutError
 from ..proxy import lifeline as wire
 from ..proxy.doors import Material
 
-__all__ = ["READY_TIMEOUT", "OnEvent", "Process"]
+__all__ = ["READY_TIMEOUT", "OnEvent", "Process", "environment"]
 
 logger = logging.getLogger("dask_serve.controller")
 
@@ -81,7 +81,7 @@ class Process:
                 pass_fds=files,
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # the parent's stdout may be data that somebody parses
-                env=_environment(),
+                env=environment(),
                 start_new_session=True,
             )
         try:
@@ -175,6 +175,9 @@ class Process:
             self._on_event(self.slot, "applied", {"pid": self.pid})
         elif kind == wire.BACKLOGS:
             self._on_event(self.slot, "backlogs", msgspec.msgpack.decode(payload, type=dict[str, Any]))
+        elif kind == wire.LOGS:
+            found = msgspec.msgpack.decode(payload, type=list[dict[str, Any]])
+            self._on_event(self.slot, "logs", {"pid": self.pid, "records": found})
         elif kind == wire.STATS:
             self.stats = msgspec.msgpack.decode(payload, type=dict[str, Any])
             counts = self.stats.pop("counts", None)
@@ -201,7 +204,7 @@ class Process:
         self._on_event(self.slot, "exited", {"pid": self.pid, "code": code})
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Return the environment of a process that finds the modules that this one finds."""
     standard = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
     paths = [str(Path(entry).absolute()) for entry in sys.path if _is_ours(entry, standard)]

@@ -19,7 +19,7 @@ from .process import EXIT_GRACE, READY_TIMEOUT, OnEvent
 from .slot import Slot
 from .sockets import add_slot, bind_admin, bind_slots, format_url, remove_path
 
-__all__ = ["Proxies"]
+__all__ = ["Proxies", "certificates"]
 
 logger = logging.getLogger("dask_serve.controller")
 
@@ -52,7 +52,7 @@ class Proxies:
     ) -> None:
         self.command = list(command or (sys.executable, "-m", "dask_serve.proxy"))
         self.options = HTTPOptions()
-        self.doors = None if security is None else _doors(security)
+        self.doors = None if security is None else certificates(security)
         #: The latest routing table, encoded.
         self.table: bytes | None = None
         #: Where HTTP is served; empty while it is not.
@@ -279,7 +279,8 @@ class Proxies:
             remove_path(name)
 
 
-def _doors(security: Any) -> Material | None:
+def certificates(security: Any) -> Material | None:
+    """Return the certificates that a client of the scheduler has; None: Dask uses none here."""
     # A scheduler started from the shell may have no client's certificate.
     for role in ("client", "scheduler"):
         config = security.get_tls_config_for_role(role)

@@ -110,6 +110,10 @@ class Registry:
     def deploy(self, spec: ApplicationSpec, code: Mapping[str, Any]) -> None:
         """Make ``spec`` the desired state of its application, or raise ConfigError and change nothing."""
         self.check(spec, code)
+        self.replace(spec, code)
+
+    def replace(self, spec: ApplicationSpec, code: Mapping[str, Any]) -> None:
+        """Make ``spec``, which was checked, the desired state of its application."""
         needs = {name for deployment in spec.deployments for name in deployment.needs}
         self.code.update((name, blob) for name, blob in code.items() if name in needs)
         before = self.applications.get(spec.name)
@@ -371,6 +375,10 @@ class Registry:
         """Return the applications that are wanted, with their names."""
         return [(name, app) for name, app in self.applications.items() if not app.deleting]
 
+    def routes(self) -> dict[str, str | None]:
+        """Return the route prefix of each application that is wanted."""
+        return {name: application.spec.route_prefix for name, application in self.living()}
+
     def _specs(self) -> Iterable[tuple[str, str, DeploymentSpec]]:
         """Return what should run: id, application and spec."""
         for name, application in self.living():
@@ -383,8 +391,10 @@ class Registry:
             if application.before is not None:
                 yield from application.before.deployments
 
-    def check(self, spec: ApplicationSpec, code: Mapping[str, Any]) -> None:
-        """Raise ConfigError where ``spec`` cannot be deployed."""
+    def check(
+        self, spec: ApplicationSpec, code: Mapping[str, Any], routes: Mapping[str, str | None] | None = None
+    ) -> None:
+        """Raise ConfigError where ``spec`` cannot be deployed, beside the ``routes`` of applications."""
         if not spec.name or "/" in spec.name:
             raise ConfigError(f"application name {spec.name!r} is not valid: it must not be empty nor contain '/'")
         names = [deployment.name for deployment in spec.deployments]
@@ -395,7 +405,7 @@ class Registry:
             raise ConfigError(f"application {spec.name!r} has no deployment {spec.ingress!r}; it has {names}")
         if spec.route_prefix is not None:
             check_prefix(spec.route_prefix)
-            check_free(spec.name, spec.route_prefix, {name: a.spec.route_prefix for name, a in self.living()})
+            check_free(spec.name, spec.route_prefix, self.routes() if routes is None else routes)
         here = code.keys() | self.code.keys() | self.history.stored
         missing = [d.name for d in spec.deployments if not here.issuperset(d.needs)]
         if missing:

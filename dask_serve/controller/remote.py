@@ -14,6 +14,7 @@ import msgspec
 from distributed.core import rpc
 from distributed.security import Security
 
+from .. import __version__
 from ..config import HTTPOptions, change_options
 from ..exceptions import ConfigError, NotRunningError, ServeError
 from ..routing.table import decode_table
@@ -126,7 +127,7 @@ class RemoteProxies:
 
     def _rows(self) -> list[dict[str, Any]]:
         """Describe the proxies for `serve.status()`."""
-        here = {"node": socket.gethostname(), "url": self._proxies.url}
+        here = {"node": socket.gethostname(), "url": self._proxies.url, "version": __version__}
         rows = self._proxies.describe()
         return [{**here, **{name: value for name, value in row.items() if name != "stats"}} for row in rows]
 

@@ -8,6 +8,7 @@ import msgspec
 from dask.utils import format_bytes
 from msgspec import Struct
 
+from ..exceptions import ConfigError
 from .events import Event
 from .history import signed
 
@@ -21,6 +22,7 @@ __all__ = [
     "WorkerStatus",
     "decode_status",
     "encode_status",
+    "only_deployment",
 ]
 
 #: How many events `print(serve.status())` shows.
@@ -305,6 +307,23 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
 def worst(statuses: list[Health]) -> Health:
     """Return the status of an application whose deployments have ``statuses``."""
     return min(statuses, key=SEVERITY.index, default="running")
+
+
+def only_deployment(status: ServeStatus, app: str) -> str:
+    """Return the name of the only deployment of an application; empty where there is no such application.
+
+    Raises
+    ------
+    ConfigError
+        It has several.
+    """
+    application = status.applications.get(app)
+    names = [] if application is None else list(application.deployments)
+    if len(names) > 1:
+        raise ConfigError(
+            f"application {app!r} has several deployments: {', '.join(names)}; write {app}/{names[0]} for one of them"
+        )
+    return names[0] if names else ""
 
 
 def _indented(text: str) -> list[str]:

@@ -123,14 +123,16 @@ class Store:
     # -- changes
 
     async def save(self, app: str, entries: Sequence[Entry], code: Mapping[str, Any], keep: set[str]) -> None:
-        """Make these the versions of an application; none of them forgets it.
+        """Make these the versions of an application, as `save_all` does of several."""
+        await self.save_all({app: entries}, code, keep)
+
+    async def save_all(self, versions: Mapping[str, Sequence[Entry]], code: Mapping[str, Any], keep: set[str]) -> None:
+        """Make these the versions of some applications, of all or of none of them.
 
         Parameters
         ----------
-        app : str
-            Its name.
-        entries : sequence of Entry
-            All of its versions.
+        versions : mapping
+            By name of the application all of its versions; where there are none it is forgotten.
         code : mapping
             Code by revision, as it came; what is in the file already is not written again.
         keep : set of str
@@ -141,7 +143,7 @@ class Store:
         StoreError
             The change could not be written; the file is as it was.
         """
-        await self._do(self._save, app, entries, code, keep)
+        await self._do(self._save, versions, code, keep)
 
     async def save_http(self, options: HTTPOptions | None, explicit: Sequence[str] = ()) -> None:
         """Note the proxies; None: there are none."""
@@ -259,25 +261,27 @@ class Store:
             saved.versions[app] = (*entries, current)
         return saved
 
-    def _save(self, app: str, entries: Sequence[Entry], code: Mapping[str, Any], keep: set[str]) -> None:
-        before = self._rows.get(app, {})
-        after = {entry.version: _encode(entry) for entry in entries}
+    def _save(self, versions: Mapping[str, Sequence[Entry]], code: Mapping[str, Any], keep: set[str]) -> None:
+        before = {app: self._rows.get(app, {}) for app in versions}
+        after = {app: {entry.version: _encode(entry) for entry in entries} for app, entries in versions.items()}
         new = {revision: code[revision] for revision in code.keys() & keep - self.code}
         old = self.code - keep
         if before == after and not new and not old:
             return
         with self._transaction() as database:
-            for version in before.keys() - after.keys():
-                database.execute("DELETE FROM versions WHERE app=? AND version=?", (app, version))
-            for version, entry in after.items():
-                if before.get(version) != entry:
-                    database.execute("INSERT OR REPLACE INTO versions VALUES (?, ?, ?)", (app, version, _seal(entry)))
+            for app, rows in after.items():
+                for version in before[app].keys() - rows.keys():
+                    database.execute("DELETE FROM versions WHERE app=? AND version=?", (app, version))
+                for version, entry in rows.items():
+                    if before[app].get(version) != entry:
+                        row = (app, version, _seal(entry))
+                        database.execute("INSERT OR REPLACE INTO versions VALUES (?, ?, ?)", row)
             for revision, blob in new.items():
                 database.executemany("INSERT INTO code VALUES (?, ?, ?)", _pieces(revision, _raw(blob)))
             for revision in old:
                 database.execute("DELETE FROM code WHERE revision=?", (revision,))
-        self._rows[app] = after
-        if not after:
+        self._rows.update(after)
+        for app in [app for app, rows in after.items() if not rows]:
             del self._rows[app]
         self.code = (self.code | new.keys()) - old
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
-from ..config import DeploymentOptions
+from ..config import DeploymentOptions, change_options
+from ..exceptions import ApplicationNotFoundError, ConfigError
 from .environment import Environment
 
-__all__ = ["ApplicationSpec", "DeploymentSpec", "deployment_id"]
+__all__ = ["ApplicationSpec", "DeploymentSpec", "Source", "deployment_id", "with_replicas"]
 
 
 def deployment_id(app: str, name: str) -> str:
@@ -40,6 +41,16 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
         return [self.revision, *(archive.key for archive in self.environment.archives)]
 
 
+class Source(Struct, frozen=True, kw_only=True):
+    """Where an application's code came from, as a document names it."""
+
+    import_path: str
+    #: Arguments of the function that ``import_path`` names, as YAML, with variables that are not filled in.
+    args: str = ""
+    #: By deployment: names of the options that the document gives.
+    overrides: dict[str, list[str]] = {}
+
+
 class ApplicationSpec(Struct, frozen=True, kw_only=True):
     """One application: its deployments, the one that answers, and where HTTP finds it."""
 
@@ -49,3 +60,34 @@ class ApplicationSpec(Struct, frozen=True, kw_only=True):
     #: Name of the deployment that handles and HTTP requests reach.
     ingress: str
     deployments: list[DeploymentSpec]
+    #: None: it was deployed from Python.
+    source: Source | None = None
+
+
+def with_replicas(spec: ApplicationSpec, deployment: str, number: int) -> tuple[ApplicationSpec, int]:
+    """Return an application with another number of replicas of one deployment, and what the number was.
+
+    Raises
+    ------
+    ApplicationNotFoundError
+        It has no such deployment.
+    ConfigError
+        The deployment follows its load, or the number is none.
+    """
+    found = next((one for one in spec.deployments if one.name == deployment), None)
+    if found is None:
+        known = ", ".join(one.name for one in spec.deployments)
+        raise ApplicationNotFoundError(f"application {spec.name!r} has no deployment {deployment!r}; it has {known}")
+    config, before = found.options.autoscaling_config, found.options.num_replicas
+    if config is not None or before == "auto":
+        bounds = "" if config is None else f", between {config.min_replicas} and {config.max_replicas} replicas"
+        raise ConfigError(
+            f"{deployment_id(spec.name, deployment)} cannot be scaled to {number}: it follows its load{bounds}; deploy "
+            "it with other min_replicas and max_replicas in autoscaling_config, or with a number as num_replicas"
+        )
+    if not isinstance(number, int):
+        raise ConfigError(f"num_replicas={number!r} is no number of replicas; it is a whole number from 1 on")
+    options = change_options(found.options, {"num_replicas": number}, "serve.scale")
+    changed = structs.replace(found, options=options)
+    deployments = [changed if one is found else one for one in spec.deployments]
+    return structs.replace(spec, deployments=deployments), before

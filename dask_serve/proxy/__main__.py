@@ -20,6 +20,7 @@ import msgspec
 
 from ..config import HTTPOptions
 from ..exceptions import ConfigError
+from ..records import keep_records
 from . import lifeline as wire
 from .doors import Material, make_context
 from .files import Watched
@@ -95,6 +96,9 @@ class Process:
         self._stopping = False
         self._draining = False
         self._sent: dict[str, Any] = {}
+        self._records = keep_records()
+        #: Number of the last record that the controller has.
+        self._logged = 0
         #: Frames for the controller, by kind.
         self._news: dict[bytes, bytes] = {}
 
@@ -130,6 +134,7 @@ class Process:
         finally:
             self._send_stats()
             await self._service.close()
+            self._send_records()
 
     def _on_frame(self, kind: bytes, payload: bytes) -> None:
         self._presence.heard()
@@ -204,6 +209,7 @@ class Process:
 
     def _report(self) -> None:
         self._send_stats()
+        self._send_records()
         for watched in self._watched:
             watched.check()
         asyncio.get_running_loop().call_later(STATS_INTERVAL, self._report)
@@ -213,6 +219,12 @@ class Process:
         if stats != self._sent and self._lifeline is not None:
             self._sent = stats
             self._lifeline.send_latest(wire.STATS, msgspec.msgpack.encode(stats))
+
+    def _send_records(self) -> None:
+        news = self._records.since(self._logged)
+        if news and self._lifeline is not None:
+            self._logged = news[-1]["number"]
+            self._lifeline.send(wire.LOGS, msgspec.msgpack.encode(news))
 
     def _stats(self) -> dict[str, Any]:
         assert self._server is not None

@@ -19,6 +19,7 @@ __all__ = [
     "BACKLOGS",
     "DOORS",
     "DRAIN",
+    "LOGS",
     "OPTIONS",
     "PING",
     "READY",
@@ -47,6 +48,8 @@ REFUSED = b"X"
 APPLIED = b"A"
 #: From the proxy: how many requests wait (`dask_serve.routing.backlogs.Backlogs`).
 BACKLOGS = b"B"
+#: From the proxy: its latest log records (`dask_serve.records.Records`).
+LOGS = b"L"
 
 #: More than any table can have: a length above it means that the stream is broken.
 MAX_PAYLOAD = 1 << 28

@@ -11,7 +11,7 @@ from ..exceptions import ConfigError
 from .errors import Headers
 from .files import Watched, read_private
 
-__all__ = ["Tokens"]
+__all__ = ["TokenFile", "Tokens", "refusal"]
 
 #: Fewer characters could be guessed.
 SHORTEST = 16
@@ -27,11 +27,11 @@ class Tokens:
     """
 
     def __init__(self, options: HTTPOptions) -> None:
-        self._service: _File | None = None
+        self._service: TokenFile | None = None
         if options.tokens_file is not None:
-            self._service = _File(options.tokens_file, "tokens_file")
+            self._service = TokenFile(options.tokens_file, "tokens_file")
         self._applications = {
-            name: None if path is None else _File(path, f"application_tokens[{name!r}]")
+            name: None if path is None else TokenFile(path, f"application_tokens[{name!r}]")
             for name, path in options.application_tokens.items()
         }
         files = [self._service, *self._applications.values()]
@@ -48,18 +48,29 @@ class Tokens:
             For which it is; None: the service itself.
         """
         file = self._service if application is None else self._applications.get(application, self._service)
-        if file is None:
-            return None
-        given = [value for name, value in headers if name == b"authorization"]
-        if len(given) != 1:
-            return "this needs a token: send the header `Authorization: Bearer TOKEN`"
-        scheme, _, token = given[0].partition(b" ")
-        if scheme.lower() != b"bearer" or not file.holds(token.strip()):
-            return "the token is not valid"
-        return None
+        return None if file is None else refusal(headers, file)
 
 
-class _File:
+class TokenFile:
+    """The tokens of a file.
+
+    Parameters
+    ----------
+    path : str
+        The file.
+    option : str
+        The option that names it, for messages.
+
+    Attributes
+    ----------
+    watched : Watched
+
+    Raises
+    ------
+    ConfigError
+        It cannot be read, others may read it, or it holds no tokens.
+    """
+
     def __init__(self, path: str, option: str) -> None:
         self._path = path
         self._option = option
@@ -86,3 +97,14 @@ class _File:
         for known in self._digests:
             found |= hmac.compare_digest(digest, known)
         return found
+
+
+def refusal(headers: Headers, file: TokenFile) -> str | None:
+    """Return None where a request has a token of ``file``, else why it may not pass."""
+    given = [value for name, value in headers if name == b"authorization"]
+    if len(given) != 1:
+        return "this needs a token: send the header `Authorization: Bearer TOKEN`"
+    scheme, _, token = given[0].partition(b" ")
+    if scheme.lower() != b"bearer" or not file.holds(token.strip()):
+        return "the token is not valid"
+    return None

@@ -14,7 +14,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp
 
 from ..context import request_context
-from ..exceptions import MethodNotFoundError
+from ..exceptions import ArgumentsError, MethodNotFoundError, RequestError
 from ..wire.messages import HttpHead, is_websocket
 from .conversation import Conversation
 from .execution import Answer, Execution
@@ -37,6 +37,8 @@ class HttpAdapter:
         self._function: Callable[..., Any] | None = None
         self._is_async = False
         self._takes_request = True
+        #: Why there is no function.
+        self._error: RequestError
         #: The deployment is an ASGI application.
         self._app: ASGIApp | None = user.app
         if self._app is not None:
@@ -46,6 +48,12 @@ class HttpAdapter:
             self._takes_request = _takes_request(self._function)
             if _is_asgi(self._function):
                 self._app = self._function
+            elif unfit := _what_else_it_takes(self._function, self._takes_request):
+                self._function = None
+                self._error = ArgumentsError(
+                    f"__call__ of deployment {user.deployment!r} cannot answer HTTP requests: beside the request it "
+                    f"needs {unfit}; give these defaults, or read them from the request (its query, its JSON body)"
+                )
         except MethodNotFoundError:
             self._error = MethodNotFoundError(
                 f"deployment {user.deployment!r} has no __call__ and answers no HTTP requests; define "
@@ -131,6 +139,20 @@ _NO_WEBSOCKETS = (
     "deployment {!r} takes no WebSockets; make it an ASGI application: "
     "`async def __call__(self, scope, receive, send)`, or serve.ingress(app)"
 )
+
+
+def _what_else_it_takes(function: Callable[..., Any], takes_request: bool) -> str:
+    """Return the parameters that a request would leave without a value."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return ""
+    wild = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in wild]
+    first = next(iter(parameters), None)
+    if takes_request and needed and needed[0] is first:
+        needed = needed[1:]
+    return ", ".join(repr(parameter.name) for parameter in needed)
 
 
 def _takes_request(function: Callable[..., Any]) -> bool:

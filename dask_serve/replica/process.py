@@ -17,6 +17,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from ..exceptions import ServeError
 from ..logs import join_dask
 from ..measures.ledger import Ledger
+from ..records import keep_records
 from ..wire.memory import limit_idle
 from .door import Door
 from .room import limit_for
@@ -75,6 +76,7 @@ class ServeProcess:
                 dial = worker.security.get_connection_args("worker").get("ssl_context")
                 host = "127.0.0.1" if worker.address.startswith("inproc") else get_address_host(worker.address)
                 join_dask()
+                keep_records()
                 door = Door(secret, host, listen, dial, limit_for(worker))
                 door.start()
                 cls._doors[secret] = door

@@ -31,6 +31,7 @@ __all__ = [
     "make_handle",
     "not_running",
     "probe",
+    "refuse_inside",
     "was_forked",
 ]
 
@@ -75,6 +76,16 @@ def current_worker() -> Worker | None:
     if context is None:
         return None
     return next((worker for worker in Worker._instances if worker.address == context.worker), None)
+
+
+def refuse_inside(where: str) -> None:
+    """Raise where a function of sessions is called in a replica or a task."""
+    if current_worker() is not None:
+        raise ServeError(
+            f"{where} does not work inside a replica or a Dask task: call it in a session. Here, "
+            "serve.get_app_handle(name) and serve.get_deployment_handle(name) reach what runs already; deployments "
+            "that belong together are bound into each other with .bind()"
+        )
 
 
 async def probe(scheduler: Any, op: str, **arguments: Any) -> dict[str, Any] | None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from ..deployment import Application, check_name, methods
+from ..deployment import Application, Deployment, check_name, methods
 from ..exceptions import ConfigError
 from ..ingress import ingress_of
-from ..policy.desired import ApplicationSpec, DeploymentSpec, deployment_id
+from ..policy.desired import ApplicationSpec, DeploymentSpec, Source, deployment_id
 from .apps import app_reducers
 from .code import REPAIR, bound_handle, pack
 from .environment import resolve
@@ -39,7 +39,14 @@ class Built(Struct, frozen=True):
     code: dict[str, bytes]
 
 
-def build(target: Application, name: str = "default", route_prefix: str | None = "/") -> Built:
+def build(
+    target: Application,
+    name: str = "default",
+    route_prefix: str | None = "/",
+    *,
+    change: Callable[[str, Deployment], Deployment] | None = None,
+    source: Source | None = None,
+) -> Built:
     """Turn an application into its deployments: bound applications become handles, code becomes bytes.
 
     Parameters
@@ -50,6 +57,10 @@ def build(target: Application, name: str = "default", route_prefix: str | None =
         Name of the application.
     route_prefix : str or None
         Where HTTP finds it; None: nowhere.
+    change : callable, optional
+        Gets each deployment with its name, and returns what to take in its place.
+    source : Source, optional
+        Where it was loaded from.
 
     Raises
     ------
@@ -57,10 +68,14 @@ def build(target: Application, name: str = "default", route_prefix: str | None =
         A name or the route is not valid, or something cannot be sent to the workers.
     """
     check_name(name, "an application")
-    builder = _Builder(name)
+    builder = _Builder(name, change)
     ingress = builder.add(target)
     spec = ApplicationSpec(
-        name=name, route_prefix=_check_route(route_prefix), ingress=ingress, deployments=builder.specs
+        name=name,
+        route_prefix=_check_route(route_prefix),
+        ingress=ingress,
+        deployments=builder.specs,
+        source=source,
     )
     return Built(spec=spec, code=builder.code)
 
@@ -77,8 +92,9 @@ def _check_route(prefix: Any) -> str | None:
 
 
 class _Builder:
-    def __init__(self, app: str) -> None:
+    def __init__(self, app: str, change: Callable[[str, Deployment], Deployment] | None) -> None:
         self.app = app
+        self._change = change
         self.specs: list[DeploymentSpec] = []
         self.code: dict[str, bytes] = {}
         # Held by object and not only by id, so that no id can be used twice.
@@ -111,6 +127,8 @@ class _Builder:
 
     def _pack(self, application: Application, name: str) -> None:
         deployment = application.deployment
+        if self._change is not None:
+            deployment = self._change(name, deployment)
         ingress = ingress_of(deployment.func_or_class)
         packed = pack(
             deployment.func_or_class,

@@ -1,0 +1,1 @@
+"""Documents: the YAML that says which applications run, with which options."""
