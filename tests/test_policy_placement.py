@@ -293,6 +293,27 @@ def test_wanted_workers():
     assert wanted_workers([worker(1, threads=4, total=4), worker(2, threads=3, total=1)], 1, 5) == 5
 
 
+def test_a_worker_that_has_just_come_is_one_that_was_asked_for():
+    fresh = worker(2, fresh=True)
+    assert wanted_workers([fresh], 1) == 1
+    assert wanted_workers([fresh], 0) == 1
+    assert wanted_workers([worker(1, threads=4, total=4), fresh], 2) == 3
+    # Its threads are four of those that replicas wait for, if no replica has the worker for itself.
+    assert wanted_workers([worker(1, threads=4, total=4), fresh], 0, 4) == 2
+    assert wanted_workers([worker(1, threads=4, total=4), fresh], 0, 5) == 3
+    assert wanted_workers([worker(1, threads=4, total=4), fresh], 1, 4) == 3
+
+
+def test_nameless_workers_are_needed_all_or_none():
+    def nameless(number: int, **fields) -> WorkerView:
+        return worker(number, name=worker(number).address, **fields)
+
+    assert wanted_workers([nameless(1), nameless(2)], 0) == 0
+    assert wanted_workers([nameless(1, total=1), nameless(2)], 0) == 2
+    assert wanted_workers([nameless(1, total=1), worker(2)], 0) == 1
+    assert wanted_workers([nameless(1), worker(2, total=1)], 0) == 1
+
+
 def test_replicas_that_are_to_add_something_need_free_threads():
     workers = [worker(1, threads=4), worker(2, threads=3)]
     assert place(Need(only_free_threads=True), workers).worker == workers[1].address

@@ -208,8 +208,12 @@ class Controller(SchedulerPlugin):
         self.reconciler.restarted()
 
     def log_event(self, topic: str, msg: Any) -> None:
-        """A nanny kills its worker for memory: it says so before it does."""
-        if topic == "worker-restart-memory" and isinstance(msg, dict) and "worker" in msg:
+        """A worker begins to run, which it does not yet when it joins, or again; or its nanny kills it for memory."""
+        if not isinstance(msg, dict):
+            return
+        if msg.get("action") == "worker-status-change" and msg.get("status") == Status.running.name:
+            self.reconciler.joined_worker(topic)
+        elif topic == "worker-restart-memory" and "worker" in msg:
             self.reconciler.killed_for_memory(msg["worker"], int(msg.get("rss", 0)))
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
