@@ -109,9 +109,10 @@ class Leaving:
         holding = [worker.address for worker in known if self._registry.on_worker(worker.address)]
         if not unknown or not holding:
             return
+        named = ", ".join(map(str, unknown))
         text = (
-            f"no worker is named {', '.join(map(str, unknown))}, and the {len(holding)} workers that hold replicas have "
-            "no names: whoever closes one may close any of them, and fail its requests. Have the cluster give its "
+            f"no worker is named {named}, and the {len(holding)} workers that hold replicas have no names: whoever "
+            "closes one may close any of them, and fail its requests. Have the cluster give its "
             "workers the names that it knows them by: docs/operating.md, 'Workers that leave', shows how"
         )
         if names is not None:
