@@ -18,6 +18,7 @@ from ..policy.reconcile import ATTEMPTS, Attempts
 from .history import signed
 from .registry import Registry
 from .store import HTTP, Store, StoreError
+from .targets import Targets
 
 __all__ = ["Editor"]
 
@@ -43,6 +44,7 @@ class Editor:
         #: What is wrong with the state file, for the status.
         self.trouble: list[str] = []
         self.store: Store | None = None
+        self._targets = Targets(registry)
         self._wake = wake
         self._lock = asyncio.Lock()
         self._loads: dict[str, asyncio.Task[Any]] = {}
@@ -65,6 +67,7 @@ class Editor:
             logger.error("%s", text)
         for app, entries in saved.versions.items():
             self._restore(app, entries)
+        self._targets.restore(store, saved.targets)
         if saved.versions:
             names = ", ".join(map(repr, sorted(saved.versions)))
             logger.warning("applications of the last scheduler are restored from %s: %s", store.path, names)
@@ -92,11 +95,13 @@ class Editor:
         """Write what is left to be written."""
         if self._flush is not None:
             await asyncio.gather(self._flush, return_exceptions=True)
+        await self._targets.close()
         if self.store is not None:
             await self.store.close(remove=remove)
 
     def flush(self) -> None:
         """Save what the controller changed by itself; does not wait for it."""
+        self._targets.look()
         if not self.history.unsaved:
             return
         if self.store is None:

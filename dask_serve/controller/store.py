@@ -68,6 +68,8 @@ class Saved(Struct):
 
     versions: dict[str, tuple[Entry, ...]] = {}
     http: HTTP | None = None
+    #: Numbers of replicas that loads had led to, by deployment id.
+    targets: dict[str, int] = {}
     #: Revisions whose code is there.
     code: frozenset[str] = frozenset()
     #: What is wrong, in words; empty if nothing is.
@@ -145,7 +147,12 @@ class Store:
 
     async def save_http(self, options: HTTPOptions | None, explicit: Sequence[str] = ()) -> None:
         """Note the proxies; None: there are none."""
-        await self._do(self._save_http, None if options is None else HTTP(options, sorted(explicit)))
+        value = None if options is None else _encode(HTTP(options, sorted(explicit)))
+        await self._do(self._save_setting, "http", value)
+
+    async def save_targets(self, targets: Mapping[str, int]) -> None:
+        """Note the numbers of replicas that loads have led to, by deployment id."""
+        await self._do(self._save_setting, "targets", _encode(targets))
 
     async def load(self, revision: str) -> bytes:
         """Return the code of a revision.
@@ -242,6 +249,10 @@ class Store:
                 saved.http = _decode_http(settings["http"])
             except msgspec.ValidationError as error:
                 saved.trouble.append(f"the HTTP options in {self.path} are of another version of dask_serve: {error}")
+        if "targets" in settings:
+            # They would be found again without it.
+            with suppress(msgspec.ValidationError):
+                saved.targets = _decode_targets(settings["targets"])
         for app, versions in rows.items():
             *older, (last, newest) = versions.items()
             try:
@@ -281,12 +292,12 @@ class Store:
             del self._rows[app]
         self.code = (self.code | new.keys()) - old
 
-    def _save_http(self, http: HTTP | None) -> None:
+    def _save_setting(self, name: str, value: bytes | None) -> None:
         with self._transaction() as database:
-            if http is None:
-                database.execute("DELETE FROM settings WHERE name='http'")
+            if value is None:
+                database.execute("DELETE FROM settings WHERE name=?", (name,))
             else:
-                database.execute("INSERT OR REPLACE INTO settings VALUES ('http', ?)", (_seal(_encode(http)),))
+                database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, _seal(value)))
 
     def _load(self, revision: str) -> bytes:
         rows = self._opened().execute("SELECT piece, data FROM code WHERE revision=? ORDER BY piece", (revision,))
@@ -324,6 +335,7 @@ class Store:
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_entry = msgspec.msgpack.Decoder(Entry).decode
+_decode_targets = msgspec.msgpack.Decoder(dict[str, int]).decode
 _decode_http = msgspec.msgpack.Decoder(HTTP).decode
 
 
