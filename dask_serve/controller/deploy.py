@@ -7,10 +7,10 @@ import getpass
 import os
 import socket
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from distributed.protocol import to_serialize
 
 from ..exceptions import ConfigError, ConflictError, DeploymentFailedError, NotRunningError, StartTimeoutError
 from ..policy.desired import ApplicationSpec
@@ -18,6 +18,7 @@ from ..policy.history import CONTROLLER
 from ..routing.session import Session
 from ..session.peers import ask, probe
 from .history import decode_history, when
+from .pieces import AT_ONCE, cut
 from .progress import Progress
 from .status import ApplicationStatus, ServeStatus, decode_status
 
@@ -182,13 +183,29 @@ async def _send(client: Client, built: Built) -> int:
     answer = await _ask_again(client, "serve_missing", revisions=list(built.code))
     application = msgspec.msgpack.encode(built.spec)
     for _ in range(SEND_TRIES):
-        code = {revision: to_serialize(built.code[revision]) for revision in answer.get("missing", ())}
+        code = {revision: await _upload(client, built.code[revision]) for revision in answer.get("missing", ())}
         answer = await _ask_again(client, "serve_deploy", application=application, code=code, **signature(client))
         if "version" in answer:
             return int(answer["version"])
     raise DeploymentFailedError(
         f"application {built.spec.name!r} was not deployed: what has the same code is deleted all the time by others"
     )
+
+
+async def _upload(client: Client, blob: bytes) -> Any:
+    """Return what stands for code in `serve_deploy`: itself, or if it is large the name and size of its upload."""
+    parts = cut(blob)
+    if len(parts) == 1:
+        return parts[0]
+    upload = uuid.uuid4().hex
+
+    async def send(number: int) -> None:
+        where = {"upload": upload, "number": number, "client": str(client.id)}
+        await _ask_again(client, "serve_upload", part=parts[number], **where)
+
+    for start in range(0, len(parts), AT_ONCE):
+        await asyncio.gather(*(send(number) for number in range(start, min(start + AT_ONCE, len(parts)))))
+    return upload, len(parts)
 
 
 async def _wait_running(

@@ -16,6 +16,7 @@ from ..policy.desired import ApplicationSpec, deployment_id
 from ..policy.history import By, Entry, earlier
 from ..policy.reconcile import ATTEMPTS, Attempts
 from .history import signed
+from .pieces import Parts
 from .registry import Registry
 from .store import HTTP, Store, StoreError
 from .targets import Targets
@@ -295,7 +296,7 @@ class Editor:
         return await asyncio.shield(load)
 
     async def _load(self, revision: str, store: Store) -> Any:
-        blob = to_serialize(await store.load(revision))
+        blob = Parts([to_serialize(part) for part in await store.load(revision)])
         # Until the registry is tidied, if no replica needs it.
         self.registry.code[revision] = blob
         return blob

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from ..policy.desired import ApplicationSpec
 from ..policy.history import CONTROLLER, By, Entry, extend, prove
+from .pieces import nbytes_of
 
 __all__ = ["Deletion", "History", "Revision", "decode_history", "encode_history", "signed", "told_of", "when"]
 
@@ -206,15 +207,7 @@ class History:
             for spec in entry.spec.deployments:
                 if spec.revision in rest:
                     rest = rest - {spec.revision}
-                    room -= _size(code[spec.revision])
+                    room -= nbytes_of(code[spec.revision])
                     if room >= 0:
                         hot[spec.revision] = code[spec.revision]
         return hot
-
-
-def _size(blob: Any) -> int:
-    """Return the bytes of code as Dask's connections deliver it."""
-    frames = getattr(blob, "frames", None)
-    if frames is not None:
-        return sum(memoryview(frame).nbytes for frame in frames)
-    return len(getattr(blob, "data", blob))

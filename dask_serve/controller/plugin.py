@@ -37,6 +37,7 @@ from .history import History, encode_history
 from .leaving import Leaving
 from .measures import Measures
 from .metrics import controller_families
+from .pieces import Uploads, parts_of
 from .promises import Promises
 from .pulse import Pulse
 from .reconciler import Reconciler
@@ -117,6 +118,7 @@ class Controller(SchedulerPlugin):
         self.events = Events(scheduler)
         self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
         self.promises = Promises()
+        self.uploads = Uploads()
         self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
         self.measures = Measures()
         for worker in scheduler.workers.values():
@@ -219,6 +221,7 @@ class Controller(SchedulerPlugin):
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """Nobody will settle the promises of this client any more."""
         self.promises.remove_client(client)
+        self.uploads.remove_client(client)
         self.scaling.lost(client)
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:
@@ -258,11 +261,20 @@ class Controller(SchedulerPlugin):
         """Return those revisions whose code is not here."""
         return {"missing": self.editor.lacks(revisions)}
 
+    async def serve_upload(self, upload: str, number: int, part: Any, client: str) -> dict[str, Any]:
+        """Take a part of large code, which `serve_deploy` names then."""
+        self.uploads.put(upload, number, part, client)
+        return {}
+
     @_op
     async def serve_deploy(
         self, application: bytes, code: dict[str, Any] | None = None, owner: str = "", client: str = ""
     ) -> dict[str, Any]:
-        """Make an application run as it is given; answer once that is saved, with the number of its version."""
+        """Make an application run as it is given; answer once that is saved, with the number of its version.
+
+        ``code`` is by revision: the code, or the name of its upload and the number of its parts.
+        """
+        code = self.uploads.take(code or {})
         try:
             spec = msgspec.msgpack.decode(application, type=ApplicationSpec)
         except msgspec.ValidationError as error:
@@ -272,7 +284,7 @@ class Controller(SchedulerPlugin):
         if missing:
             # Another session deleted meanwhile what had the same code.
             return {"missing": missing}
-        version = await self.editor.deploy(spec, code or {}, By(owner, client))
+        version = await self.editor.deploy(spec, code, By(owner, client))
         if spec.route_prefix is not None and not self.front.url:
             await self.front.start(HTTPOptions(), set())
         return {"version": version}
@@ -291,12 +303,13 @@ class Controller(SchedulerPlugin):
         return {"history": encode_history(self.registry.history.answer(app)), "told": self.editor.not_found(app)}
 
     @_op
-    async def serve_code(self, revision: str) -> dict[str, Any]:
-        """Return a revision's code, as it came, and the cluster's secret."""
+    async def serve_code(self, revision: str, part: int = 0) -> dict[str, Any]:
+        """Return a part of a revision's code, as it came, how many there are, and the cluster's secret."""
         code = await self.editor.code(revision)
         if code is None:
             raise DeploymentUnavailableError(f"revision {revision} is not deployed any more")
-        return {"code": code, "secret": self.secret}
+        parts = parts_of(code)
+        return {"code": parts[part], "parts": len(parts), "secret": self.secret}
 
     @_op
     async def serve_delete(self, app: str, owner: str = "", client: str = "", own: bool = False) -> dict[str, Any]:

@@ -11,19 +11,19 @@ import asyncio
 import logging
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from distributed.protocol import Serialized, deserialize
 from msgspec import Struct
 
 from ..config import HTTPOptions
 from ..exceptions import ServeError
 from ..policy.history import Entry
+from .pieces import buffers_of
 from .state_file import claim, set_aside, why_not_trusted
 
 __all__ = ["Saved", "Store", "StoreError"]
@@ -154,8 +154,8 @@ class Store:
         """Note the numbers of replicas that loads have led to, by deployment id."""
         await self._do(self._save_setting, "targets", _encode(targets))
 
-    async def load(self, revision: str) -> bytes:
-        """Return the code of a revision.
+    async def load(self, revision: str) -> list[bytes]:
+        """Return the code of a revision, in pieces.
 
         Raises
         ------
@@ -284,7 +284,7 @@ class Store:
                 if before.get(version) != entry:
                     database.execute("INSERT OR REPLACE INTO versions VALUES (?, ?, ?)", (app, version, _seal(entry)))
             for revision, blob in new.items():
-                database.executemany("INSERT INTO code VALUES (?, ?, ?)", _pieces(revision, _raw(blob)))
+                database.executemany("INSERT INTO code VALUES (?, ?, ?)", _pieces(revision, buffers_of(blob)))
             for revision in old:
                 database.execute("DELETE FROM code WHERE revision=?", (revision,))
         self._rows[app] = after
@@ -299,7 +299,7 @@ class Store:
             else:
                 database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, _seal(value)))
 
-    def _load(self, revision: str) -> bytes:
+    def _load(self, revision: str) -> list[bytes]:
         rows = self._opened().execute("SELECT piece, data FROM code WHERE revision=? ORDER BY piece", (revision,))
         try:
             pieces = {number: _unseal(data, f"the code of revision {revision}", number) for number, data in rows}
@@ -308,7 +308,7 @@ class Store:
         # The last piece is shorter than all others, be it by having nothing in it.
         if not pieces or list(pieces) != list(range(len(pieces))) or len(pieces[len(pieces) - 1]) >= PIECE:
             raise StoreError(f"the state file {self.path} lacks the code of revision {revision}")
-        return b"".join(pieces.values())
+        return list(pieces.values())
 
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
@@ -354,13 +354,20 @@ def _unseal(sealed: Any, what: str, number: int = 0) -> bytes:
     return sealed[4:]
 
 
-def _pieces(revision: str, blob: memoryview) -> Iterator[tuple[str, int, bytes]]:
-    for number, start in enumerate(range(0, len(blob) + 1, PIECE)):
-        yield revision, number, _seal(blob[start : start + PIECE], number)
-
-
-def _raw(blob: Any) -> memoryview:
-    """Return the bytes of code, as Dask's connections deliver it."""
-    if isinstance(blob, Serialized):
-        blob = deserialize(blob.header, blob.frames)
-    return memoryview(getattr(blob, "data", blob)).cast("B")
+def _pieces(revision: str, buffers: Iterable[memoryview]) -> Iterator[tuple[str, int, bytes]]:
+    number, rest = 0, b""
+    for buffer in buffers:
+        start = 0
+        if rest:
+            start = PIECE - len(rest)
+            rest += buffer[:start]
+            if len(rest) < PIECE:
+                continue
+            yield revision, number, _seal(rest, number)
+            number += 1
+        while len(buffer) - start >= PIECE:
+            yield revision, number, _seal(buffer[start : start + PIECE], number)
+            start += PIECE
+            number += 1
+        rest = bytes(buffer[start:])
+    yield revision, number, _seal(rest, number)

@@ -38,6 +38,8 @@ logger = logging.getLogger("dask_serve.replica")
 
 #: Seconds that a report of a failed start may take.
 REPORT_TIMEOUT = 5.0
+#: Parts of large code that are fetched at a time.
+FETCHED = 4
 
 _decode_options = msgspec.msgpack.Decoder(DeploymentOptions).decode
 
@@ -105,16 +107,14 @@ class ReplicaUnit:
         try:
             # Beside the wait for the code.
             libraries = asyncio.ensure_future(self.user.in_pool(self.user.look_for_libraries))
-            reply = await self._on_worker(self._worker.scheduler.serve_code(revision=self.spec["revision"]))
-            if not reply or "error" in reply:
+            reply, code = await self._fetch_code()
+            if code is None:
                 # Deleted or replaced meanwhile.
                 await self._fail(f"the controller has no code for {self.id}: {_told(reply)}", logging.INFO)
                 return
             await libraries
             door = await self.user.in_pool(lambda: ServeProcess.door_of(self._worker, reply["secret"], self))
-            await self._construction.run(
-                reply["code"], self.spec.get("keys") or [], self._context, lambda: self.options
-            )
+            await self._construction.run(code, self.spec.get("keys") or [], self._context, lambda: self.options)
             self.user.open(door)
             ledger = ServeProcess.ledger_of(self._worker)
             self._on_end.append(lambda: ledger.close(self.id))
@@ -137,6 +137,25 @@ class ReplicaUnit:
                 return
             text = "".join(traceback.format_exception(type(error), error, _user_part(error)))
             await self._fail(text)
+
+    async def _fetch_code(self) -> tuple[dict[str, Any], Any]:
+        """Return the controller's last answer, and the code; None if it is not there."""
+        reply = await self._ask_for_code(0)
+        if "code" not in reply or reply["parts"] == 1:
+            return reply, reply.get("code")
+        code = bytearray(reply["code"])
+        for start in range(1, reply["parts"], FETCHED):
+            numbers = range(start, min(start + FETCHED, reply["parts"]))
+            for answer in await asyncio.gather(*map(self._ask_for_code, numbers)):
+                if "code" not in answer:
+                    return answer, None
+                # One by one: a copy of all at once would hold the interpreter.
+                code += answer["code"]
+        return reply, code
+
+    async def _ask_for_code(self, part: int) -> dict[str, Any]:
+        asking = self._worker.scheduler.serve_code(revision=self.spec["revision"], part=part)
+        return await self._on_worker(asking) or {}
 
     async def _fail(self, why: str, level: int = logging.ERROR) -> None:
         logger.log(level, "Replica %s could not be started:\n%s", self.id, why)
@@ -274,9 +293,9 @@ class ReplicaUnit:
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
 
 
-def _told(reply: Any) -> str:
+def _told(reply: dict[str, Any]) -> str:
     """Return the controller's words in an answer without what was asked for."""
-    return reply["error"][1] if reply and reply.get("error") else "it gave no answer"
+    return str(reply["error"][1]) if reply.get("error") else "it gave no answer"
 
 
 def _event() -> tuple[asyncio.Event, Callable[[], None]]:
