@@ -141,6 +141,15 @@ def departures(fleet: Fleet, client: Client) -> Iterator[Row]:
 
     before = ready(client)
     address = next(iter(before.values()))
+    with Full(url) as full:
+        drained = fleet.start("serve", "drain", address, "--scheduler", fleet.address)
+        until(lambda: drained.poll() is not None)
+        if drained.returncode or address in ready(client).values() or not replaced(client, before):
+            raise RuntimeError(f"{address} was not drained: {ready(client)} instead of {before}")
+    yield failures("dask serve drain of one of 3 workers", full)
+
+    before = ready(client)
+    address = next(iter(before.values()))
     nanny = fleet.above(hosts(client)[address])
     with Full(url) as full:
         nanny.terminate()

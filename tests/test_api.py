@@ -10,10 +10,12 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import dask
 import httpx
@@ -190,6 +192,40 @@ async def test_failure(c, s, a, b):
     with pytest.raises(DeploymentFailedError, match=expected):
         await serve.run(Broken.bind(), route_prefix=None)
     assert (await serve.status()).applications["default"].status == "failed"
+
+
+@gen_cluster(client=True)
+async def test_deleted_before_it_has_started(c: Client, s, a, b):
+    await serve.run(Model.bind(), route_prefix=None)
+    await serve.delete("default")
+    asked, answers = asyncio.Event(), []
+    answer = s.handlers["serve_code"]
+    replicas = s.plugins["dask-serve"].registry.replicas
+
+    async def late(**options: Any) -> Any:
+        """Answer when the controller has let go of it, and its worker has not heard of that."""
+        asked.set()
+        while replicas:
+            await asyncio.sleep(0)
+        answers.append(await answer(**options))
+        return answers[-1]
+
+    s.handlers["serve_code"] = late
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("dask_serve").addHandler(handler)
+    try:
+        await serve.run(Model.bind(), route_prefix=None, wait=False)
+        await asked.wait()
+        await serve.delete("default")
+        await until(lambda status: answers and not a.state.actors and not b.state.actors)
+        threads = {thread for thread in threading.enumerate() if thread.name.startswith("default/Model/")}
+        await until(lambda status: not any(thread.is_alive() for thread in threads))
+    finally:
+        logging.getLogger("dask_serve").removeHandler(handler)
+    assert [one["error"][0] for one in answers] == ["DeploymentUnavailableError"]
+    assert [record.getMessage() for record in records if record.levelno >= logging.WARNING] == []
 
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 1)])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import dask
@@ -11,7 +13,8 @@ import numpy as np
 import pytest
 from distributed import Client, Event, Nanny
 from distributed.utils_test import gen_cluster, inc
-from helpers import until
+from helpers import until, wait_until
+from test_deaths import Processes
 from threadpoolctl import threadpool_info
 
 import dask_serve as serve
@@ -192,6 +195,54 @@ async def test_devices_are_booked_with_dask_too(c, s, a):
 async def test_wrong_setting_is_told_as_no_devices(c, s, a):
     await run(c, Model.options(gpus=1).bind(), wait=False)
     assert "no GPUs found there" in await until(lambda: _waits(c, "app"))
+
+
+@pytest.fixture
+def processes(tmp_path) -> Iterator[Processes]:
+    found = Processes(tmp_path)
+    yield found
+    found.end()
+
+
+def test_workers_in_the_manner_of_dask_cuda(processes):
+    """One worker process for each GPU, which sees its own first and then all others."""
+    processes.scheduler()
+    for name, visible in (("first", "0,1"), ("second", "1,0")):
+        processes.environment["CUDA_VISIBLE_DEVICES"] = visible
+        processes.worker("--no-nanny", "--name", name, "--resources", "GPU=1")
+    with Client(processes.address) as client:
+        client.wait_for_workers(2, timeout=30)
+        names = {address: w["name"] for address, w in client.scheduler_info(n_workers=-1)["workers"].items()}
+
+        def replicas(app: str) -> list[tuple[str, list[str]]]:
+            found = serve.status(client=client).applications[app].deployments["Pinned"].replicas
+            return sorted((names[replica.worker], replica.devices) for replica in found)
+
+        whole = serve.run(Pinned.options(gpus=1, num_replicas=2).bind(), route_prefix=None, client=client)
+        assert replicas("default") == [("first", ["0"]), ("second", ["1"])]
+        told = {}
+        while len(told) < 2:
+            answer = whole.remote().result(timeout=10)
+            told[answer["visible"]] = answer["devices"]
+        # What user code hands to its library is the place in what its process sees.
+        assert told == {"0,1": (0,), "1,0": (0,)}
+        serve.delete("default", client=client)
+
+        only = Pinned.options(gpus=0.5, num_replicas=2, workers=["second"]).bind()
+        halves = serve.run(only, "halves", None, client=client)
+        assert replicas("halves") == [("second", ["1"]), ("second", ["1"])]
+        assert halves.remote().result(timeout=10)["devices"] == (0,)
+        serve.run(Pinned.options(gpus=0.6, workers=["second"]).bind(), "more", None, client=client, wait=False)
+        wait_until(lambda: "GPU" in serve.status(client=client).applications["more"].message)
+
+
+@serve.deployment
+class Pinned:
+    def __call__(self) -> dict[str, Any]:
+        return {
+            "devices": serve.get_replica_context().devices,
+            "visible": os.environ["CUDA_VISIBLE_DEVICES"],
+        }
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 from distributed import Client
 from helpers import wait_until
 from test_deaths import Processes, in_flight, ready
-from test_leaving import Load, cluster, hosts, pid_of, run
+from test_leaving import Load, Model, cluster, hosts, pid_of, run
 
 import dask_serve as serve
 from dask_serve.exceptions import ReplicaLostError
@@ -117,6 +117,54 @@ def test_a_worker_that_hangs(processes):
     with Client(processes.address) as client:
         handle, url = run(client, 3, health_check_timeout_s=5.0)
         stopped(client, handle, url, 5.0)
+
+
+LIGHT_WORKERS = """
+import asyncio, sys
+from distributed import Worker
+
+async def main():
+    workers = [Worker(sys.argv[1], nthreads=1, dashboard=False, memory_limit=0) for _ in range(int(sys.argv[2]))]
+    await asyncio.gather(*workers)
+    await asyncio.gather(*(worker.finished() for worker in workers))
+
+asyncio.run(main())
+"""
+
+
+def test_a_worker_that_hangs_among_many(processes):
+    """With 50 workers each has a heartbeat every 2 s; nobody calls who could notice it otherwise."""
+    processes.scheduler()
+    for name in "ab":
+        processes.worker("--no-nanny", "--name", name)
+    processes.start("-c", LIGHT_WORKERS, processes.address, "50")
+    with Client(processes.address) as client:
+        client.wait_for_workers(52, timeout=60)
+        app = Model.options(num_replicas=2, workers=["a", "b"], max_replicas_per_worker=1).bind()
+        handle = serve.run(app, route_prefix=None, client=client, timeout=60)
+        victim, other = hosts(client).values()
+        pid = pid_of(client, victim)
+        heard = 0.0
+
+        def beat() -> float:
+            """Seconds since the one before; 0.0: there was none yet."""
+            nonlocal heard
+            assert len(hosts(client)) == 2, "a worker whose heartbeats are rare does not hang"
+            before, heard = (
+                heard,
+                client.run_on_scheduler(lambda dask_scheduler: dask_scheduler.workers[victim].last_seen),
+            )
+            return heard - before if before else 0.0
+
+        wait_until(lambda: beat() > 1.5)
+        os.kill(pid, signal.SIGSTOP)
+        at = time.monotonic()
+        wait_until(lambda: victim not in hosts(client).values(), timeout=10)
+        took = time.monotonic() - at
+        assert handle.nap.remote(0.0).result(timeout=10) == pid_of(client, other)
+        os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: victim in hosts(client).values())
+        assert took < 3.0
 
 
 @pytest.mark.slow

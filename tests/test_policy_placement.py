@@ -293,6 +293,27 @@ def test_wanted_workers():
     assert wanted_workers([worker(1, threads=4, total=4), worker(2, threads=3, total=1)], 1, 5) == 5
 
 
+def test_a_worker_that_has_just_come_is_one_that_was_asked_for():
+    fresh = worker(2, fresh=True)
+    assert wanted_workers([fresh], 1) == 1
+    assert wanted_workers([fresh], 0) == 1
+    assert wanted_workers([worker(1, threads=4, total=4), fresh], 2) == 3
+    # Its threads are four of those that replicas wait for, if no replica has the worker for itself.
+    assert wanted_workers([worker(1, threads=4, total=4), fresh], 0, 4) == 2
+    assert wanted_workers([worker(1, threads=4, total=4), fresh], 0, 5) == 3
+    assert wanted_workers([worker(1, threads=4, total=4), fresh], 1, 4) == 3
+
+
+def test_nameless_workers_are_needed_all_or_none():
+    def nameless(number: int, **fields) -> WorkerView:
+        return worker(number, name=worker(number).address, **fields)
+
+    assert wanted_workers([nameless(1), nameless(2)], 0) == 0
+    assert wanted_workers([nameless(1, total=1), nameless(2)], 0) == 2
+    assert wanted_workers([nameless(1, total=1), worker(2)], 0) == 1
+    assert wanted_workers([nameless(1), worker(2, total=1)], 0) == 1
+
+
 def test_replicas_that_are_to_add_something_need_free_threads():
     workers = [worker(1, threads=4), worker(2, threads=3)]
     assert place(Need(only_free_threads=True), workers).worker == workers[1].address
@@ -317,8 +338,8 @@ def test_a_worker_is_given_an_environment_when_those_that_have_it_are_used():
 def test_reasons_for_want_of_a_process():
     workers = [
         worker(1, environment="abc", total=1),
-        worker(2, fresh=False, total=2),
-        worker(3, fresh=False),
+        worker(2, clean=False, total=2),
+        worker(3, clean=False),
         worker(4, environment="abc"),
     ]
     assert place(Need(environment="e"), workers).reason == (
@@ -332,7 +353,7 @@ def test_reasons_for_want_of_a_process():
 
 
 def test_only_processes_that_hold_nothing_are_restarted():
-    old, held, other = worker(1, environment="old", spare=True), worker(2, environment="old"), worker(3, fresh=False)
+    old, held, other = worker(1, environment="old", spare=True), worker(2, environment="old"), worker(3, clean=False)
     need = Need(environment="new", workers=["w1", "w2", "w3"])
     assert worth_restarting(need, [old, held, other]) == old.address
     assert worth_restarting(need, [held, other]) is None
@@ -379,7 +400,7 @@ def test_a_process_never_has_two_environments_nor_is_one_ended_that_holds_someth
                     number,
                     host="a",
                     environment=p.environment or "",
-                    fresh=not p.ever and not p.data,
+                    clean=not p.ever and not p.data,
                     spare=p.nanny and not p.replicas and not p.data,
                     replicas=len(p.replicas),
                     total=len(p.replicas),

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from distributed.utils_test import gen_test
+from helpers import until
 
 from dask_serve.config import AutoscalingConfig, DeploymentOptions
-from dask_serve.controller import scaling
+from dask_serve.controller import scaling, targets
+from dask_serve.controller.editor import Editor
 from dask_serve.controller.events import Events
 from dask_serve.controller.registry import Registry
 from dask_serve.controller.replica import Replica
 from dask_serve.controller.scaling import Scaling
+from dask_serve.controller.store import Store
 from dask_serve.policy.desired import ApplicationSpec, DeploymentSpec
+from dask_serve.policy.history import By
 
 
 class FakeScheduler:
@@ -214,3 +219,50 @@ def test_what_has_not_run_yet_is_not_stopped_for_want_of_requests(reached):
     assert ("d0" in setup.registry.applications["app"].reached) is reached
     (config,) = setup.registry.scaled().values()
     assert config.min_replicas == (0 if reached else 1)
+
+
+async def _opened(path: Path, setup: Setup) -> Editor:
+    editor = Editor(setup.registry, setup.wake)
+    assert editor.open(Store(path)) is None
+    assert editor.trouble == []
+    return editor
+
+
+@gen_test()
+async def test_a_scheduler_that_comes_back_begins_with_what_loads_had_led_to(tmp_path, monkeypatch):
+    monkeypatch.setattr(targets, "SETTLE", 0.1)
+    first = Setup(deployments=3)
+    editor = await _opened(tmp_path / "state", first)
+    spec = first.registry.applications["app"].spec
+    await editor.deploy(spec, dict(first.registry.code), By("ann", "c"))
+    writes = []
+    save = editor.store.save_targets
+
+    async def counted(numbers: dict[str, int]) -> None:
+        await save(numbers)
+        writes.append(dict(numbers))
+
+    editor.store.save_targets = counted
+    for number in range(2, 12):
+        first.registry.set_target("app/d0", number, "it is a test")
+        editor.flush()
+    await until(lambda: writes)
+    assert writes == [{"app/d0": 11, "app/d1": 1, "app/d2": 1}]
+    # What was not written yet is, at the end.
+    first.registry.set_target("app/d1", 60, "it is a test")
+    editor.flush()
+    await editor.close()
+    assert len(writes) == 2
+
+    second = Setup(deployments=3, replicas=0)
+    second.registry.applications.clear()
+    second.registry.targets.clear()
+    editor = await _opened(tmp_path / "state", second)
+    specs = second.registry.applications["app"].spec.deployments
+    # Within what its options allow.
+    assert [second.registry.target("app", one) for one in specs] == [11, 50, 1]
+    assert second.registry.reasons["app/d0"] == "as before the scheduler was started again"
+    second.scaling.decide()
+    assert second.target() == 11
+    await editor.close()
+    second.scaling.close()

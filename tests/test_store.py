@@ -46,7 +46,7 @@ class File:
         asyncio.run(self.store.save(app, entries, code or {}, needed | (keep or set())))
 
     def load(self, revision: str) -> bytes:
-        return asyncio.run(self.store.load(revision))
+        return b"".join(asyncio.run(self.store.load(revision)))
 
     def close(self, **options: Any) -> None:
         asyncio.run(self.store.close(**options))

@@ -87,11 +87,11 @@ class Uploads:
             raise
 
     async def on_wait(self, request):
-        """Read until the client goes away."""
+        """Read until the client goes away; or hold the loop meanwhile, and read on."""
         marker(request, "began")
         try:
             async for _ in request.stream():
-                pass
+                time.sleep(float(request.query_params.get("hold", 0)))
         except asyncio.CancelledError:
             marker(request, "cancelled")
             raise
@@ -401,9 +401,10 @@ def test_an_unknown_path_is_answered_without_its_body(service):
 # -- clients and replicas that go away -----------------------------------------------------------------------
 
 
-def test_a_client_that_goes_away_within_its_upload_cancels_the_request(service, mark):
+@pytest.mark.parametrize("query", ["", "?hold=0.3"])
+def test_a_client_that_goes_away_within_its_upload_cancels_the_request(service, mark, query):
     with service.connect() as sock:
-        sock.sendall(head("/up/wait", f"content-length: {MEGABYTE}", f"x-marker: {mark()['x-marker']}"))
+        sock.sendall(head(f"/up/wait{query}", f"content-length: {MEGABYTE}", f"x-marker: {mark()['x-marker']}"))
         sock.sendall(bytes(70_000))
         mark("began")
     mark("cancelled")

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
-from distributed.protocol import to_serialize
 from msgspec import Struct
 
 from ..exceptions import DeploymentFailedError, ServeError, StartTimeoutError
 from ..session.peers import probe
+from .asking import ask_again
 from .deploy import (
     SEND_TRIES,
-    ask_again,
     check_bound,
     ensure_controller,
     signature,
@@ -24,6 +23,7 @@ from .deploy import (
 )
 from .desired import Change, DesiredState
 from .progress import Progress
+from .sending import send_code
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -121,7 +121,7 @@ async def _send(client: Client, built: Sequence[Built], change: Change) -> Appli
     answer = await ask_again(client, "serve_missing", revisions=list(code))
     encoded = msgspec.msgpack.encode(change)
     for _ in range(SEND_TRIES):
-        sent = {revision: to_serialize(code[revision]) for revision in answer.get("missing", ())}
+        sent = await send_code(client, code, answer.get("missing", ()))
         answer = await ask_again(client, "serve_apply", change=encoded, code=sent, **signature(client))
         if "versions" in answer:
             return Applied(answer["versions"], answer["before"], list(answer["deleted"]), answer["url"])

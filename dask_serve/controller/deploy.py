@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from distributed.protocol import to_serialize
 
 from ..defaults import configured_http
 from ..exceptions import ConfigError, ConflictError, DeploymentFailedError, NotRunningError, StartTimeoutError
@@ -19,8 +18,10 @@ from ..policy.desired import ApplicationSpec
 from ..policy.history import CONTROLLER
 from ..routing.session import Session
 from ..session.peers import ask, probe
+from .asking import ask_again
 from .history import decode_history, when
 from .progress import Progress
+from .sending import send_code
 from .status import ApplicationStatus, ServeStatus, decode_status
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SEND_TRIES",
-    "ask_again",
     "check_bound",
     "deploy",
     "ensure_controller",
@@ -48,8 +48,6 @@ __all__ = [
 POLL = 30.0
 #: Seconds that the news of a running application may take to the proxies and to this session.
 KNOWN_WITHIN = 2.0
-#: Seconds that a scheduler may be away while a session waits, as for Dask's own clients, and between two tries.
-AWAY, RETRY = 30.0, 0.2
 #: How often code is sent again that another session's deletion took away meanwhile.
 SEND_TRIES = 5
 
@@ -228,7 +226,7 @@ async def _send(client: Client, built: Built) -> int:
     answer = await ask_again(client, "serve_missing", revisions=list(built.code))
     application = msgspec.msgpack.encode(built.spec)
     for _ in range(SEND_TRIES):
-        code = {revision: to_serialize(built.code[revision]) for revision in answer.get("missing", ())}
+        code = await send_code(client, built.code, answer.get("missing", ()))
         answer = await ask_again(client, "serve_deploy", application=application, code=code, **signature(client))
         if "version" in answer:
             return int(answer["version"])
@@ -268,23 +266,6 @@ async def _next_status(client: Client, since: int, timeout: float) -> ServeStatu
     again = {"since": 0}
     answer = await ask_again(client, "serve_watch", again, since=since, timeout=timeout)
     return decode_status(answer["status"])
-
-
-async def ask_again(
-    client: Client, op: str, again: dict[str, Any] | None = None, /, **arguments: Any
-) -> dict[str, Any]:
-    """Ask what may be asked twice, ``again`` with other arguments: a scheduler that went away may come back."""
-    began: float | None = None
-    while True:
-        try:
-            return await ask(client.scheduler, op, **arguments)
-        except OSError:
-            now = time.monotonic()
-            began = began or now
-            if client.status in ("closing", "closed") or now - began > AWAY:
-                raise
-        arguments.update(again or {})
-        await asyncio.sleep(RETRY)
 
 
 async def _overtaken(client: Client, name: str, version: int, now: ApplicationStatus | None) -> DeploymentFailedError:

@@ -99,18 +99,20 @@ class Desired:
             wanted = msgspec.msgpack.decode(change, type=Change)
         except msgspec.ValidationError as error:
             raise ConfigError(f"the scheduler's dask_serve does not understand these applications: {error}") from None
+        code = self._controller.uploads.take(code or {})
         specs, editor, history = wanted.applications, self._controller.editor, self._controller.registry.history
         for spec in specs:
             await self._controller.scaling.check(spec)
-        missing = editor.lacks([name for spec in specs for deployment in spec.deployments for name in deployment.needs], code)
+        needed = [name for spec in specs for deployment in spec.deployments for name in deployment.needs]
+        missing = editor.lacks(needed, code)
         if missing:
             return {"missing": missing}
         before = {spec.name: history.current(spec.name) for spec in specs}
         gone = self._others(specs) if wanted.prune else []
-        editor.check(specs, code or {}, gone)
+        editor.check(specs, code, gone)
         back = await self._start_proxies(wanted)
         try:
-            versions = await editor.deploy_all(specs, code or {}, By(owner, client), "deployed", gone=gone)
+            versions = await editor.deploy_all(specs, code, By(owner, client), "deployed", gone=gone)
         except BaseException:
             if back is not None:
                 await self._controller.front.start(back, set(wanted.explicit))

@@ -16,8 +16,10 @@ from ..policy.desired import ApplicationSpec, deployment_id, with_replicas
 from ..policy.history import By, Entry, earlier
 from ..policy.reconcile import ATTEMPTS, Attempts
 from .history import signed
+from .pieces import Parts
 from .registry import Registry
 from .store import HTTP, Store, StoreError
+from .targets import Targets
 
 __all__ = ["Editor"]
 
@@ -43,6 +45,7 @@ class Editor:
         #: What is wrong with the state file, for the status.
         self.trouble: list[str] = []
         self.store: Store | None = None
+        self._targets = Targets(registry)
         self._wake = wake
         self._lock = asyncio.Lock()
         self._loads: dict[str, asyncio.Task[Any]] = {}
@@ -65,6 +68,7 @@ class Editor:
             logger.error("%s", text)
         for app, entries in saved.versions.items():
             self._restore(app, entries)
+        self._targets.restore(store, saved.targets)
         if saved.versions:
             names = ", ".join(map(repr, sorted(saved.versions)))
             logger.warning("applications of the last scheduler are restored from %s: %s", store.path, names)
@@ -92,11 +96,13 @@ class Editor:
         """Write what is left to be written."""
         if self._flush is not None:
             await asyncio.gather(self._flush, return_exceptions=True)
+        await self._targets.close()
         if self.store is not None:
             await self.store.close(remove=remove)
 
     def flush(self) -> None:
         """Save what the controller changed by itself; does not wait for it."""
+        self._targets.look()
         if not self.history.unsaved:
             return
         if self.store is None:
@@ -366,7 +372,7 @@ class Editor:
         return await asyncio.shield(load)
 
     async def _load(self, revision: str, store: Store) -> Any:
-        blob = to_serialize(await store.load(revision))
+        blob = Parts([to_serialize(part) for part in await store.load(revision)])
         # Until the registry is tidied, if no replica needs it.
         self.registry.code[revision] = blob
         return blob

@@ -114,10 +114,10 @@ class Environments:
         # Actors of others are data of others; those of replicas that have just ended go in a moment.
         spare = empty and returns and not worker.actors and worker.status == Status.running
         if emptied and not others and returns and not worker.processing:
-            return {"environment": "", "fresh": True, "spare": False}
+            return {"environment": "", "clean": True, "spare": False}
         return {
             "environment": self.claimed.get(address, ""),
-            "fresh": empty and not worker.actors and address not in self._used,
+            "clean": empty and not worker.actors and address not in self._used,
             "spare": spare,
         }
 

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from ..policy.desired import ApplicationSpec
 from ..policy.history import CONTROLLER, By, Entry, extend, prove
+from .pieces import nbytes_of
 
 __all__ = ["Deletion", "History", "Revision", "decode_history", "encode_history", "signed", "told_of", "when"]
 
@@ -207,15 +208,7 @@ class History:
             for name in [name for spec in entry.spec.deployments for name in spec.needs]:
                 if name in rest:
                     rest = rest - {name}
-                    room -= _size(code[name])
+                    room -= nbytes_of(code[name])
                     if room >= 0:
                         hot[name] = code[name]
         return hot
-
-
-def _size(blob: Any) -> int:
-    """Return the bytes of code as Dask's connections deliver it."""
-    frames = getattr(blob, "frames", None)
-    if frames is not None:
-        return sum(memoryview(frame).nbytes for frame in frames)
-    return len(getattr(blob, "data", blob))

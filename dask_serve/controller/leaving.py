@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import dask
 from dask.utils import parse_timedelta
 
+from ..exceptions import ConfigError
+
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
 
@@ -59,12 +61,19 @@ class Leaving:
         stimulus_id: str | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Do what ``Scheduler.retire_workers`` does, after the replicas of these workers have moved elsewhere."""
+        """Do what ``Scheduler.retire_workers`` does, after the replicas of these workers have moved elsewhere.
+
+        Raises
+        ------
+        ConfigError
+            Adaptive, which kills what it names afterwards, names workers that may be any of those that hold replicas.
+        """
         how = {"close_workers": close_workers, "remove": remove, "stimulus_id": stimulus_id}
         if (workers is not None and names is not None) or (kwargs and (workers is not None or names is not None)):
             # Dask has an error for this.
             return dict(await self._retire(workers, names=names, **how, **kwargs))
         found = self._addresses(workers, names, kwargs)
+        self._check_names(workers, names)
         hosting = {worker for worker in found if self._registry.on_worker(worker)}
         if hosting:
             await self.empty(hosting)
@@ -85,6 +94,31 @@ class Leaving:
         # A cluster object names its workers by alias, also those that have gone meanwhile.
         aliases = self._scheduler.aliases
         return [address for worker in workers if (address := aliases.get(worker, worker)) in known]
+
+    def _check_names(self, workers: list[str] | None, names: list[Any] | None) -> None:
+        """Complain of names that nobody has, if they may mean workers with replicas all the same.
+
+        Usually they are workers that have not come yet, or have gone. But SubprocessCluster does not tell its workers
+        their names: none of them ever seems to come, and it kills any.
+        """
+        known = self._scheduler.workers.values()
+        if any(str(worker.name) != worker.address for worker in known):
+            return
+        aliases = {str(alias) for alias in self._scheduler.aliases}
+        unknown = [name for name in names or workers or () if str(name) not in aliases and "://" not in str(name)]
+        holding = [worker.address for worker in known if self._registry.on_worker(worker.address)]
+        if not unknown or not holding:
+            return
+        named = ", ".join(map(str, unknown))
+        text = (
+            f"no worker is named {named}, and the {len(holding)} workers that hold replicas have no names: whoever "
+            "closes one may close any of them, and fail its requests. Have the cluster give its "
+            "workers the names that it knows them by: docs/operating.md, 'Workers that leave', shows how"
+        )
+        if names is not None:
+            raise ConfigError(text)
+        # A cluster object that is being closed asks in this way too.
+        logger.warning("%s", text)
 
     async def empty(self, workers: Iterable[str], patience: float | None = None) -> list[Replica]:
         """Bring workers to have no replica; return those that are left.

@@ -41,6 +41,7 @@ from .leaving import Leaving
 from .measures import Measures
 from .metrics import controller_families
 from .operations import operation
+from .pieces import Uploads, parts_of
 from .promises import Promises
 from .pulse import Pulse
 from .reconciler import Reconciler
@@ -115,6 +116,7 @@ class Controller(SchedulerPlugin):
         self.events = Events(scheduler)
         self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
         self.promises = Promises()
+        self.uploads = Uploads()
         self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
         self.measures = Measures()
         for worker in scheduler.workers.values():
@@ -221,13 +223,18 @@ class Controller(SchedulerPlugin):
         self.reconciler.restarted()
 
     def log_event(self, topic: str, msg: Any) -> None:
-        """A nanny kills its worker for memory: it says so before it does."""
-        if topic == "worker-restart-memory" and isinstance(msg, dict) and "worker" in msg:
+        """A worker begins to run, which it does not yet when it joins, or again; or its nanny kills it for memory."""
+        if not isinstance(msg, dict):
+            return
+        if msg.get("action") == "worker-status-change" and msg.get("status") == Status.running.name:
+            self.reconciler.joined_worker(topic)
+        elif topic == "worker-restart-memory" and "worker" in msg:
             self.reconciler.killed_for_memory(msg["worker"], int(msg.get("rss", 0)))
 
     def remove_client(self, scheduler: Scheduler, client: str) -> None:
         """Nobody will settle the promises of this client any more."""
         self.promises.remove_client(client)
+        self.uploads.remove_client(client)
         self.scaling.lost(client)
 
     def valid_workers_downscaling(self, scheduler: Scheduler, workers: list[WorkerState]) -> list[WorkerState]:
@@ -270,11 +277,20 @@ class Controller(SchedulerPlugin):
         """Return those revisions whose code is not here."""
         return {"missing": self.editor.lacks(revisions)}
 
+    async def serve_upload(self, upload: str, number: int, part: Any, client: str) -> dict[str, Any]:
+        """Take a part of large code, which `serve_deploy` and `serve_apply` name then."""
+        self.uploads.put(upload, number, part, client)
+        return {}
+
     @operation
     async def serve_deploy(
         self, application: bytes, code: dict[str, Any] | None = None, owner: str = "", client: str = ""
     ) -> dict[str, Any]:
-        """Make an application run as it is given; answer once that is saved, with the number of its version."""
+        """Make an application run as it is given; answer once that is saved, with the number of its version.
+
+        ``code`` is by revision: the code, or the name of its upload and the number of its parts.
+        """
+        code = self.uploads.take(code or {})
         try:
             spec = msgspec.msgpack.decode(application, type=ApplicationSpec)
         except msgspec.ValidationError as error:
@@ -284,7 +300,7 @@ class Controller(SchedulerPlugin):
         if missing:
             # Another session deleted meanwhile what had the same code.
             return {"missing": missing}
-        version = await self.editor.deploy(spec, code or {}, By(owner, client))
+        version = await self.editor.deploy(spec, code, By(owner, client))
         if spec.route_prefix is not None and not self.front.url:
             await self.front.start(overlaid(HTTPOptions(), ()), set())
         return {"version": version}
@@ -310,12 +326,13 @@ class Controller(SchedulerPlugin):
         return {"history": encode_history(self.registry.history.answer(app)), "told": self.editor.not_found(app)}
 
     @operation
-    async def serve_code(self, revision: str) -> dict[str, Any]:
-        """Return a revision's code, as it came, and the cluster's secret."""
+    async def serve_code(self, revision: str, part: int = 0) -> dict[str, Any]:
+        """Return a part of a revision's code, as it came, how many there are, and the cluster's secret."""
         code = await self.editor.code(revision)
         if code is None:
             raise DeploymentUnavailableError(f"revision {revision} is not deployed any more")
-        return {"code": code, "secret": self.secret}
+        parts = parts_of(code)
+        return {"code": parts[part], "parts": len(parts), "secret": self.secret}
 
     @operation
     async def serve_delete(self, app: str, owner: str = "", client: str = "", own: bool = False) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
 from distributed.scheduler import heartbeat_interval
 
-from ..routing.dial import Ways, reach
-from ..wire.connection import CallerConnection
+from .knocks import Knocks
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
@@ -25,21 +23,27 @@ logger = logging.getLogger("dask_serve.controller")
 
 #: Seconds between two looks at the heartbeats.
 TICK = 0.25
-#: Seconds that a door may take to prove itself; one that takes longer is silent.
+#: Seconds without a sign of life after which a door is knocked at; from so many workers on, later in proportion. Dask's
+#: heartbeats get rarer with the number of workers, but a hung one is to be noticed within 3 s.
+QUIET = 1.5
+MANY = 200
+#: Seconds that a door may take to answer; one that takes longer is silent.
 PROBE = 1.0
 #: How many processes that were given up the table names.
 REMEMBERED = 100
 
 
 class _Beat:
-    """One worker's heartbeats."""
+    """One worker's heartbeats, and its answers when they were rare."""
 
-    __slots__ = ("probe", "seen", "silence")
+    __slots__ = ("probe", "quiet", "seen", "silence")
 
     def __init__(self) -> None:
         self.seen = 0.0
         #: Seconds since the last one, as far as we were there to hear it.
         self.silence = 0.0
+        #: The same since the last sign of life.
+        self.quiet = 0.0
         self.probe: asyncio.Task[None] | None = None
 
 
@@ -62,8 +66,7 @@ class Pulse:
         self._scheduler = scheduler
         self._registry = registry
         self._reconciler = reconciler
-        self._secret = secret
-        self._ssl = scheduler.security.get_connection_args("scheduler").get("ssl_context")
+        self._knocks = Knocks(secret, scheduler.security.get_connection_args("scheduler").get("ssl_context"))
         self._beats: dict[str, _Beat] = {}
 
     async def run(self) -> None:
@@ -84,48 +87,45 @@ class Pulse:
             for beat in self._beats.values():
                 if beat.probe is not None:
                     beat.probe.cancel()
+            self._knocks.close()
 
     def _look(self, passed: float) -> None:
         registry, workers = self._registry, self._scheduler.workers
         late = 2 * heartbeat_interval(len(workers)) + TICK
-        for worker in self._beats.keys() - registry.by_worker.keys() - registry.silent:
-            del self._beats[worker]
+        quiet = min(late, QUIET * max(1.0, len(workers) / MANY))
+        if gone := self._beats.keys() - registry.by_worker.keys() - registry.silent:
+            for worker in gone:
+                del self._beats[worker]
+            self._knocks.keep({r.process for address in self._beats for r in registry.on_worker(address)})
         for address in registry.by_worker.keys() | registry.silent:
             worker = workers.get(address)
             if worker is None:
                 continue
             beat = self._beats.setdefault(address, _Beat())
             if worker.last_seen != beat.seen:
-                beat.seen, beat.silence = worker.last_seen, 0.0
+                beat.seen, beat.silence, beat.quiet = worker.last_seen, 0.0, 0.0
                 self._note(address, silent=False)
                 self._look_at_door(address, worker.metrics.get("serve") or {})
                 continue
             beat.silence += passed
-            if beat.silence >= late and beat.probe is None:
-                beat.probe = asyncio.get_running_loop().create_task(self._probe(address, beat))
+            beat.quiet += passed
+            if beat.quiet >= quiet and beat.probe is None:
+                beat.probe = asyncio.get_running_loop().create_task(self._probe(address, beat, late))
             if address in registry.silent:
                 self._give_up(address, beat.silence)
 
-    async def _probe(self, worker: str, beat: _Beat) -> None:
+    async def _probe(self, worker: str, beat: _Beat, late: float) -> None:
         doors = {(r.process, r.door) for r in self._registry.on_worker(worker) if r.door}
         try:
+            answers = [await self._knocks.answers(*door, PROBE) for door in doors]
             # Where there is no door yet, the heartbeat is all there is.
-            answers = [await self._answers(*door) for door in doors] or [False]
+            silent = not any(answers) and (bool(doors) or beat.silence >= late)
+            if not silent:
+                beat.quiet = 0.0
             if beat.silence:
-                self._note(worker, silent=not any(answers))
+                self._note(worker, silent)
         finally:
             beat.probe = None
-
-    async def _answers(self, process: str, door: str) -> bool:
-        make = functools.partial(CallerConnection, self._secret, process, lambda connection, frame: None)
-        ssl = self._ssl if door.startswith("tls") else None
-        try:
-            reaching = reach(process, door, ssl, Ways(), make=make, on_lost=lambda connection: None)
-            connection = await asyncio.wait_for(reaching, PROBE)
-        except (OSError, asyncio.TimeoutError):
-            return False
-        connection.close()
-        return True
 
     def _note(self, worker: str, silent: bool) -> None:
         registry = self._registry

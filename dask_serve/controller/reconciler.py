@@ -205,7 +205,8 @@ class Reconciler:
         self.lose(list(self.registry.replicas.values()))
 
     def joined_worker(self, worker: str) -> None:
-        """There is a worker that may hold replicas."""
+        """There is a worker that may hold replicas, or will in a moment."""
+        self.workers.joined(worker)
         self.workers.environments.came_back()
         self.registry.touch(*self.registry.unplaced)
         self.wake()
@@ -246,6 +247,8 @@ class Reconciler:
         pending = [r for r in registry.replicas.values() if r.state == "starting" and not r.submitted]
         for replica in pending:
             replica.message = replica.preparing or self.actors.waits_for(replica, now)
+        if done and not self._unplanned & registry.unplaced.keys():
+            self.workers.tried()
         self._on_change()
         if self._unplanned or not done:
             # What was done, or is still to be done, may have opened or closed a way.

@@ -11,19 +11,19 @@ import asyncio
 import logging
 import sqlite3
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from distributed.protocol import Serialized, deserialize
 from msgspec import Struct
 
 from ..config import HTTPOptions
 from ..exceptions import ServeError
 from ..policy.history import Entry
+from .pieces import buffers_of
 from .state_file import claim, set_aside, why_not_trusted
 
 __all__ = ["Saved", "Store", "StoreError"]
@@ -68,6 +68,8 @@ class Saved(Struct):
 
     versions: dict[str, tuple[Entry, ...]] = {}
     http: HTTP | None = None
+    #: Numbers of replicas that loads had led to, by deployment id.
+    targets: dict[str, int] = {}
     #: Revisions whose code is there.
     code: frozenset[str] = frozenset()
     #: What is wrong, in words; empty if nothing is.
@@ -147,10 +149,15 @@ class Store:
 
     async def save_http(self, options: HTTPOptions | None, explicit: Sequence[str] = ()) -> None:
         """Note the proxies; None: there are none."""
-        await self._do(self._save_http, None if options is None else HTTP(options, sorted(explicit)))
+        value = None if options is None else _encode(HTTP(options, sorted(explicit)))
+        await self._do(self._save_setting, "http", value)
 
-    async def load(self, revision: str) -> bytes:
-        """Return the code of a revision.
+    async def save_targets(self, targets: Mapping[str, int]) -> None:
+        """Note the numbers of replicas that loads have led to, by deployment id."""
+        await self._do(self._save_setting, "targets", _encode(targets))
+
+    async def load(self, revision: str) -> list[bytes]:
+        """Return the code of a revision, in pieces.
 
         Raises
         ------
@@ -244,6 +251,10 @@ class Store:
                 saved.http = _decode_http(settings["http"])
             except msgspec.ValidationError as error:
                 saved.trouble.append(f"the HTTP options in {self.path} are of another version of dask_serve: {error}")
+        if "targets" in settings:
+            # They would be found again without it.
+            with suppress(msgspec.ValidationError):
+                saved.targets = _decode_targets(settings["targets"])
         for app, versions in rows.items():
             *older, (last, newest) = versions.items()
             try:
@@ -277,7 +288,7 @@ class Store:
                         row = (app, version, _seal(entry))
                         database.execute("INSERT OR REPLACE INTO versions VALUES (?, ?, ?)", row)
             for revision, blob in new.items():
-                database.executemany("INSERT INTO code VALUES (?, ?, ?)", _pieces(revision, _raw(blob)))
+                database.executemany("INSERT INTO code VALUES (?, ?, ?)", _pieces(revision, buffers_of(blob)))
             for revision in old:
                 database.execute("DELETE FROM code WHERE revision=?", (revision,))
         self._rows.update(after)
@@ -285,14 +296,14 @@ class Store:
             del self._rows[app]
         self.code = (self.code | new.keys()) - old
 
-    def _save_http(self, http: HTTP | None) -> None:
+    def _save_setting(self, name: str, value: bytes | None) -> None:
         with self._transaction() as database:
-            if http is None:
-                database.execute("DELETE FROM settings WHERE name='http'")
+            if value is None:
+                database.execute("DELETE FROM settings WHERE name=?", (name,))
             else:
-                database.execute("INSERT OR REPLACE INTO settings VALUES ('http', ?)", (_seal(_encode(http)),))
+                database.execute("INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, _seal(value)))
 
-    def _load(self, revision: str) -> bytes:
+    def _load(self, revision: str) -> list[bytes]:
         rows = self._opened().execute("SELECT piece, data FROM code WHERE revision=? ORDER BY piece", (revision,))
         try:
             pieces = {number: _unseal(data, f"the code of revision {revision}", number) for number, data in rows}
@@ -301,7 +312,7 @@ class Store:
         # The last piece is shorter than all others, be it by having nothing in it.
         if not pieces or list(pieces) != list(range(len(pieces))) or len(pieces[len(pieces) - 1]) >= PIECE:
             raise StoreError(f"the state file {self.path} lacks the code of revision {revision}")
-        return b"".join(pieces.values())
+        return list(pieces.values())
 
     def _opened(self) -> sqlite3.Connection:
         if self._database is None:
@@ -328,6 +339,7 @@ class Store:
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode_entry = msgspec.msgpack.Decoder(Entry).decode
+_decode_targets = msgspec.msgpack.Decoder(dict[str, int]).decode
 _decode_http = msgspec.msgpack.Decoder(HTTP).decode
 
 
@@ -346,13 +358,20 @@ def _unseal(sealed: Any, what: str, number: int = 0) -> bytes:
     return sealed[4:]
 
 
-def _pieces(revision: str, blob: memoryview) -> Iterator[tuple[str, int, bytes]]:
-    for number, start in enumerate(range(0, len(blob) + 1, PIECE)):
-        yield revision, number, _seal(blob[start : start + PIECE], number)
-
-
-def _raw(blob: Any) -> memoryview:
-    """Return the bytes of code, as Dask's connections deliver it."""
-    if isinstance(blob, Serialized):
-        blob = deserialize(blob.header, blob.frames)
-    return memoryview(getattr(blob, "data", blob)).cast("B")
+def _pieces(revision: str, buffers: Iterable[memoryview]) -> Iterator[tuple[str, int, bytes]]:
+    number, rest = 0, b""
+    for buffer in buffers:
+        start = 0
+        if rest:
+            start = PIECE - len(rest)
+            rest += buffer[:start]
+            if len(rest) < PIECE:
+                continue
+            yield revision, number, _seal(rest, number)
+            number += 1
+        while len(buffer) - start >= PIECE:
+            yield revision, number, _seal(buffer[start : start + PIECE], number)
+            start += PIECE
+            number += 1
+        rest = bytes(buffer[start:])
+    yield revision, number, _seal(rest, number)

@@ -91,6 +91,8 @@ class WorkerViews:
         self.environments = Environments(scheduler)
         #: Workers that are about to close though the scheduler does not say so yet.
         self._doomed: set[str] = set()
+        #: Workers that have come since what waits was last tried on all of them.
+        self._fresh: set[str] = set()
         #: Workers that have the package.
         self.equipped: set[str] = set()
         #: Failed starts by (worker, revision).
@@ -104,9 +106,20 @@ class WorkerViews:
         """A worker stays after all."""
         self._doomed.discard(worker)
 
+    def joined(self, worker: str) -> None:
+        """A worker has come, and what waits has not been tried on it."""
+        self._fresh.add(worker)
+
+    def tried(self) -> None:
+        """What waits has been tried on all workers but those that do not run yet."""
+        if self._fresh:
+            there = self._scheduler.workers
+            self._fresh = {one for one in self._fresh if one in there and there[one].status == Status.init}
+
     def forget(self, worker: str) -> None:
         """A worker left; one that comes at its address is another one."""
         self._doomed.discard(worker)
+        self._fresh.discard(worker)
         self.equipped.discard(worker)
         self.bookings.forget(worker)
         self.devices.forget(worker)
@@ -152,6 +165,7 @@ class WorkerViews:
                     host=worker.host,
                     nthreads=worker.nthreads,
                     running=worker.status == Status.running and address not in avoided,
+                    fresh=address in self._fresh,
                     busy=len(worker.processing),
                     resources=self.bookings.declared(address),
                     booked=booked,

@@ -46,6 +46,8 @@ class WorkerView(Struct, frozen=True, kw_only=True):
     nthreads: int
     #: False while the worker is paused, closing or about to be restarted.
     running: bool = True
+    #: It has just come, and what waits has not been tried on it yet.
+    fresh: bool = False
     #: Task threads that run something of Dask's at this moment.
     busy: int = 0
     #: What the worker has in all.
@@ -71,9 +73,14 @@ class WorkerView(Struct, frozen=True, kw_only=True):
     #: Name of the environment that its process has, until it ends; "": none.
     environment: str = ""
     #: Its process may be given an environment: it never held a replica, and has nothing of Dask's.
-    fresh: bool = True
+    clean: bool = True
     #: Its process may be ended: it holds nothing of anybody's, and another one comes in its place.
     spare: bool = False
+
+    @property
+    def named(self) -> bool:
+        """Whether somebody gave it a name; Dask names the others by their addresses."""
+        return self.name != self.address
 
 
 class Placement(Struct, frozen=True):
@@ -170,7 +177,11 @@ def wanted_workers(workers: Sequence[WorkerView], unplaced: int, short: int = 0)
     """Return how many workers an adaptive cluster should have for our replicas.
 
     At least those that hold some; more when replicas could not be placed, or when their threads exceed the
-    threads there are. Without any worker one is asked for first: what it is like tells how many more.
+    threads there are. Without any worker one is asked for first: what it is like tells how many more. A worker that
+    has just come is taken for one that was asked for: asking for another in its place would be taken back at once.
+
+    Where some of those that hold replicas have no name of their own, all such workers are needed: whoever closes one
+    of them by a name of the cluster's may mean any.
 
     Parameters
     ----------
@@ -183,11 +194,17 @@ def wanted_workers(workers: Sequence[WorkerView], unplaced: int, short: int = 0)
     """
     if not workers:
         return 1 if unplaced or short else 0
+    fresh = [w for w in workers if w.fresh]
+    unplaced, filled = max(unplaced - len(fresh), 0), min(unplaced, len(fresh))
+    short = max(short - sum(w.nthreads for w in fresh[filled:]), 0)
     nthreads = sum(w.nthreads for w in workers)
     # Free threads that these replicas cannot use, scattered or on workers that close, are not counted on.
     excess = max(sum(w.threads for w in workers) - nthreads, 0) + short
     more = unplaced + (-(-excess * len(workers) // max(nthreads, 1)) if excess > 0 else 0)
-    return len(workers) + more if more else sum(1 for w in workers if w.total)
+    if more:
+        return len(workers) + more
+    nameless = any(w.total and not w.named for w in workers)
+    return sum(1 for w in workers if w.total or w.fresh or (nameless and not w.named))
 
 
 def worth_restarting(need: Need, workers: Sequence[WorkerView]) -> str | None:
@@ -196,14 +213,14 @@ def worth_restarting(need: Need, workers: Sequence[WorkerView]) -> str | None:
     For replicas that `place` found no worker for. Never one that holds replicas, or anything of Dask's.
     """
     candidates = [w for w in workers if w.spare and not _suits(need, w)]
-    found = [w for w in candidates if place(need, [replace(w, environment="", fresh=True)]).worker is not None]
+    found = [w for w in candidates if place(need, [replace(w, environment="", clean=True)]).worker is not None]
     return min(found, key=lambda w: (w.failures, w.address)).address if found else None
 
 
 def _suits(need: Need, worker: WorkerView) -> bool:
     if worker.environment == need.environment:
         return True
-    return bool(need.environment) and not worker.environment and worker.fresh
+    return bool(need.environment) and not worker.environment and worker.clean
 
 
 def _reluctance(need: Need, worker: WorkerView) -> int:

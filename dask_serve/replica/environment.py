@@ -23,6 +23,7 @@ import msgspec
 
 from ..exceptions import ServeError
 from ..policy.environment import Environment
+from .code import fetch_code
 from .packages import Packages, cache_directory, locked
 
 if TYPE_CHECKING:
@@ -92,10 +93,10 @@ def _why_not(worker: Worker) -> str:
 
 
 async def _fetch(worker: Worker, key: str) -> bytes:
-    reply = await worker.scheduler.serve_code(revision=key)
-    if not reply or "error" in reply:
-        raise ServeError(f"the controller has no files {key}: {(reply or {}).get('error')}")
-    return bytes(memoryview(getattr(reply["code"], "data", reply["code"])))
+    reply, files = await fetch_code(lambda part: worker.scheduler.serve_code(revision=key, part=part))
+    if files is None:
+        raise ServeError(f"the controller has no files {key}: {reply.get('error')}")
+    return bytes(memoryview(getattr(files, "data", files)))
 
 
 def _apply(wanted: Environment, files: dict[str, bytes]) -> None:

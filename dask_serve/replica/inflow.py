@@ -28,6 +28,7 @@ class Inflow:
     """What follows one call. Making it, on the door's loop, accepts the call."""
 
     __slots__ = (
+        "_cancelled",
         "_consumed",
         "_ended",
         "_execution",
@@ -49,6 +50,8 @@ class Inflow:
         self.gone = False
         self._ended = False
         self._whole = False
+        #: User code is being cancelled. Not before: it would see a client that left, and no cancellation.
+        self._cancelled = False
         self._consumed = 0
         #: Who waits for something. Whoever takes it out has to wake it.
         self._waiters: deque[asyncio.Future[None]] = deque()
@@ -98,7 +101,7 @@ class Inflow:
         items = self._items
         # Before the items are taken: what ends the body comes behind them.
         ended = self._ended
-        if self._execution.cancelled or (ended and not items and not self._whole):
+        if self._cancelled or (ended and not items and not self._whole):
             return {"type": "http.disconnect"}
         pieces = [items.popleft() for _ in range(len(items))]
         body = bytes(pieces[0]) if len(pieces) == 1 else b"".join(pieces)
@@ -117,7 +120,7 @@ class Inflow:
         return event, parts
 
     async def _wait(self) -> None:
-        while not self._items and not self._ended and not self._execution.cancelled:
+        while not self._items and not self._ended and not self._cancelled:
             waiter = self._user.loop.create_future()
             self._waiters.append(waiter)
             # The door may have been here in between, and seen nobody.
@@ -125,8 +128,9 @@ class Inflow:
                 return
             await waiter
 
-    def wake(self) -> None:
-        """The request was cancelled."""
+    def cancel(self) -> None:
+        """The request was cancelled, and so is the task that serves it."""
+        self._cancelled = True
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():

@@ -21,6 +21,7 @@ from ..config import DeploymentOptions
 from ..context import ReplicaContext, replica_context
 from ..exceptions import ServeError
 from .clients import Clients
+from .code import fetch_code
 from .construction import Construction
 from .core import ReplicaCore
 from .door import Door
@@ -107,14 +108,14 @@ class ReplicaUnit:
         try:
             # Beside the wait for the code.
             libraries = asyncio.ensure_future(self.user.in_pool(self.user.look_for_libraries))
-            reply = await self._on_worker(self._worker.scheduler.serve_code(revision=self.spec["revision"]))
-            if not reply or "error" in reply:
-                raise ServeError(f"the controller has no code for {self.id}: {(reply or {}).get('error')}")
+            reply, code = await fetch_code(self._ask_for_code)
+            if code is None:
+                # Deleted or replaced meanwhile.
+                await self._fail(f"the controller has no code for {self.id}: {_told(reply)}", logging.INFO)
+                return
             await libraries
             door = await self.user.in_pool(lambda: ServeProcess.door_of(self._worker, reply["secret"], self))
-            await self._construction.run(
-                reply["code"], self.spec.get("keys") or [], self._context, lambda: self.options
-            )
+            await self._construction.run(code, self.spec.get("keys") or [], self._context, lambda: self.options)
             self.user.open(door)
             ledger = ServeProcess.ledger_of(self._worker)
             self._on_end.append(lambda: ledger.close(self.id))
@@ -136,11 +137,17 @@ class ReplicaUnit:
             if self._released.is_set():
                 return
             text = "".join(traceback.format_exception(type(error), error, _user_part(error)))
-            logger.error("Replica %s could not be started:\n%s", self.id, text)
-            # A worker that is closing may not carry the report any more, and lets go of its actors late.
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self.report("failed", error=text), REPORT_TIMEOUT)
-            self.end()
+            await self._fail(text)
+
+    async def _ask_for_code(self, part: int) -> Any:
+        return await self._on_worker(self._worker.scheduler.serve_code(revision=self.spec["revision"], part=part))
+
+    async def _fail(self, why: str, level: int = logging.ERROR) -> None:
+        logger.log(level, "Replica %s could not be started:\n%s", self.id, why)
+        # A worker that is closing may not carry the report any more, and lets go of its actors late.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.report("failed", error=why), REPORT_TIMEOUT)
+        self.end()
 
     async def _open(self, door: Door, core: ReplicaCore) -> None:
         self._settle_options(door, core)
@@ -269,6 +276,11 @@ class ReplicaUnit:
         """Await a coroutine on the worker's loop, from any other."""
         loop = self._worker.loop.asyncio_loop
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, loop))
+
+
+def _told(reply: dict[str, Any]) -> str:
+    """Return the controller's words in an answer without what was asked for."""
+    return str(reply["error"][1]) if reply.get("error") else "it gave no answer"
 
 
 def _event() -> tuple[asyncio.Event, Callable[[], None]]:

@@ -314,7 +314,7 @@ class UserCode:
         if execution.on_cancel is not None:
             execution.on_cancel.set()
         if execution.inflow is not None:
-            execution.inflow.wake()
+            execution.inflow.cancel()
         task = execution.task
         if task is not None and not task.done():
             if self.clients is not None:
