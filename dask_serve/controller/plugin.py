@@ -29,6 +29,7 @@ from ..measures.sources import add_source, drop_source
 from ..policy.desired import ApplicationSpec
 from ..policy.history import By
 from ..routing.table import Table, encode_table
+from ..wire.tls import for_callers, lend_to_client
 from .changes import Changes, Throttle
 from .editor import Editor
 from .events import Events
@@ -104,6 +105,7 @@ class Controller(SchedulerPlugin):
     async def start(self, scheduler: Scheduler) -> None:
         """Install the operations. Never waits, so that two registrations cannot overlap."""
         join_dask()
+        lend_to_client(scheduler.security, "scheduler")
         self.scheduler = scheduler
         self.epoch = uuid.uuid4().hex
         self.secret = secrets.token_bytes(32)
@@ -117,7 +119,7 @@ class Controller(SchedulerPlugin):
         self.events = Events(scheduler)
         self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
         self.promises = Promises()
-        self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
+        self.tunnels = Tunnels(for_callers(scheduler.security))
         self.measures = Measures()
         for worker in scheduler.workers.values():
             self.measures.joined(worker)

@@ -280,12 +280,10 @@ class Proxies:
 
 
 def _doors(security: Any) -> Material | None:
-    # A scheduler started from the shell may have no client's certificate.
-    for role in ("client", "scheduler"):
-        config = security.get_tls_config_for_role(role)
-        if config.get("ca_file") and config.get("cert"):
-            return Material(config["ca_file"], config["cert"], config.get("key"), config.get("ciphers"))
-    return None
+    config = security.get_tls_config_for_role("client")
+    if not (config.get("ca_file") and config.get("cert")):
+        return None
+    return Material(config["ca_file"], config["cert"], config.get("key"), config.get("ciphers"))
 
 
 def _merge(running: HTTPOptions, wanted: HTTPOptions, explicit: set[str]) -> HTTPOptions:

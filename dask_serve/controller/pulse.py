@@ -11,6 +11,7 @@ from distributed.scheduler import heartbeat_interval
 
 from ..routing.dial import Ways, reach
 from ..wire.connection import CallerConnection
+from ..wire.tls import for_callers
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler
@@ -63,7 +64,7 @@ class Pulse:
         self._registry = registry
         self._reconciler = reconciler
         self._secret = secret
-        self._ssl = scheduler.security.get_connection_args("scheduler").get("ssl_context")
+        self._ssl = for_callers(scheduler.security)
         self._beats: dict[str, _Beat] = {}
 
     async def run(self) -> None:
