@@ -304,11 +304,12 @@ class Controller(SchedulerPlugin):
     @_op
     async def serve_shutdown(self, owner: str = "", client: str = "") -> dict[str, Any]:
         """Take everything away; the controller stays and can be used again."""
+        # HTTP drains first: a proxy that is still open would answer 404 for what is gone.
+        await self.front.stop()
         names = [name for name, app in self.registry.applications.items() if not app.deleting]
         by = By(owner, client)
         deleting = (self.editor.delete(name, by) for name in names)
         errors = await asyncio.gather(*deleting, return_exceptions=True)
-        await self.front.stop()
         self._publish()
         for error in errors:
             # Another session may have been faster.
