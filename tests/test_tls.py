@@ -22,6 +22,7 @@ from helpers import http_client, until, wait_until
 from processes import Processes, free_port
 
 import dask_serve as serve
+from dask_serve.embedded import EmbeddedCluster
 from dask_serve.exceptions import ConfigError, DeploymentUnavailableError, ServeError
 from dask_serve.replica.listening import Place, TLSListener, bind, place_of
 from dask_serve.routing.session import Session
@@ -278,6 +279,13 @@ async def test_certificates_that_do_not_fit_are_told_at_the_handle(c, s, a):
         Session.of(other)._ssl = stranger
         theirs = await serve.get_deployment_handle("Model", client=other)
         assert await theirs.remote(2).result(10) == 2
+
+
+@pytest.mark.parametrize("setting", [{"require-encryption": True}, {"default-scheme": "tls"}])
+def test_the_embedded_cluster_has_no_tls(setting):
+    with dask.config.set({f"distributed.comm.{name}": value for name, value in setting.items()}):
+        with pytest.raises(ConfigError, match=rf"no TLS, .* asks for it \(distributed\.comm\.{next(iter(setting))}\)"):
+            EmbeddedCluster.start(n_workers=1, dashboard_address=None)
 
 
 # -- places
