@@ -60,6 +60,9 @@ EXTRAS = {
         "quart>=0.20",
         "cryptography>=42",  # temporary certificates
         "prometheus-client>=0.20",
+        # The manifests of examples/kubernetes: tests/test_kubernetes.py.
+        "kubernetes-validate>=1.31",
+        "pyyaml>=6",
         # A real Jupyter kernel: tests/test_notebook.py.
         "ipykernel>=6.29",
         "nbclient>=0.10",

@@ -22,6 +22,7 @@ from .exceptions import ConfigError
 
 __all__ = [
     "DEFAULTS",
+    "DoorSettings",
     "EmbeddedSettings",
     "MetricsSettings",
     "RestSettings",
@@ -57,6 +58,9 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         How long a worker that is retired waits for replacements of its replicas.
     gpus : int, list or None, default None
         Devices of a worker: how many, or which. None: those that it sees.
+    environments_directory : str or None, default None
+        Directory of a worker's host for environments of replicas (``runtime_env``). None: ``dask-serve/environments``
+        where the user's caches are.
     """
 
     state_file: str | None = None
@@ -64,6 +68,7 @@ class Settings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     results_limit: float | str = 0.3
     leave_patience: float | str = "2 minutes"
     gpus: int | list[int | str] | str | None = None
+    environments_directory: str | None = None
 
 
 class EmbeddedSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -103,6 +108,19 @@ class RestSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     timeout: float | str = "5 minutes"
 
 
+class DoorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What stands under ``serve.door``.
+
+    Parameters
+    ----------
+    port : int, str or None, default None
+        Port of the doors of worker processes, or a range of them, such as ``"9100:9110"``, of which each takes a free
+        one. None: any free port.
+    """
+
+    port: int | str | None = None
+
+
 class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What stands under ``serve.metrics``.
 
@@ -116,7 +134,7 @@ class MetricsSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 #: The parts of ``serve:``. Of ``deployment`` the options themselves are checked where they are used.
-SECTIONS = ("http", "deployment", "embedded", "rest", "metrics")
+SECTIONS = ("http", "deployment", "embedded", "door", "rest", "metrics")
 
 
 def _load() -> dict[str, Any]:

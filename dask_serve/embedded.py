@@ -22,7 +22,7 @@ from typing import Any
 from msgspec import UNSET, UnsetType
 
 from .defaults import EmbeddedSettings, checked
-from .exceptions import ServeError, StartTimeoutError
+from .exceptions import ConfigError, ServeError, StartTimeoutError
 from .launcher import python_command
 
 __all__ = ["EmbeddedCluster"]
@@ -138,6 +138,7 @@ class EmbeddedCluster:
     def _wait_started(self, deadline: float, timeout: float) -> None:
         self._started.wait(max(0.0, deadline - time.monotonic()))
         if self._error is not None:
+            _refuse_tls()
             raise ServeError(f"the embedded cluster could not start: {self._error['text']}\n{self._error['traceback']}")
         if self._gone.is_set():
             code = self._process.wait()
@@ -276,6 +277,19 @@ def _spawn(options: dict[str, Any]) -> tuple[subprocess.Popen[bytes], socket.soc
             env=_environment(),
         )
     return process, ours
+
+
+def _refuse_tls() -> None:
+    """Say so where Dask's configuration asks for what the embedded cluster does not have."""
+    import dask
+
+    for name, wanted in (("distributed.comm.require-encryption", True), ("distributed.comm.default-scheme", "tls")):
+        if dask.config.get(name, None) == wanted:
+            raise ConfigError(
+                f"the embedded cluster has no TLS, and Dask's configuration asks for it ({name}): name the scheduler "
+                "of your cluster (scheduler-address, or --scheduler), or make a client of "
+                "LocalCluster(protocol='tls://', security=Security.temporary()) first"
+            )
 
 
 def _environment() -> dict[str, str]:

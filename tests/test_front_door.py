@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import gzip
-import ipaddress
 import os
 import re
 import signal
@@ -21,10 +19,7 @@ from typing import Any
 
 import httpx
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from certificates import Authority
 from distributed import Client, LocalCluster
 from distributed.security import Security
 from helpers import embedded_client, wait_until
@@ -212,43 +207,6 @@ def test_a_file_of_tokens_that_cannot_be_used(service, tmp_path, text, mode, sai
 
 
 # -- TLS ---------------------------------------------------------------------------------------------------------------
-
-
-class Authority:
-    """Signs certificates for 127.0.0.1."""
-
-    def __init__(self, directory: Path, name: str) -> None:
-        self.directory = directory
-        self.path = directory / f"{name}.pem"
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        self._key = ec.generate_private_key(ec.SECP256R1())
-        self.path.write_bytes(self._sign(self._name, self._key).public_bytes(serialization.Encoding.PEM))
-
-    def issue(self, name: str, password: bytes | None = None) -> tuple[Path, Path]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        certificate, secret = self.directory / f"{name}.crt", self.directory / f"{name}.key"
-        certificate.write_bytes(self._sign(subject, key).public_bytes(serialization.Encoding.PEM))
-        how = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
-        secret.write_bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, how))
-        return certificate, secret
-
-    def _sign(self, subject: x509.Name, key: Any) -> x509.Certificate:
-        now = dt.datetime.now(dt.timezone.utc)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(self._name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(days=1))
-            .not_valid_after(now + dt.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(subject == self._name, None), critical=True)
-            .add_extension(
-                x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
-            )
-        )
-        return builder.sign(self._key, hashes.SHA256())
 
 
 def context(authority: Authority, pair: tuple[Path, Path] | None = None) -> ssl.SSLContext:

@@ -28,6 +28,7 @@ from ..policy.desired import ApplicationSpec
 from ..policy.history import By
 from ..records import keep_records, told_since
 from ..routing.table import Table, encode_table
+from ..wire.tls import for_callers, lend_to_client
 from .boot import Boot, BootDocument
 from .changes import Changes, Throttle
 from .checkup import CHECKUP_OPERATIONS, Checkup
@@ -103,6 +104,7 @@ class Controller(SchedulerPlugin):
         """Install the operations. Never waits, so that two registrations cannot overlap."""
         join_dask()
         keep_records()
+        lend_to_client(scheduler.security, "scheduler")
         self.scheduler = scheduler
         self.epoch = uuid.uuid4().hex
         self.secret = secrets.token_bytes(32)
@@ -117,7 +119,7 @@ class Controller(SchedulerPlugin):
         self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
         self.promises = Promises()
         self.uploads = Uploads()
-        self.tunnels = Tunnels(scheduler.security.get_connection_args("scheduler").get("ssl_context"))
+        self.tunnels = Tunnels(for_callers(scheduler.security))
         self.measures = Measures()
         for worker in scheduler.workers.values():
             self.measures.joined(worker)
@@ -342,11 +344,12 @@ class Controller(SchedulerPlugin):
     @operation
     async def serve_shutdown(self, owner: str = "", client: str = "") -> dict[str, Any]:
         """Take everything away; the controller stays and can be used again."""
+        # HTTP drains first: a proxy that is still open would answer 404 for what is gone.
+        await self.front.stop()
         names = [name for name, app in self.registry.applications.items() if not app.deleting]
         by = By(owner, client)
         deleting = (self.editor.delete(name, by) for name in names)
         errors = await asyncio.gather(*deleting, return_exceptions=True)
-        await self.front.stop()
         self._publish()
         for error in errors:
             # Another session may have been faster.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from distributed.scheduler import heartbeat_interval
 
+from ..wire.tls import for_callers
 from .knocks import Knocks
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Pulse:
         self._scheduler = scheduler
         self._registry = registry
         self._reconciler = reconciler
-        self._knocks = Knocks(secret, scheduler.security.get_connection_args("scheduler").get("ssl_context"))
+        self._knocks = Knocks(secret, for_callers(scheduler.security))
         self._beats: dict[str, _Beat] = {}
 
     async def run(self) -> None:

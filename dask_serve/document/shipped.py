@@ -15,7 +15,7 @@ import msgspec
 import yaml
 
 from ..config import AutoscalingConfig, DeploymentOptions, HTTPOptions, documented
-from ..defaults import DEFAULTS, EmbeddedSettings, MetricsSettings, RestSettings, Settings
+from ..defaults import DEFAULTS, DoorSettings, EmbeddedSettings, MetricsSettings, RestSettings, Settings
 from .declaration import VERSION, ApplicationEntry, DeploymentEntry, Document, HTTPEntry
 
 __all__ = ["SCHEMA", "defaults_text", "schema_text"]
@@ -90,6 +90,7 @@ def defaults_text() -> str:
     ]
     lines += ["  # The cluster that serve.run starts where there is none.", "  embedded:"]
     lines += _section(EmbeddedSettings, "    ")
+    lines += ["  # Where callers reach the replicas of a worker.", "  door:", *_section(DoorSettings, "    ")]
     lines += ["  # HTTP routes beside Dask's dashboard.", "  rest:", *_section(RestSettings, "    ")]
     lines += ["  # What Prometheus reads.", "  metrics:", *_section(MetricsSettings, "    ")]
     return "\n".join(lines) + "\n"

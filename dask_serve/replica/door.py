@@ -41,6 +41,7 @@ from ..wire.messages import (
 )
 from .core import ReplicaCore
 from .execution import Answer, Execution
+from .listening import Place, TLSListener, bind
 from .room import Room
 
 __all__ = ["Door", "Visitor"]
@@ -84,10 +85,12 @@ class Door:
     ----------
     secret : bytes
         The cluster's secret.
-    host : str
-        Interface to listen on.
+    place : Place
+        Where to listen.
     ssl : SSLContext, optional
         Serve TLS with the worker's certificates.
+    dial_ssl : SSLContext, optional
+        For other doors with TLS.
     results_limit : int, optional
         Bytes of stored results from which on calls from Python wait.
 
@@ -100,7 +103,7 @@ class Door:
     """
 
     def __init__(
-        self, secret: bytes, host: str, ssl: Any = None, dial_ssl: Any = None, results_limit: int | None = None
+        self, secret: bytes, place: Place, ssl: Any = None, dial_ssl: Any = None, results_limit: int | None = None
     ) -> None:
         self.process = uuid.uuid4().hex
         self.address = ""
@@ -115,10 +118,10 @@ class Door:
         self.mailbox = Mailbox(self.loop, self._on_mail)
         self.room = Room(self.store, self.replicas.values(), self.loop, self.call)
         self._secret = secret
-        self._host = host
+        self._place = place
         self._ssl = ssl
         self._dial_ssl = dial_ssl
-        self._server: asyncio.AbstractServer | None = None
+        self._server: asyncio.AbstractServer | TLSListener | None = None
         self._local: asyncio.AbstractServer | None = None
         self._fabric: Fabric | None = None
         #: When it was asked whether it is there, until it answers.
@@ -137,13 +140,17 @@ class Door:
 
         Raises
         ------
-        OSError
+        ServeError
             No port could be had.
         """
         if sys.getswitchinterval() > SWITCH_INTERVAL:
             sys.setswitchinterval(SWITCH_INTERVAL)
         self._thread.start()
-        self.run(self._listen()).result()
+        try:
+            self.run(self._listen()).result()
+        except BaseException:
+            self.close()
+            raise
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -159,17 +166,16 @@ class Door:
         def visit() -> Visitor:
             return Visitor(self, self._secret)
 
-        try:
-            server = await self.loop.create_server(visit, self._host, 0, ssl=self._ssl, backlog=1024)
-        except OSError:
-            # The contact address of a worker behind a NAT is no interface of this machine: all of them, then.
-            server = await self.loop.create_server(visit, None, 0, ssl=self._ssl, backlog=1024)
-        self._server = server
+        sock = bind(self._place)
+        port, shown = sock.getsockname()[1], self._place.shown
+        if self._ssl is None:
+            self._server = await self.loop.create_server(visit, sock=sock, backlog=1024)
+        else:
+            self._server = TLSListener(sock, visit, self._ssl)
         local = listen_locally(self.process) if self._ssl is None else None
         if local is not None:
             self._local = await self.loop.create_unix_server(visit, sock=local, backlog=1024)
-        port = server.sockets[0].getsockname()[1]
-        host = f"[{self._host}]" if ":" in self._host else self._host
+        host = f"[{shown}]" if ":" in shown else shown
         self.address = f"{'tls' if self._ssl else 'tcp'}://{host}:{port}"
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> ConcurrentFuture[T]:

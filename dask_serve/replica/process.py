@@ -10,7 +10,6 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from distributed.comm.addressing import get_address_host
 from distributed.core import Status
 from distributed.diagnostics.plugin import WorkerPlugin
 
@@ -19,7 +18,9 @@ from ..logs import join_dask
 from ..measures.ledger import Ledger
 from ..records import keep_records
 from ..wire.memory import limit_idle
+from ..wire.tls import for_callers, for_door, lend_to_client
 from .door import Door
+from .listening import place_of
 from .room import limit_for
 
 if TYPE_CHECKING:
@@ -72,12 +73,11 @@ class ServeProcess:
                 raise ServeError(f"worker {worker.address} is closing")
             door = cls._doors.get(secret)
             if door is None or door.closed:
-                listen = worker.security.get_listen_args("worker").get("ssl_context")
-                dial = worker.security.get_connection_args("worker").get("ssl_context")
-                host = "127.0.0.1" if worker.address.startswith("inproc") else get_address_host(worker.address)
                 join_dask()
                 keep_records()
-                door = Door(secret, host, listen, dial, limit_for(worker))
+                lend_to_client(worker.security, "worker")
+                listen, dial = for_door(worker.security, worker.address), for_callers(worker.security)
+                door = Door(secret, place_of(worker), listen, dial, limit_for(worker))
                 door.start()
                 cls._doors[secret] = door
             if worker.memory_manager.memory_limit:

@@ -6,14 +6,16 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ..wire.connection import CallerConnection
 from ..wire.local import connect_locally
+from ..wire.tls import reason
 
-__all__ = ["Make", "NotThereError", "Tunnel", "Ways", "notice_silence", "reach", "split_address"]
+__all__ = ["Make", "NotThereError", "Tunnel", "UntrustedError", "Ways", "notice_silence", "reach", "split_address"]
 
 logger = logging.getLogger("dask_serve.routing")
 
@@ -34,6 +36,10 @@ Make = Callable[[Callable[[Any], None], Callable[[Any], None]], CallerConnection
 
 class NotThereError(ConnectionError):
     """The scheduler says that there is no way to this process."""
+
+
+class UntrustedError(ConnectionError):
+    """One side does not take the other's certificate; to try again will not help soon."""
 
 
 def split_address(door: str) -> tuple[str, int]:
@@ -110,13 +116,17 @@ class _Attempt:
         except BaseException:
             self.connection.abort()
             raise
+        made = self.connection.transport
+        if made is not None and made.get_extra_info("ssl_object") is not None and not self.connection.answered:
+            # With TLS 1.3 a door looks at a certificate when its caller is through with the handshake.
+            raise UntrustedError("the door closed the connection without a word: it does not take this certificate")
         raise ConnectionError("the connection ended before the other side had proved itself")
 
 
 async def reach(
     process: str,
     door: str,
-    ssl: Any,
+    context: ssl.SSLContext | None,
     ways: Ways,
     *,
     make: Make,
@@ -130,7 +140,7 @@ async def reach(
         The incarnation behind the door.
     door : str
         Its address.
-    ssl : SSLContext or None
+    context : SSLContext or None
         For a door with TLS.
     ways : Ways
     make : callable
@@ -140,11 +150,13 @@ async def reach(
 
     Raises
     ------
+    UntrustedError
+        One side does not take the other's certificate.
     OSError
         No way leads there.
     """
     host, _ = split_address(door)
-    local = connect_locally(process) if ssl is None else None
+    local = None if door.startswith("tls") else connect_locally(process)
     if local is not None:
         here = _Attempt(make, on_lost)
         connecting = asyncio.get_running_loop().create_unix_connection(lambda: here.connection, sock=local)
@@ -153,7 +165,7 @@ async def reach(
     tunnel = ways.tunnel
     direct = _Attempt(make, on_lost)
     if tunnel is None:
-        return await direct.run(_connect(direct.connection, door, ssl))
+        return await direct.run(_connect(direct.connection, door, context))
     through = _Attempt(make, on_lost)
     if ways.needs_tunnel(host):
         try:
@@ -162,24 +174,32 @@ async def reach(
             raise
         except OSError as error:
             logger.info("No tunnel to %s: %s", door, error)
-        return await direct.run(_connect(direct.connection, door, ssl))
+        return await direct.run(_connect(direct.connection, door, context))
     connection = await _race(
-        direct, _connect(direct.connection, door, ssl), through, lambda: tunnel(process, through.connection)
+        direct, _connect(direct.connection, door, context), through, lambda: tunnel(process, through.connection)
     )
     ways.note(host, tunnelled=connection is through.connection)
     return connection
 
 
-async def _connect(connection: CallerConnection, door: str, ssl: Any) -> None:
+async def _connect(connection: CallerConnection, door: str, context: ssl.SSLContext | None) -> None:
     host, port = split_address(door)
-    name = "" if ssl else None
+    name = None
+    if door.startswith("tls"):
+        if context is None:
+            raise UntrustedError("the door has TLS, and this process has no certificate of the cluster")
+        name = ""
+    else:
+        context = None
     connecting = asyncio.get_running_loop().create_connection(
-        lambda: connection, host, port, ssl=ssl, server_hostname=name
+        lambda: connection, host, port, ssl=context, server_hostname=name
     )
     try:
         transport, _ = await asyncio.wait_for(connecting, CONNECT)
     except asyncio.TimeoutError:
         raise ConnectionError(f"no answer within {CONNECT} s") from None
+    except ssl.SSLError as error:
+        raise UntrustedError(f"this process does not take the door's certificate: {reason(error)}") from None
     notice_silence(transport)
 
 
@@ -206,7 +226,8 @@ async def _race(
                 task.add_done_callback(_drop)
                 task.cancel()
     if winner is None:
-        raise ConnectionError("; through the scheduler: ".join(str(task.exception()) for task in tasks))
+        kind = UntrustedError if isinstance(tasks[0].exception(), UntrustedError) else ConnectionError
+        raise kind("; through the scheduler: ".join(str(task.exception()) for task in tasks))
     return winner.result()
 
 

@@ -76,6 +76,8 @@ class Fabric:
         self._measured = measured
         self._links: dict[str, Link] = {}
         self._backlogs = None if report is None else Backlogs(self.routers, loop, report)
+        #: What was told last of doors and certificates.
+        self._untrusted = ""
         self._check: asyncio.TimerHandle | None = None
         self._redial: asyncio.TimerHandle | None = None
 
@@ -140,7 +142,7 @@ class Fabric:
             self._secret,
             process,
             door,
-            self._ssl if door.startswith("tls") else None,
+            self._ssl,
             self._on_link_lost,
             ways=self._ways,
         )
@@ -150,9 +152,22 @@ class Fabric:
 
     def _on_link_lost(self, link: Link) -> None:
         self._links.pop(link.process, None)
+        if link.untrusted:
+            self._tell_untrusted(link)
         # The controller takes a dead process out of the table; one that it keeps there may be reachable again.
         if not self.closed and self._redial is None:
             self._redial = self._loop.call_later(REDIAL_AFTER, self._on_redial)
+
+    def _tell_untrusted(self, link: Link) -> None:
+        """What waits for replicas behind doors without trust, and for no others, is not kept waiting."""
+        why = f"the door {link.door} cannot be used: {link.untrusted}"
+        if why != self._untrusted:
+            # The first time may be the end of the process, which looks the same.
+            self._untrusted = why
+            logger.warning("No requests go to process %s: %s", link.process, why)
+            return
+        for router in self.routers.values():
+            router.fail_untrusted(link.process, why)
 
     def _on_redial(self) -> None:
         self._redial = None

@@ -30,7 +30,7 @@ from ..wire.messages import (
     decode_window,
     encode,
 )
-from .dial import Ways, reach
+from .dial import UntrustedError, Ways, reach
 from .store import Fetched
 
 if TYPE_CHECKING:
@@ -80,6 +80,8 @@ class Link:
         self.silent = False
         #: Since when it is.
         self.silent_since = 0.0
+        #: Why one side does not trust the other, if that is why it could not be made.
+        self.untrusted = ""
         #: Routers with a target on this link, by replica.
         self.targets: dict[str, tuple[Router, Target]] = {}
         #: What the door told of models, by replica: loaded ones, and those that are being loaded.
@@ -112,6 +114,7 @@ class Link:
             self._connection = connection
             logger.debug("Connected to the door %s", self.door)
         except OSError as error:
+            self.untrusted = str(error) if isinstance(error, UntrustedError) else ""
             logger.info("Cannot reach the door %s of process %s: %s", self.door, self.process, error)
             self._break()
         except asyncio.CancelledError:

@@ -355,6 +355,16 @@ class Router:
             link.targets[replica.id] = (self, target)
             self._dispatcher.add(target, now)
 
+    def fail_untrusted(self, process: str, why: str) -> None:
+        """A door or this process has no certificate that the other takes: fail what waits, unless there are others."""
+        entry = self.entry
+        if entry is None or self._dispatcher.targets or process not in {r.process for r in entry.replicas}:
+            return
+        self._fail_waiting(
+            f"no replica of deployment {self.id!r} can be reached: {why}. Client, scheduler, workers and proxies need "
+            "certificates of one authority that have not expired (distributed.comm.tls in Dask's configuration)"
+        )
+
     def _set_deadlines(self, timeout: float, now: float) -> None:
         """Give the calls that came before the deployment was known the deadline that it declares."""
         for call in self._dispatcher.waiting():
@@ -364,6 +374,9 @@ class Router:
 
     def _fail_all(self, why: str) -> None:
         self._gone_for_good = why
+        self._fail_waiting(why)
+
+    def _fail_waiting(self, why: str) -> None:
         for call in self._dispatcher.take_all():
             self.failed += 1
             self._settled(call)

@@ -20,6 +20,7 @@ from typing import Any
 
 from ..exceptions import NotRunningError
 from ..wire.loops import run_on, running_loop
+from ..wire.tls import for_callers, lend_to_client
 from .dial import Ways
 from .engine import Engine
 from .fabric import Fabric
@@ -67,7 +68,9 @@ class Session:
         self.leftovers = Leftovers(self)
         #: Handles by target and options, while anybody has them.
         self.handles: weakref.WeakValueDictionary[tuple[Any, ...], Any] = weakref.WeakValueDictionary()
-        self._ssl = owner.security.get_connection_args("client").get("ssl_context")
+        if self.in_worker:
+            lend_to_client(owner.security, "worker")
+        self._ssl = for_callers(owner.security)
         self._ways = Ways(SchedulerTunnel(owner))
         self._lock = threading.Lock()
         # For the owner's loop only.

@@ -64,7 +64,7 @@ class Connection(asyncio.Protocol):
         self.ready = False
         self.closed = False
         self.paused = False
-        self.heard = self.drained = time.monotonic()
+        self.heard = self.drained = self._since = time.monotonic()
         self.peer: object = None
         self._secret = secret
         self._nonce = auth.new_nonce()
@@ -127,6 +127,11 @@ class Connection(asyncio.Protocol):
             transport.write(view[:_PIECE])
             view = view[_PIECE:]
         return view
+
+    @property
+    def answered(self) -> bool:
+        """The peer has sent something."""
+        return self.heard > self._since
 
     @property
     def unsent(self) -> int:
