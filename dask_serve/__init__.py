@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         status,
         url,
     )
-    from .batching import batch
+    from .batching import batch, method
     from .context import get_multiplexed_model_id, get_replica_context, get_request_context
     from .deployment import Application, Deployment, deployment
     from .exceptions import (
@@ -93,6 +93,7 @@ __all__ = [
     "get_request_context",
     "history",
     "ingress",
+    "method",
     "metrics",
     "multiplexed",
     "rollback",
@@ -116,7 +117,7 @@ _MODULES = {
         "status",
         "url",
     ),
-    "batching": ("batch",),
+    "batching": ("batch", "method"),
     "context": ("get_multiplexed_model_id", "get_replica_context", "get_request_context"),
     "deployment": ("Application", "Deployment", "deployment"),
     "gathering": ("gather",),
