@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,6 +19,7 @@ import dask_serve as serve
 from ..calling import keep_going
 from ..processes import DEADLINE, Cluster, cluster
 from .interface import LIMIT, answer, timed
+from .models import SleepingModel, seconds_of
 
 
 @serve.deployment(max_ongoing_requests=LIMIT, workers=["two"])
@@ -58,6 +61,43 @@ class Echo:
         return {"output": (await request.json())["input"]}
 
 
+@serve.deployment(workers=["one"])
+class Sleeping:
+    """Takes its time."""
+
+    def __init__(self) -> None:
+        self.model = SleepingModel()
+
+    async def __call__(self, request: Request) -> dict[str, Any]:
+        """Answer with the model."""
+        value = (await request.json())["input"]
+        return {"output": await asyncio.to_thread(self.model.predict, value)}
+
+
+class Batches:
+    """Answers many at a time."""
+
+    @serve.batch(max_batch_size=64)
+    def echo(self, values: list[Any]) -> list[Any]:
+        """Return the arguments."""
+        time.sleep(seconds_of(values))
+        return values
+
+
+@serve.deployment(max_ongoing_requests=LIMIT, workers=["two"])
+class Batched(Batches):
+    """They are asked for by handle."""
+
+
+@serve.deployment(max_ongoing_requests=LIMIT, workers=["one"])
+class BatchedJson(Batches):
+    """The same over HTTP."""
+
+    async def __call__(self, request: Request) -> dict[str, Any]:
+        """Parse, and answer."""
+        return {"output": await self.echo((await request.json())["input"])}
+
+
 class DaskServe:
     """The running service."""
 
@@ -66,7 +106,9 @@ class DaskServe:
         serve.start(port=0, client=client)
         self.caller = serve.run(Caller.bind(Callee.bind()), name="peers", route_prefix="/peers", client=client)
         self.callee = serve.get_deployment_handle("Callee", "peers", client=client)
-        for deployment, name in [(NoOp, "noop"), (Echo, "json")]:
+        callers = Caller.options(name="BatchCaller").bind(Batched.bind())
+        self.batch_caller = serve.run(callers, name="batched", route_prefix=None, client=client)
+        for deployment, name in [(NoOp, "noop"), (Echo, "json"), (Sleeping, "model"), (BatchedJson, "batches")]:
             serve.run(deployment.bind(), name=name, route_prefix=f"/{name}", client=client)
         self.url = serve.url(client=client)
 
@@ -88,6 +130,11 @@ class DaskServe:
         count, took = self.caller.run.remote(in_flight, seconds).result()
         return count, took
 
+    def batched(self, in_flight: int, seconds: float) -> tuple[int, float]:
+        """Let the caller's replica call the batched method."""
+        count, took = self.batch_caller.run.remote(in_flight, seconds).result()
+        return count, took
+
     def burst(self, count: int) -> float:
         """Call from this thread."""
         return timed(self.callee.echo.remote, serve.gather, count)
@@ -99,6 +146,14 @@ class DaskServe:
     def json(self) -> str:
         """Return where JSON is answered."""
         return f"{self.url}/json"
+
+    def model(self) -> str:
+        """Return where the model that sleeps answers."""
+        return f"{self.url}/model"
+
+    def batches(self) -> str:
+        """Return where batches are answered."""
+        return f"{self.url}/batches"
 
 
 @contextmanager

@@ -36,6 +36,9 @@ class Served:
         """Return where JSON is answered."""
         return self._url
 
+    #: The server is started with one of them.
+    model = batches = json
+
 
 @contextmanager
 def served(description: str, command: Callable[[int], Sequence[str]], path: str) -> Iterator[Served]:
