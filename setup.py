@@ -63,6 +63,8 @@ EXTRAS = {
         "nbclient>=0.10",
         "nbformat>=5.10",
     ],
+    # The plot of `python -m benchmarks.peers.overload`.
+    "bench": ["matplotlib>=3.8"],
     "lint": ["ruff>=0.9", "mypy>=1.14", "import-linter>=2.1"],
 }
 EXTRAS["dev"] = sorted({*EXTRAS["examples"], *EXTRAS["test"], *EXTRAS["lint"]})

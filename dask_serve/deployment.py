@@ -162,8 +162,8 @@ class Deployment:
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         raise ConfigError(
-            f"a class cannot derive from deployment {self.name!r}: let it, and the deployment, derive from a class that "
-            "is none"
+            f"a class cannot derive from the deployment {self.name!r}: let both derive from a class that is no "
+            "deployment"
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

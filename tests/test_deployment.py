@@ -400,7 +400,7 @@ def test_no_class_derives_from_a_deployment():
     class Base:
         pass
 
-    with pytest.raises(ConfigError, match="cannot derive from deployment 'Base'"):
+    with pytest.raises(ConfigError, match="cannot derive from the deployment 'Base'"):
 
         class Derived(Base):
             pass

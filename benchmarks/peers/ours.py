@@ -19,7 +19,7 @@ import dask_serve as serve
 from ..calling import keep_going
 from ..processes import DEADLINE, Cluster, cluster
 from .interface import LIMIT, answer, timed
-from .models import SleepingModel, seconds_of
+from .models import CASE, SLEEP, SleepingModel, seconds_of
 
 
 @serve.deployment(max_ongoing_requests=LIMIT, workers=["two"])
@@ -61,7 +61,7 @@ class Echo:
         return {"output": (await request.json())["input"]}
 
 
-@serve.deployment(workers=["one"])
+@serve.deployment
 class Sleeping:
     """Takes its time."""
 
@@ -108,7 +108,7 @@ class DaskServe:
         self.callee = serve.get_deployment_handle("Callee", "peers", client=client)
         callers = Caller.options(name="BatchCaller").bind(Batched.bind())
         self.batch_caller = serve.run(callers, name="batched", route_prefix=None, client=client)
-        for deployment, name in [(NoOp, "noop"), (Echo, "json"), (Sleeping, "model"), (BatchedJson, "batches")]:
+        for deployment, name in [(NoOp, "noop"), (Echo, "json"), (BatchedJson, "batches")]:
             serve.run(deployment.bind(), name=name, route_prefix=f"/{name}", client=client)
         self.url = serve.url(client=client)
 
@@ -147,21 +147,41 @@ class DaskServe:
         """Return where JSON is answered."""
         return f"{self.url}/json"
 
-    def model(self) -> str:
-        """Return where the model that sleeps answers."""
-        return f"{self.url}/model"
-
     def batches(self) -> str:
         """Return where batches are answered."""
         return f"{self.url}/batches"
 
 
+class DaskServeSleeping:
+    """The running service of the model that takes its time, with all defaults."""
+
+    def __init__(self, running: Cluster, client: Client) -> None:
+        self.cluster = running
+        serve.start(port=0, client=client)
+        serve.run(Sleeping.bind(), name="model", route_prefix="/model", client=client)
+        self.url = serve.url(client=client)
+
+    def describe(self) -> str:
+        """Tell version and settings."""
+        return f"dask_serve {serve.__version__} on distributed {version('distributed')}, one replica, one proxy"
+
+    def processes(self) -> dict[str, int]:
+        """Return the driver, the worker and the proxy."""
+        [proxy] = self.cluster.proxies()
+        return {"driver": os.getpid(), "worker": self.cluster.worker.pid, "proxy": proxy.pid}
+
+    def model(self) -> str:
+        """Return where it answers."""
+        return f"{self.url}/model"
+
+
 @contextmanager
-def opened() -> Iterator[DaskServe]:
+def opened() -> Iterator[DaskServe | DaskServeSleeping]:
     """Start a cluster of its own."""
-    with cluster(workers=2) as running, Client(running.address, set_as_default=False) as client:
-        client.wait_for_workers(2, timeout=DEADLINE)
-        yield DaskServe(running, client)
+    made, workers = (DaskServeSleeping, 1) if os.environ.get(CASE) == SLEEP else (DaskServe, 2)
+    with cluster(workers) as running, Client(running.address, set_as_default=False) as client:
+        client.wait_for_workers(workers, timeout=DEADLINE)
+        yield made(running, client)
 
 
 if __name__ == "__main__":
