@@ -81,6 +81,9 @@ $(VENV)/.examples: $(VENV)/pyvenv.cfg $(METADATA)
 $(VENV)/.dev: $(VENV)/pyvenv.cfg $(METADATA)
 	$(call install,dev,$@)
 
+$(VENV)/.bench: $(VENV)/pyvenv.cfg $(METADATA)
+	$(call install,bench,$@)
+
 $(VENV)/.oldest: $(VENV)/pyvenv.cfg $(METADATA)
 	$(call install,dev,$@,dask==$(OLDEST) distributed==$(OLDEST))
 

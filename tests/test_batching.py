@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
-import logging
 import pickle
 import random
 import threading
@@ -18,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import cloudpickle
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
+from helpers import local_client
 
 import dask_serve as serve
 from dask_serve.context import RequestContext, request_context
@@ -542,10 +542,8 @@ def negate(values):
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    options = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
-    with LocalCluster(**options) as cluster, Client(cluster) as client:
+    with local_client(1, 2) as client:
         yield client
-        serve.shutdown(client=client)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 __all__ = ["BATCHES", "CASE", "EACH", "FIXED", "SERVICE", "SLEEP", "SleepingModel", "seconds_of"]
 
@@ -15,15 +15,19 @@ SERVICE, FIXED, EACH = 0.01, 0.02, 0.001
 
 
 class SleepingModel:
-    """A model that does one thing at a time, however many threads call it."""
+    """A model that does one thing at a time, first come, first served, however many threads call it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # A lock would be taken by any of those that wait.
+        self._device = ThreadPoolExecutor(1)
 
     def predict(self, value: int) -> int:
         """Take 10 ms, and return what came."""
-        with self._lock:
-            time.sleep(SERVICE)
+        return self._device.submit(self._run, value).result()
+
+    @staticmethod
+    def _run(value: int) -> int:
+        time.sleep(SERVICE)
         return value
 
 

@@ -28,7 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results-overload.md"
 PLOT = ROOT / "docs" / "overload-peers.svg"
 
 #: Offered, as a multiple of what the model can do.
-LOADS = (0.5, 0.9, 1.5, 2.0, 5.0)
+LOADS = (0.5, 0.9, 2.0, 5.0)
 #: Seconds: until an answer is wanted, until a client leaves, and in which a server must have got over its backlog.
 DEADLINE, PATIENCE, SETTLED = 0.1, 3.0, 60.0
 
@@ -214,7 +214,7 @@ def main() -> int:
     """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(prog="benchmarks.peers.overload", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two loads of a second each: does it work?")
-    parser.add_argument("--seconds", type=float, default=4.0, help="of one load (4)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one load (3)")
     parser.add_argument("--only", help=f"some of {','.join(SERVERS)}; writes nothing, as --quick")
     options = parser.parse_args()
     names = options.only.split(",") if options.only else [*SERVERS]

@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 __all__ = ["Served", "served"]
 
 #: Seconds until it must answer, and until it must have ended.
-START, END = 60.0, 20.0
+START, END = 60.0, 10.0
 
 
 class Served:
