@@ -236,6 +236,12 @@ def test_callers_who_come_back_share_a_batch(callers):
     assert without < 0.85 * ideal
 
 
+@pytest.mark.parametrize(("back", "least"), [(0.016, 0.83), (0.04, 0.79)])
+def test_holding_costs_nothing_where_callers_are_slow(back, least):
+    rate, _ = closed_loop(64, back)
+    assert rate > least * 64 / 0.084
+
+
 def test_a_lone_caller_never_waits():
     rate, replica = closed_loop(1, back=0.001)
     assert rate == pytest.approx(1 / 0.022, rel=0.05)
