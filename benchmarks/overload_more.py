@@ -57,8 +57,9 @@ def computing(client: Client, pairs: int, seconds: float) -> Iterator[Row]:
             admitted = sum(count for status, count in report.counts.items() if status != 503)
             goodput.append(Sample(good / report.took / capacity))
             late.append(Sample(100.0 * (admitted - good) / max(admitted, 1)))
-        what = f"A replica that computes, {times} times the capacity ({capacity:.0f} requests/s) offered"
-        yield Row(f"{what}: answers in time, of the capacity", "x", goodput)
+        what = f"A replica that computes, {times} times the capacity offered"
+        note = f" ({capacity:.0f} requests/s)"
+        yield Row(f"{what}: answers in time, of the capacity", "x", goodput, note=note)
         yield Row(f"{what}: late, of those taken in", "%", late)
     serve.delete("spinner", client=client)
 
