@@ -7,6 +7,7 @@
 #   make test-oldest   the tests with the oldest distributed that is promised, in .venv-oldest
 #   make bench         the benchmarks, several minutes                     (ARGS="--quick")
 #   make bench-peers   beside other servers, each in .venv-peers/<peer>; 15 minutes and 1 GB   (ARGS="--quick")
+#   make bench-overload  too much to do, beside the same; 5 minutes          (ARGS="--quick")
 #   make clean         remove environments and caches
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ METADATA := setup.py pyproject.toml
 OLDEST := 2025.9.0
 PEERS := $(patsubst benchmarks/peers/requirements/%.txt,%,$(wildcard benchmarks/peers/requirements/*.txt))
 
-.PHONY: help demo test test-all test-oldest lint bench bench-peers clean
+.PHONY: help demo test test-all test-oldest lint bench bench-peers bench-overload clean
 .DEFAULT_GOAL := help
 
 help:
@@ -52,6 +53,9 @@ bench: $(VENV)/.dev
 bench-peers: $(VENV)/.dev $(PEERS:%=.venv-peers/%/.installed)
 	@$(RUN) -m benchmarks.peers $(ARGS)
 
+bench-overload: $(VENV)/.bench $(PEERS:%=.venv-peers/%/.installed)
+	@$(RUN) -m benchmarks.peers.overload $(ARGS)
+
 # A peer's packages are pinned, all of them, and never meet those of another one or of dask_serve.
 .venv-peers/%/.installed: benchmarks/peers/requirements/%.txt
 	@$(MAKE) --no-print-directory VENV=.venv-peers/$* .venv-peers/$*/pyvenv.cfg
@@ -76,6 +80,9 @@ $(VENV)/.examples: $(VENV)/pyvenv.cfg $(METADATA)
 
 $(VENV)/.dev: $(VENV)/pyvenv.cfg $(METADATA)
 	$(call install,dev,$@)
+
+$(VENV)/.bench: $(VENV)/pyvenv.cfg $(METADATA)
+	$(call install,bench,$@)
 
 $(VENV)/.oldest: $(VENV)/pyvenv.cfg $(METADATA)
 	$(call install,dev,$@,dask==$(OLDEST) distributed==$(OLDEST))

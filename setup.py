@@ -70,6 +70,8 @@ EXTRAS = {
     ],
     "lint": ["ruff>=0.9", "mypy>=1.14", "import-linter>=2.1"],
 }
+# What is measured beside them, and the plot.
+EXTRAS["bench"] = [*EXTRAS["fastapi"], "matplotlib>=3.8", "psutil>=5.9"]
 EXTRAS["dev"] = sorted({*EXTRAS["examples"], *EXTRAS["test"], *EXTRAS["lint"]})
 
 setup(

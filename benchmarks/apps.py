@@ -175,6 +175,28 @@ class Sleeper:
         self.service *= times
 
 
+@serve.deployment
+class Spinner:
+    """Computes in Python, for so many seconds of its thread's own time."""
+
+    def __init__(self, service: float) -> None:
+        self.service = service
+
+    def __call__(self) -> str:
+        """Keep a core."""
+        end = time.thread_time() + self.service
+        while time.thread_time() < end:
+            pass
+        return "done"
+
+
+def spin_for(seconds: float) -> None:
+    """Hold the interpreter's lock for so long as it lets us."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
 def spin() -> None:
     """Hold the interpreter's lock as long as it lets us."""
     count = 0

@@ -15,11 +15,12 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
 from urllib.parse import urlsplit
 
-#: wrk's script for requests with a body, and the variable that has the body.
-POST, BODY = Path(__file__).parent / "post.lua", "BENCHMARK_BODY"
+from .asking import BODY, Asking, request_to
+
+#: wrk's script for requests with a body.
+POST = Path(__file__).parent / "post.lua"
 #: wrk counts an answer as failed after 2 seconds otherwise; a busy machine may take as long.
 PATIENCE = ["--timeout", "10s"]
 #: Seconds after which our own generator takes a request for lost, when it has sent its last one.
@@ -72,13 +73,17 @@ def drive(url: str, connections: int, seconds: float, body: str = "") -> Load:
 
 def own_command(url: str, connections: int, seconds: float) -> list[str]:
     """Return the command of our own generator, which prints a `Load` as JSON; SIGINT ends it before its time."""
-    return [sys.executable, str(Path(__file__)), url, str(connections), str(seconds)]
+    return [sys.executable, "-m", __name__, url, str(connections), str(seconds)]
+
+
+def environment(body: str = "") -> dict[str, str]:
+    """Return the variables of a generator's process."""
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), BODY: body}
 
 
 def run(command: list[str], body: str = "") -> str:
     """Run a generator and return what it prints."""
-    environment = {**os.environ, BODY: body}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment(body))
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr or done.stdout}")
     return done.stdout
@@ -95,21 +100,20 @@ def parse_wrk(text: str) -> Load:
     return Load(int(total[1]), float(total[2]) * UNITS[total[3]], float(median[1]) * UNITS[median[2]], failed, why)
 
 
-class Connection(asyncio.Protocol):
-    """One kept connection that asks again as soon as it is answered, until it is told to end."""
+class Connection(Asking):
+    """One connection that asks again as soon as it is answered, until it is told to end."""
 
     def __init__(self, request: bytes, latencies: list[float], failures: list[str]) -> None:
+        super().__init__()
         self.ended: asyncio.Future[None] | None = None
         self.request = request
         self.latencies = latencies
         self.failures = failures
-        self.buffer = b""
         self.sent = 0.0
-        self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Ask for the first time."""
-        self.transport = cast("asyncio.Transport", transport)
+        super().connection_made(transport)
         self.ask()
 
     def ask(self) -> None:
@@ -118,19 +122,10 @@ class Connection(asyncio.Protocol):
         self.sent = time.perf_counter()
         self.transport.write(self.request)
 
-    def data_received(self, data: bytes) -> None:
-        """Count an answer once it is whole; answers must tell their length."""
-        self.buffer += data
-        end = self.buffer.find(b"\r\n\r\n")
-        if end < 0:
-            return
-        head = self.buffer[:end].lower()
-        length = int(head.split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
-        if len(self.buffer) < end + 4 + length:
-            return
-        if not head.startswith(b"http/1.1 2"):
-            self.failures.append(head.split(b"\r\n", 1)[0].decode())
-        self.buffer = b""
+    def answered(self, status: int) -> None:
+        """Count it, and ask again."""
+        if not 200 <= status < 300:
+            self.failures.append(f"answer {status}")
         self.latencies.append(time.perf_counter() - self.sent)
         if self.ended is None:
             self.ask()
@@ -156,11 +151,7 @@ class Connection(asyncio.Protocol):
 async def ask(url: str, connections: int, seconds: float) -> Load:
     """Be the generator."""
     parts = urlsplit(url)
-    body = os.environ.get(BODY, "").encode()
-    head = f"{'POST' if body else 'GET'} {parts.path or '/'} HTTP/1.1\r\nhost: {parts.netloc}\r\n"
-    if body:
-        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    request = f"{head}\r\n".encode() + body
+    request = request_to(url)
     latencies: list[float] = []
     failures: list[str] = []
     loop = asyncio.get_running_loop()
@@ -186,7 +177,7 @@ async def ask(url: str, connections: int, seconds: float) -> Load:
 
 
 def main() -> None:
-    """Run as a process of its own: ``load.py URL CONNECTIONS SECONDS`` prints a `Load` as JSON."""
+    """Run as a process of its own: ``-m benchmarks.load URL CONNECTIONS SECONDS`` prints a `Load` as JSON."""
     url, connections, seconds = sys.argv[1:]
     try:
         import uvloop

@@ -1,6 +1,7 @@
 """An open-loop generator, its own process: requests come when they come, however many are not answered yet.
 
-``open_loop.py URL RATE SECONDS [TIMEOUT_S] [LEAVING] [PATIENCE_S]`` prints a `Report` as JSON. Arrivals are Poisson's.
+``-m benchmarks.open_loop URL RATE SECONDS [TIMEOUT_S] [LEAVING] [PATIENCE_S]`` prints a `Report` as JSON. Arrivals are
+Poisson's.
 Each request has a kept connection to itself while it is under way; ``LEAVING`` is the share of clients that close
 theirs when they have no answer after ``PATIENCE_S``. SIGTERM ends it before its time: nothing new is asked.
 """
@@ -14,9 +15,12 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import cast
 from urllib.parse import urlsplit
+
+from .asking import Asking, request_to
+from .load import run
 
 #: Seconds at the start that do not count.
 WARM_UP = 1.0
@@ -36,33 +40,41 @@ class Report:
     begun: dict[int, list[float]] = field(default_factory=dict)
 
 
-class Client(asyncio.Protocol):
-    """One kept connection, with at most one request under way."""
+def command(url: str, *numbers: float) -> list[str]:
+    """Return the command of this generator."""
+    return [sys.executable, "-m", __name__, url, *map(str, numbers)]
+
+
+def offer(url: str, rate: float, seconds: float, *more: float, body: str = "") -> Report:
+    """Let requests come at a rate, in a process of their own."""
+    found = json.loads(run(command(url, rate, seconds, *more), body))
+    return Report(
+        {int(status): count for status, count in found["counts"].items()},
+        {int(status): sorted(taken) for status, taken in found["seconds"].items()},
+        found["took"],
+    )
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Return what that share of sorted values does not exceed."""
+    return values[min(int(share * len(values)), len(values) - 1)] if values else 0.0
+
+
+class Client(Asking):
+    """One kept connection, among those that are free while it has no request."""
 
     def __init__(self, free: list[Client]) -> None:
+        super().__init__()
         self.free = free
         self.answer: asyncio.Future[int] | None = None
-        self.buffer = b""
-        self.transport: asyncio.Transport | None = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Be there."""
-        self.transport = cast("asyncio.Transport", transport)
-
-    def data_received(self, data: bytes) -> None:
-        """Take an answer, which tells its length."""
-        self.buffer += data
-        end = self.buffer.find(b"\r\n\r\n")
-        if end < 0:
-            return
-        head = self.buffer[:end].lower()
-        length = int(head.split(b"content-length:", 1)[1].split(b"\r\n", 1)[0])
-        if len(self.buffer) < end + 4 + length or self.answer is None:
-            return
-        self.buffer = b""
+    def answered(self, status: int) -> None:
+        """Tell who asked, and be free."""
         answer, self.answer = self.answer, None
+        if answer is None:
+            return
         if not answer.done():
-            answer.set_result(int(head[9:12]))
+            answer.set_result(status)
         self.free.append(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -79,8 +91,7 @@ async def generate(  # noqa: PLR0917
     """Send requests at a mean rate, and wait until all are answered."""
     loop = asyncio.get_running_loop()
     parts = urlsplit(url)
-    deadline = f"x-request-timeout-seconds: {timeout}\r\n" if timeout else ""
-    request = f"GET {parts.path or '/'} HTTP/1.1\r\nhost: {parts.netloc}\r\n{deadline}\r\n".encode()
+    request = request_to(url, timeout)
     free: list[Client] = []
     counts: Counter[int] = Counter()
     taken: dict[int, list[float]] = {}

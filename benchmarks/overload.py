@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 from distributed import Client
 
@@ -15,9 +12,10 @@ import dask_serve as serve
 
 from .apps import Sleeper
 from .calling import keep_going
-from .load import drive, run
+from .load import drive
 from .loops import Loop
-from .open_loop import Report
+from .open_loop import offer, quantile
+from .overload_more import computing, other_work, step
 from .processes import cluster
 from .table import Row, Sample
 
@@ -25,22 +23,6 @@ from .table import Row, Sample
 SERVICE = 0.01
 DEADLINE = 0.1
 REPLICAS = 4
-OPEN_LOOP = Path(__file__).parent / "open_loop.py"
-
-
-def offer(url: str, rate: float, seconds: float, *more: float) -> Report:
-    """Let requests come at a rate."""
-    found = json.loads(run([sys.executable, str(OPEN_LOOP), url, str(rate), str(seconds), *map(str, more)]))
-    return Report(
-        {int(status): count for status, count in found["counts"].items()},
-        {int(status): sorted(taken) for status, taken in found["seconds"].items()},
-        found["took"],
-    )
-
-
-def quantile(values: list[float], share: float) -> float:
-    """Return what that share of sorted values does not exceed."""
-    return values[min(int(share * len(values)), len(values) - 1)] if values else 0.0
 
 
 def rows(pairs: int, seconds: float) -> Iterator[Row]:
@@ -52,6 +34,10 @@ def rows(pairs: int, seconds: float) -> Iterator[Row]:
         yield from slow(client, seconds)
         yield from background(client, seconds)
         yield from callers(client, seconds)
+        serve.delete("sleeper", client=client)
+        yield from step(client)
+        yield from computing(client, pairs, seconds)
+    yield from other_work(seconds)
 
 
 def deploy(client: Client, **options: object) -> str:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
-from .load import Load, own_command
-from .open_loop import WARM_UP
+from .load import Load, environment, own_command
+from .open_loop import WARM_UP, command
 
-OPEN_LOOP = Path(__file__).parent / "open_loop.py"
 #: Seconds: of a run at most, after which a request counts as hung, and of load before and after what happens.
 LONGEST, PATIENCE, MARGIN = 120.0, 25.0, 1.0
 
@@ -24,7 +21,9 @@ class _Running:
     ends_by: signal.Signals
 
     def __enter__(self) -> _Running:
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+        )
         time.sleep(WARM_UP + MARGIN)
         return self
 
@@ -73,7 +72,7 @@ class Full(_Running):
 
 
 class Open(_Running):
-    """Requests come at a rate.
+    """Requests come at a rate, with ``timeout`` seconds to their deadlines (0: any number).
 
     Attributes
     ----------
@@ -83,8 +82,8 @@ class Open(_Running):
 
     ends_by = signal.SIGTERM
 
-    def __init__(self, url: str, rate: float) -> None:
-        self.command = [sys.executable, str(OPEN_LOOP), url, str(rate), str(LONGEST), "0", "1", str(PATIENCE)]
+    def __init__(self, url: str, rate: float, timeout: float = 0.0) -> None:
+        self.command = command(url, rate, LONGEST, timeout, 1.0, PATIENCE)
         self.asked: list[tuple[float, float, int]] = []
 
     def __enter__(self) -> Open:

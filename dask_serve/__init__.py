@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         status,
         url,
     )
-    from .batching import batch
+    from .batching import batch, method
     from .context import get_multiplexed_model_id, get_replica_context, get_request_context
     from .deployment import Application, Deployment, deployment
     from .exceptions import (
@@ -92,6 +92,7 @@ __all__ = [
     "get_request_context",
     "history",
     "ingress",
+    "method",
     "metrics",
     "multiplexed",
     "rollback",
@@ -114,7 +115,7 @@ _MODULES = {
         "status",
         "url",
     ),
-    "batching": ("batch",),
+    "batching": ("batch", "method"),
     "context": ("get_multiplexed_model_id", "get_replica_context", "get_request_context"),
     "deployment": ("Application", "Deployment", "deployment"),
     "gathering": ("gather",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
 import threading
@@ -10,14 +11,15 @@ from typing import Any, overload
 
 from .exceptions import ConfigError, ServeError
 from .replica.batch_items import BatchSettings, Item
+from .replica.batch_rows import join_results, pieces, rows_of
 from .replica.batch_streams import BatchStream, StreamBatcher
-from .replica.batch_values import Parameters, Stack, kind_of, rows_of
+from .replica.batch_values import Parameters, Stack, kind_of
 from .replica.batcher import Batcher
 from .replica.host import current_host
 from .replica.kept import forget_closed, kept_by
 from .wire.loops import running_loop
 
-__all__ = ["BatchedFunction", "BatchedMethod", "batch"]
+__all__ = ["BatchedFunction", "BatchedMethod", "batch", "method"]
 
 _making = threading.Lock()
 
@@ -59,7 +61,9 @@ class BatchedFunction:
 
     @property
     def largest(self) -> int:
-        """The most calls that may be under way: all that run and are full."""
+        """The calls that it takes to have all run that may, and full; 1 where one call may fill a batch."""
+        if self.options["stack"] == "rows" or self.options["batch_size_fn"] is not None:
+            return 1
         return int(self.options["max_batch_size"]) * int(self.options["max_concurrent_batches"])
 
     # ------------------------------------------------------------------ batchers
@@ -148,25 +152,47 @@ class BatchedMethod:
                 )
             batcher = self._batcher()
             assert isinstance(batcher, StreamBatcher)
-            return BatchStream(batcher, self._item(batcher, args, kwargs))
+            return BatchStream(batcher, self._item(batcher, batcher.parameters.values(args, kwargs)))
         if loop is not None:
             return self._run(args, kwargs)
         batcher = self._batcher()
-        return batcher.run_blocking(self._item(batcher, args, kwargs))
+        parts = self._parts(batcher, args, kwargs)
+        if len(parts) == 1:
+            return batcher.run_blocking(self._item(batcher, parts[0]))
+        return join_results([batcher.run_blocking(self._item(batcher, part)) for part in parts])
 
     async def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batcher = self._batcher()
-        return await batcher.run(self._item(batcher, args, kwargs))
+        parts = self._parts(batcher, args, kwargs)
+        if len(parts) == 1:
+            return await batcher.run(self._item(batcher, parts[0]))
+        tasks = [asyncio.ensure_future(batcher.run(self._item(batcher, part))) for part in parts]
+        try:
+            return join_results(await asyncio.gather(*tasks))
+        finally:
+            # One has failed: nobody waits for the others.
+            for task in tasks:
+                task.cancel()
 
-    def _item(self, batcher: Batcher, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Item:
+    @staticmethod
+    def _parts(batcher: Batcher, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, ...]]:
+        """Return the arguments of a call; where it brings more rows than a batch takes, of several."""
         values = batcher.parameters.values(args, kwargs)
+        settings = batcher.settings
+        if settings.stack == "rows" and settings.size_fn is None:
+            rows = rows_of(values, batcher.name)
+            if rows > settings.most:
+                return list(pieces(values, rows, settings.most))
+        return [values]
+
+    def _item(self, batcher: Batcher, values: tuple[Any, ...]) -> Item:
         settings = batcher.settings
         size: float = 1
         key: Any = None
         if settings.stack:
             key = kind_of(values, settings.stack)
             if settings.stack == "rows":
-                size = rows_of(values)
+                size = max(1, rows_of(values, batcher.name))
         if settings.size_fn is not None:
             size = settings.size_fn([values[0] if len(values) == 1 else values])
         return Item(self._call, values, size, key)
@@ -281,7 +307,7 @@ def batch(
         run up to ``log2(max_batch_size)`` times more. False: all calls of the batch fail.
     stack : bool or "rows", default False
         True: values, of numpy or torch, are stacked along a new first axis, and the results are split along it. "rows":
-        each call brings rows, which are joined, count for ``max_batch_size``, and are split in the same way.
+        each call brings rows and gets as many back, as with `method`.
 
     Examples
     --------
@@ -315,3 +341,74 @@ def batch(
         return BatchedFunction(function, options)
 
     return decorate if function is None else decorate(function)
+
+
+def method(
+    *,
+    batch: bool = False,
+    max_batch_size: int = 64,
+    batch_wait_timeout_s: float = 0.0,
+    max_concurrent_batches: int = 1,
+    bisect: bool = True,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Declare a method that takes many inputs and returns as many results; with ``batch=True`` calls share batches.
+
+    Nothing else changes with ``batch``: the method's code is the same, and callers give what they gave, a list, an
+    array or a frame with one entry for each input, and get as many entries back. ``def`` and ``async def``, of
+    deployments and other objects, and plain functions.
+
+    Lists, arrays of numpy and torch, frames and series of pandas are joined along their first axis and split again, in
+    a tuple or a dict of results each of them. Other arguments are settings: only calls with the same ones share a
+    batch. Who brings more than ``max_batch_size`` is answered by several batches.
+
+    Parameters
+    ----------
+    batch : bool, default False
+        False: each call runs by itself, and nothing is done to the method.
+    max_batch_size : int, default 64
+        The most inputs in a batch, of all its calls together.
+    batch_wait_timeout_s, max_concurrent_batches, bisect
+        As those of `batch`.
+
+    Examples
+    --------
+    >>> import dask_serve as serve
+    >>> @serve.deployment
+    ... class Embedder:
+    ...     @serve.method(batch=True, max_batch_size=32)
+    ...     def embed(self, texts, language="en"):
+    ...         return [len(text) for text in texts]
+    >>> # handle.embed.remote(["one", "three"]).result() is [3, 5]
+
+    Raises
+    ------
+    ConfigError
+        An option is out of its range, or the method cannot be batched.
+    """
+    if not isinstance(batch, bool):
+        raise ConfigError(f"@serve.method: option batch = {batch!r} is not valid: it is True or False")
+    decorate = _batched(
+        max_batch_size=max_batch_size,
+        batch_wait_timeout_s=batch_wait_timeout_s,
+        max_concurrent_batches=max_concurrent_batches,
+        bisect=bisect,
+        stack="rows",
+    )
+
+    def declare(function: Callable[..., Any]) -> Any:
+        if not inspect.isfunction(function):
+            raise ConfigError(f"@serve.method takes a function or a method, not {function!r}")
+        if not batch:
+            return function
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise ConfigError(
+                f"@serve.method(batch=True) on {function.__qualname__}: the streams of several callers cannot be told "
+                "apart in what a generator yields; use @serve.batch, whose generators yield lists with an item for each"
+            )
+        return decorate(function)
+
+    return declare
+
+
+#: Inside `method` the name is that of its parameter.
+_batched = batch

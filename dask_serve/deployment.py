@@ -162,6 +162,12 @@ class Deployment:
             f"has deployed it, by that handle or by {self.name}.get_handle()"
         )
 
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        raise ConfigError(
+            f"a class cannot derive from the deployment {self.name!r}: let both derive from a class that is no "
+            "deployment"
+        )
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise ConfigError(
             f"deployment {self.name!r} cannot be called or instantiated here: bind its arguments with "

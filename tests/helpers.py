@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
-from distributed import Client, SchedulerPlugin
+from distributed import Client, LocalCluster, SchedulerPlugin
 
+import dask_serve as serve
 from dask_serve.embedded import EmbeddedCluster
 from dask_serve.routing.store import stores
 
@@ -44,6 +46,18 @@ def embedded_client(n_workers: int, nthreads: int) -> Iterator[Client]:
     with cluster, Client(cluster.scheduler_address, set_as_default=False) as client:
         client.wait_for_workers(n_workers, timeout=30)
         yield client
+
+
+@contextlib.contextmanager
+def local_client(n_workers: int, nthreads: int) -> Iterator[Client]:
+    """Give the default client of a `LocalCluster`; what it serves ends with it. `embedded_client` has a launcher's."""
+    options = {"dashboard_address": ":0", "silence_logs": logging.CRITICAL}
+    with (
+        LocalCluster(n_workers=n_workers, threads_per_worker=nthreads, **options) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+        serve.shutdown(client=client)
 
 
 def http_client(url: str, **options: Any) -> httpx.Client:

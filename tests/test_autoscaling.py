@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import sys
 import threading
 import time
@@ -12,7 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
+from helpers import local_client
 
 import dask_serve as serve
 from dask_serve.controller.status import DeploymentStatus, ServeStatus
@@ -31,10 +31,8 @@ def until(met: Callable[[], Any], timeout: float = 15.0) -> Any:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    options = {"n_workers": 2, "threads_per_worker": 4, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
-    with LocalCluster(**options) as cluster, Client(cluster) as client:
+    with local_client(2, 4) as client:
         yield client
-        serve.shutdown(client=client)
 
 
 @pytest.fixture

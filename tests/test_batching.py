@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import copy
-import logging
 import pickle
 import random
 import threading
@@ -18,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import cloudpickle
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
+from helpers import local_client
 
 import dask_serve as serve
 from dask_serve.context import RequestContext, request_context
@@ -214,6 +214,112 @@ def test_arrays_are_stacked_and_split():
     assert shapes == [(6, 2), (4, 2)]
 
 
+# -- methods that take rows anyway -------------------------------------------------------------------------------------
+
+
+def rows_method(batch, **options):
+    """The same code, with batches and without."""
+    sizes = []
+
+    @serve.method(batch=batch, **options)
+    async def lengths(texts, unit="chars"):
+        sizes.append((len(texts), unit))
+        await asyncio.sleep(0.01)
+        if "poison" in texts:
+            raise ValueError("poison")
+        return {"n": [len(text) for text in texts], "array": np.arange(len(texts))}
+
+    return lengths, sizes
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_callers_do_not_see_whether_calls_share_batches(batch):
+    lengths, sizes = rows_method(batch, max_batch_size=8)
+    calls = [["a"], ["bb", "ccc"], [], ["dddd"]]
+    found = gather(*[lambda texts=texts: lengths(texts) for texts in calls], lambda: lengths(["e"], unit="words"))
+    assert [one["n"] for one in found] == [[1], [2, 3], [], [4], [1]]
+    assert [len(one["array"]) for one in found] == [1, 2, 0, 1, 1]
+    expected = [(4, "chars"), (1, "words")] if batch else [(1, "chars"), (2, "chars"), (0, "chars"), (1, "chars")]
+    assert sizes[: len(expected)] == expected
+
+
+def test_a_call_with_more_rows_than_a_batch_takes():
+    lengths, sizes = rows_method(True, max_batch_size=8)
+    found = gather(lambda: lengths([str(i) for i in range(20)]))[0]
+    assert found["n"] == [len(str(i)) for i in range(20)]
+    assert [size for size, _ in sizes] == [6, 7, 7]
+
+    @serve.method(batch=True, max_batch_size=8)
+    def double(x):
+        sizes.append(len(x))
+        return 2 * x
+
+    sizes.clear()
+    # Not in an event loop: in this thread.
+    np.testing.assert_array_equal(double(np.arange(20)), 2 * np.arange(20))
+    assert sizes == [6, 7, 7]
+
+
+def test_a_poisoned_call_with_rows_fails_alone():
+    lengths, _ = rows_method(True)
+    calls = [["a"], ["bb", "poison"], ["ccc", "d"]]
+    found = gather(*[lambda texts=texts: lengths(texts) for texts in calls], return_exceptions=True)
+    assert isinstance(found.pop(1), ValueError)
+    assert [one["n"] for one in found] == [[1], [3, 1]]
+
+
+def test_frames_share_batches():
+    pd = pytest.importorskip("pandas")
+    sizes = []
+
+    @serve.method(batch=True)
+    def score(frame, threshold):
+        sizes.append(len(frame))
+        return frame["x"] * 2, frame[frame.columns[:1]]
+
+    frames = [pd.DataFrame({"x": range(n), "y": "a"}, index=range(10, 10 + n)) for n in (1, 3)]
+    found = gather(*[lambda frame=frame: score(frame, 0.5) for frame in frames])
+    for frame, (doubled, x) in zip(frames, found, strict=True):
+        pd.testing.assert_series_equal(doubled, frame["x"] * 2)
+        pd.testing.assert_frame_equal(x, frame[["x"]])
+    assert sizes == [4]
+
+
+def test_calls_without_rows_are_told():
+    lengths, _ = rows_method(True)
+
+    @serve.method(batch=True)
+    async def short(values, weights):
+        return values[1:] if weights else len(values)
+
+    for call, error, message in [
+        (lambda: lengths("text"), ArgumentsError, r"brings no rows \(str.*\): give a list"),
+        (lambda: short([1, 2], [1]), ArgumentsError, "brings 1 and 2 rows"),
+        (lambda: short([1, 2], 1), BatchError, "given 2 rows of 1 calls and returned 1"),
+        (lambda: short([1, 2], 0), BatchError, "must return rows"),
+    ]:
+        with pytest.raises(error, match=message):
+            gather(call)
+
+
+def test_declarations_of_methods():
+    def plain(values):
+        return values
+
+    def stream(values):
+        yield values
+
+    assert serve.method(batch=False)(plain) is plain
+    with pytest.raises(ConfigError, match="batch = 'yes' is not valid"):
+        serve.method(batch="yes")
+    with pytest.raises(ConfigError, match="max_batch_size = 0"):
+        serve.method(max_batch_size=0)
+    with pytest.raises(ConfigError, match="takes a function or a method"):
+        serve.method(batch=True)(3)
+    with pytest.raises(ConfigError, match="streams of several callers"):
+        serve.method(batch=True)(stream)
+
+
 def test_tensors_are_stacked():
     torch = pytest.importorskip("torch")
 
@@ -223,6 +329,19 @@ def test_tensors_are_stacked():
 
     found = gather(*[lambda n=n: total(torch.full((3,), float(n))) for n in range(4)])
     assert [float(one) for one in found] == [0, 3, 6, 9]
+
+    @serve.method(batch=True)
+    def double(x):
+        return 2 * x, len(x)
+
+    @serve.method(batch=True)
+    def rows(x):
+        return 2 * x, [len(x)] * len(x)
+
+    with pytest.raises(BatchError, match="must return rows"):
+        gather(lambda: double(torch.zeros(2)))
+    found = gather(*[lambda n=n: rows(torch.full((n, 2), float(n))) for n in (1, 2)])
+    assert [(one.shape, float(one.sum()), sizes) for one, sizes in found] == [((1, 2), 4, [3]), ((2, 2), 16, [3, 3])]
 
 
 def test_batched_generators():
@@ -381,6 +500,12 @@ class Model(Recorder):
         await asyncio.sleep(0.01)
         return [(context.request_ids, model)] * len(values)
 
+    @serve.method(batch=True)
+    def doubled(self, values):
+        time.sleep(0.02)
+        self.batches.append(len(values))
+        return [2 * value for value in values]
+
     @serve.batch
     def count(self, values):
         for step in range(3):
@@ -417,10 +542,8 @@ def negate(values):
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    options = {"n_workers": 1, "threads_per_worker": 2, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
-    with LocalCluster(**options) as cluster, Client(cluster) as client:
+    with local_client(1, 2) as client:
         yield client
-        serve.shutdown(client=client)
 
 
 @pytest.fixture(scope="module")
@@ -441,6 +564,14 @@ def test_a_batch_fills_while_another_one_runs(handle, batches):
     sizes = [len(batch) for batch in batches()]
     assert sum(sizes) == 33
     assert len(sizes) <= 8
+
+
+def test_callers_with_lists_of_their_own(handle, batches):
+    refs = [handle.doubled.remote([i] * (i + 1)) for i in range(5)]
+    assert [ref.result(20) for ref in refs] == [[2 * i] * (i + 1) for i in range(5)]
+    sizes = batches()
+    assert sum(sizes) == 15
+    assert len(sizes) <= 3
 
 
 def test_waiting_calls_hold_no_threads(handle):

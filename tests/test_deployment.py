@@ -397,3 +397,14 @@ def test_a_deployment_is_no_handle():
     with pytest.raises(AttributeError, match=r"serve.run\(Model.bind\(...\)\)"):
         Model.remote(1)
     assert pickle.loads(cloudpickle.dumps(Model)).name == "Model"
+
+
+def test_no_class_derives_from_a_deployment():
+    @serve.deployment
+    class Base:
+        pass
+
+    with pytest.raises(ConfigError, match="cannot derive from the deployment 'Base'"):
+
+        class Derived(Base):
+            pass

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster
 from distributed.utils_test import captured_logger, gen_cluster
-from helpers import wait_until
+from helpers import until, wait_until
 
 import dask_serve as serve
 from dask_serve.exceptions import ReplicaLostError
@@ -375,6 +375,23 @@ async def test_a_caller_with_another_secret_is_refused(c, s, a):
     assert "secret" in log.getvalue()
     assert not frames
     assert not connection.ready
+
+
+@gen_cluster(client=True, nthreads=[("127.0.0.1", 2)])
+async def test_kinds_of_a_later_version_are_ignored_and_wrong_ones_are_not(c, s, a):
+    handle = await serve.run(Polite.bind(), route_prefix=None, client=c)
+    assert await handle.remote(1) is not None
+    door = ServeProcess.door()
+    [caller] = door.connections
+    [link] = Session.of(c).fabric(asyncio.get_running_loop())._links.values()
+    link._connection.send(Kind.LAST + 1, 7, b"what is this", (b"and this",))
+    door.loop.call_soon_threadsafe(caller.send, Kind.LAST + 1, 0, b"\x90")
+    assert await handle.remote(2) is not None
+    assert [*door.connections] == [caller]
+    with captured_logger("dask_serve.wire", level=logging.WARNING) as log:
+        link._connection.send(Kind.CREDIT, 7, b"")
+        await until(lambda: caller not in door.connections)
+    assert "does not send frames of kind 12" in log.getvalue()
 
 
 @gen_cluster(client=True, nthreads=[("127.0.0.1", 2)])

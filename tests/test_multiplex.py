@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import logging
 import random
 import threading
 import time
@@ -14,7 +13,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client
+from helpers import local_client
 
 import dask_serve as serve
 from dask_serve.context import RequestContext, request_context
@@ -324,10 +324,8 @@ class Models:
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
-    with LocalCluster(**options) as cluster, Client(cluster) as client:
+    with local_client(2, 1) as client:
         yield client
-        serve.shutdown(client=client)
 
 
 @pytest.fixture(scope="module")

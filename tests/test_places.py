@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
-import logging
 import multiprocessing
 import os
 import pickle
@@ -23,6 +22,7 @@ from typing import Any
 import cloudpickle
 import pytest
 from distributed import Client, LocalCluster, get_client
+from helpers import local_client
 
 import dask_serve as serve
 from dask_serve.exceptions import NotRunningError
@@ -50,10 +50,8 @@ class Model:
 @pytest.fixture(scope="module")
 def client() -> Iterator[Client]:
     """Two workers, processes with one thread each."""
-    options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": ":0", "silence_logs": logging.CRITICAL}
-    with LocalCluster(**options) as cluster, Client(cluster) as client:
+    with local_client(2, 1) as client:
         yield client
-        serve.shutdown(client=client)
 
 
 @pytest.fixture(scope="module")

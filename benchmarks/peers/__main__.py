@@ -24,6 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results-peers.md"
 IN_FLIGHT = 50
 BURST = 1000
 CONNECTIONS = 100
+CALLERS = 64
 BODY = json.dumps({"input": 1})
 
 
@@ -32,10 +33,10 @@ def clock(system: Running) -> Clock:
     return Clock(cast("dict[str, psutil.Process]", system.groups))
 
 
-def concurrent(system: Running, seconds: float) -> Sample:
+def concurrent(system: Running, seconds: float, *, case: str = "concurrent", in_flight: int = IN_FLIGHT) -> Sample:
     """Return calls a second from one replica to another."""
     watch = clock(system)
-    count, took = system.ask("concurrent", 60 + seconds, in_flight=IN_FLIGHT, seconds=seconds)
+    count, took = system.ask(case, 60 + seconds, in_flight=in_flight, seconds=seconds)
     return Sample(count / took, watch.per_request(count))
 
 
@@ -47,11 +48,11 @@ def burst(system: Running, seconds: float) -> Sample:
     return Sample(BURST / statistics.median(took), watch.per_request(BURST * len(took)))
 
 
-def http(system: Running, seconds: float, *, case: str, body: str = "") -> Sample:
+def http(system: Running, seconds: float, *, case: str, body: str = "", connections: int = CONNECTIONS) -> Sample:
     """Return requests a second over HTTP."""
     url = system.ask(case)
     watch = clock(system)
-    load = drive(url, CONNECTIONS, seconds, body)
+    load = drive(url, connections, seconds, body)
     return Sample(load.rate, watch.per_request(load.requests))
 
 
@@ -64,6 +65,16 @@ CASES: dict[str, tuple[str, str, Callable[[Running, float], Sample]]] = {
         f"HTTP, small JSON in and out, {CONNECTIONS} connections",
         "requests/s",
         partial(http, case="json", body=BODY),
+    ),
+    "batched": (
+        f"Batches of 20 ms + 1 ms n, handle in a replica, {CALLERS} callers",
+        "calls/s",
+        partial(concurrent, case="batched", in_flight=CALLERS),
+    ),
+    "batches": (
+        f"Batches of 20 ms + 1 ms n, HTTP, {CALLERS} connections",
+        "requests/s",
+        partial(http, case="batches", body=BODY, connections=CALLERS),
     ),
 }
 

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 import bentoml
 
 from benchmarks.peers.interface import answer
+from benchmarks.peers.models import CASE, SLEEP, SleepingModel
 from benchmarks.peers.served import Served, served
 
 
@@ -25,10 +26,24 @@ class Echo:
         return {"output": input}
 
 
+@bentoml.service
+class Sleeping:
+    """Takes its time."""
+
+    def __init__(self) -> None:
+        self.model = SleepingModel()
+
+    @bentoml.api
+    def predict(self, input: int) -> dict[str, int]:  # noqa: A002 - a field of the JSON
+        """Answer with the model."""
+        return {"output": self.model.predict(input)}
+
+
 @contextmanager
 def opened() -> Iterator[Served]:
     """Start the server with its own defaults."""
-    command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.peers.bentoml:Echo", "--host", "127.0.0.1"]
+    service = "Sleeping" if os.environ.get(CASE) == SLEEP else "Echo"
+    command = [sys.executable, "-m", "bentoml", "serve", f"benchmarks.peers.bentoml:{service}", "--host", "127.0.0.1"]
     description = f"BentoML {version('bentoml')}, one worker process"
     with TemporaryDirectory() as home:
         # It tells its makers of every start otherwise, and keeps files in the user's directory.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .interface import Peer
+from .models import BATCHES, CASE
 
 __all__ = ["HTTP", "PEERS", "PICKLE", "QUIET"]
 
@@ -22,6 +23,7 @@ _THROUGHPUT_MODES: Mapping[str, Mapping[str, str]] = {
     "throughput mode, all else that helps": {**_THROUGHPUT, **_FEWER_METRICS, QUIET: "1", PICKLE: "1"},
 }
 _HAPROXY = "HAProxy and throughput mode"
+_BATCHES: Mapping[str, Mapping[str, str]] = {"batches": {CASE: BATCHES}}
 
 PEERS = {
     "ray_serve": Peer(
@@ -30,14 +32,24 @@ PEERS = {
             "default": {HTTP: "1"},
             **_THROUGHPUT_MODES,
             _HAPROXY: {**_THROUGHPUT, HTTP: "1", "RAY_SERVE_ENABLE_HA_PROXY": "1"},
+            **_BATCHES,
         },
         cases={
             "concurrent": dict.fromkeys(["default", *_THROUGHPUT_MODES], 15.0),
             "burst": {"default": 40.0},
             "noop": {"default": 30.0, _HAPROXY: 3.0},
+            "batched": {"batches": None},
         },
     ),
-    "litserve": Peer(title="LitServe", modes={"default": {}}, cases={"json": {"default": None}}),
+    "litserve": Peer(
+        title="LitServe",
+        modes={"default": {}, **_BATCHES},
+        cases={"json": {"default": None}, "batches": {"batches": None}},
+    ),
     "bentoml": Peer(title="BentoML", modes={"default": {}}, cases={"json": {"default": None}}),
-    "mosec": Peer(title="mosec", modes={"default": {}}, cases={"json": {"default": None}}),
+    "mosec": Peer(
+        title="mosec",
+        modes={"default": {}, **_BATCHES},
+        cases={"json": {"default": None}, "batches": {"batches": None}},
+    ),
 }

@@ -38,11 +38,20 @@ class System(Protocol):
     def burst(self, count: int) -> float:
         """Make that many calls from a plain thread of the driver, then gather all results; return the seconds."""
 
+    def batched(self, in_flight: int, seconds: float) -> tuple[int, float]:
+        """Keep calls of a batched method going as `concurrent` does."""
+
     def noop(self) -> str:
         """Return the address at which GET is answered by a word."""
 
     def json(self) -> str:
         """Return the address to which a small JSON object is posted; it is parsed, and the answer is JSON too."""
+
+    def model(self) -> str:
+        """Return the same of a model that takes its time: `models.SleepingModel`."""
+
+    def batches(self) -> str:
+        """Return the same of one that answers up to 64 requests at a time, in `models.seconds_of` them."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import shutil
@@ -19,6 +20,7 @@ from starlette.responses import PlainTextResponse
 from benchmarks.calling import keep_going
 from benchmarks.peers.catalogue import HTTP, PICKLE, QUIET
 from benchmarks.peers.interface import LIMIT, answer, timed
+from benchmarks.peers.models import BATCHES, CASE, SLEEP, SleepingModel, seconds_of
 
 
 class Callee:
@@ -62,6 +64,28 @@ class NoOp:
         return os.getpid()
 
 
+class Batched(Callee):
+    """Answers many at a time."""
+
+    @serve.batch(max_batch_size=64)  # type: ignore[untyped-decorator]
+    async def echo(self, values: list[Any]) -> list[Any]:
+        """Return the arguments."""
+        await asyncio.sleep(seconds_of(values))
+        return values
+
+
+class Sleeping(NoOp):
+    """Takes its time."""
+
+    def __init__(self) -> None:
+        self.model = SleepingModel()
+
+    async def __call__(self, request: Request) -> dict[str, Any]:  # type: ignore[override]
+        """Answer with the model."""
+        value = (await request.json())["input"]
+        return {"output": await asyncio.to_thread(self.model.predict, value)}
+
+
 class RayServe:
     """The running service; the driver is this process."""
 
@@ -71,7 +95,9 @@ class RayServe:
         if quiet:
             options["logging_config"] = {"enable_access_log": False}
         declare = serve.deployment(**options)
-        app = declare(Caller).bind(declare(Callee).bind(), "pickle" if pickle else None)
+        self.is_batched = os.environ.get(CASE) == BATCHES
+        callee = declare(Batched if self.is_batched else Callee).options(name="Callee")
+        app = declare(Caller).bind(callee.bind(), "pickle" if pickle else None)
         self.caller = in_thread(serve.run(app, name="peers", route_prefix="/peers"))
         self.callee = in_thread(serve.get_deployment_handle("Callee", "peers"))
         self.port = port
@@ -86,6 +112,8 @@ class RayServe:
         settings += ["enable_access_log=False"] if QUIET in os.environ else []
         settings += ['request_serialization=response_serialization="pickle"'] if PICKLE in os.environ else []
         settings += ["no dashboard" if self.port else "no dashboard and no proxy"]
+        if self.is_batched:
+            return f"Ray {ray.__version__}, {', '.join(settings)}, max_batch_size=64"
         how = "`[r.result() for r in responses]`" if self.gather is results else "`ray.get` of the object refs"
         return f"Ray {ray.__version__}, {', '.join(settings)}; a burst is gathered by {how}"
 
@@ -101,6 +129,9 @@ class RayServe:
         count, took = self.caller.run.remote(in_flight, seconds).result()
         return count, took
 
+    #: The callee is one or the other.
+    batched = concurrent
+
     def burst(self, count: int) -> float:
         """Call from this thread."""
         return timed(self.callee.echo.remote, self.gather, count)
@@ -111,11 +142,31 @@ class RayServe:
 
     def quickest(self) -> Callable[[list[Any]], list[Any]]:
         """Try the ways to gather a burst."""
-        if "RAY_SERVE_THROUGHPUT_OPTIMIZED" in os.environ:
-            # Responses by gRPC have no object refs.
+        if self.is_batched or "RAY_SERVE_THROUGHPUT_OPTIMIZED" in os.environ:
+            # Not asked; and responses by gRPC have no object refs.
             return results
         call = self.callee.echo.remote
         return min((results, objects), key=lambda gather: min(timed(call, gather, 200) for _ in range(3)))
+
+
+class RaySleeping:
+    """The running service of the model that takes its time, with all defaults."""
+
+    def __init__(self, port: int | None) -> None:
+        self.replica = in_thread(serve.run(serve.deployment(Sleeping).bind(), name="model", route_prefix="/model"))
+        self.port = port
+
+    def describe(self) -> str:
+        """Tell version and settings."""
+        return f"Ray Serve {ray.__version__}, one replica, no dashboard"
+
+    def processes(self) -> dict[str, int]:
+        """Return the driver and the replica."""
+        return {"driver": os.getpid(), "replica": self.replica.pid.remote().result()}
+
+    def model(self) -> str:
+        """Return where it answers."""
+        return f"http://127.0.0.1:{self.port}/model"
 
 
 def results(responses: list[Any]) -> list[Any]:
@@ -143,7 +194,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def opened() -> Iterator[RayServe]:
+def opened() -> Iterator[RayServe | RaySleeping]:
     """Start Ray on this machine, and stop it."""
     # Its sockets are in there, and their paths must be short.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
@@ -151,6 +202,7 @@ def opened() -> Iterator[RayServe]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     # Only its end waits for this, half a minute.
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "0"
+    made = RaySleeping if os.environ.get(CASE) == SLEEP else RayServe
     port = free_port() if HTTP in os.environ else None
     try:
         ray.init(
@@ -167,7 +219,7 @@ def opened() -> Iterator[RayServe]:
             else:
                 # With HAProxy it listens on all interfaces whatever is said here.
                 serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-            yield RayServe(port)
+            yield made(port)
         finally:
             serve.shutdown()
             ray.shutdown()

@@ -13,7 +13,7 @@ from urllib.request import Request, urlopen
 __all__ = ["Served", "served"]
 
 #: Seconds until it must answer, and until it must have ended.
-START, END = 60.0, 20.0
+START, END = 60.0, 10.0
 
 
 class Served:
@@ -35,6 +35,9 @@ class Served:
     def json(self) -> str:
         """Return where JSON is answered."""
         return self._url
+
+    #: The server is started with one of them.
+    model = batches = json
 
 
 @contextmanager

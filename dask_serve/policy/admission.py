@@ -76,7 +76,9 @@ class Admission:
     ahead : int
         How many requests may be admitted beyond ``limit``: 0 or 1, by the mean service time.
     service : float
-        Moving mean of the service time in seconds; 0.0 before the first request has finished.
+        Moving mean of the seconds from admission to the answer; 0.0 before the first request has finished. What waits
+        for a thread or a batch counts as running, so that ``limit`` of them in so many seconds are what leaves. Nothing
+        is predicted from it.
     storing : int
         Running requests that are not urgent.
     most : int or None

@@ -21,7 +21,7 @@ _OUTLIER, _IN_A_ROW = 5.0, 3
 
 #: The next batch is held for at most this part of the fixed cost (less, where holding has paid less), and this many
 #: seconds.
-HELD_FOR, HELD_AT_MOST = 0.5, 0.02
+HELD_FOR, HELD_AT_MOST = 1.0, 0.02
 #: Holding goes on while at least this share of the holds brought back half of the callers; below it every
 #: `_TRIED_EVERY` th batch tries again.
 _WORTH, _TRIED_EVERY = 0.3, 16

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from ..exceptions import ArgumentsError, BatchError, ConfigError
+from .batch_rows import is_torch, join_rows, kind_of_rows, split_rows
 
-__all__ = ["Parameters", "Stack", "kind_of", "rows_of", "split"]
+__all__ = ["Parameters", "Stack", "kind_of", "split"]
 
-#: False: lists. True: arrays along a new first axis. "rows": arrays are joined along the first axis that they have.
+#: False: lists. True: arrays along a new first axis. "rows": each call brings rows, which are joined.
 Stack = Literal["rows"] | bool
 
 #: Stands for an argument that a call does not give.
@@ -82,42 +83,29 @@ class Parameters:
         return args, kwargs
 
 
-def _is_torch(value: object) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
 def kind_of(values: Sequence[Any], stack: Stack) -> tuple[Any, ...]:
-    """Return what calls must have in common to be stacked: the shapes and types of their arrays."""
-    return tuple(_kind(value, stack) for value in values)
+    """Return what calls must have in common to share a batch."""
+    kind = kind_of_rows if stack == "rows" else _kind_of_array
+    return tuple(None if value is _MISSING else kind(value) for value in values)
 
 
-def _kind(value: Any, stack: Stack) -> Any:
-    if value is _MISSING:
-        return None
+def _kind_of_array(value: Any) -> Any:
     if not hasattr(value, "shape"):
         import numpy as np
 
         value = np.asarray(value)
-    shape = tuple(value.shape)
-    if stack == "rows" and not shape:
-        raise ArgumentsError(f'with stack="rows" each call brings an array of rows, not {value!r}')
-    return str(value.dtype), shape[1:] if stack == "rows" else shape, _is_torch(value) and str(value.device)
-
-
-def rows_of(values: Sequence[Any]) -> int:
-    """Return how many rows a call brings."""
-    return len(values[0])
+    return str(value.dtype), tuple(value.shape), is_torch(value) and str(value.device)
 
 
 def join(values: Sequence[Any], stack: Stack) -> Any:
     """Stack values, or join their rows."""
-    if _is_torch(values[0]):
-        torch = sys.modules["torch"]
-        return torch.cat(list(values)) if stack == "rows" else torch.stack(list(values))
+    if stack == "rows":
+        return join_rows(values)
+    if is_torch(values[0]):
+        return sys.modules["torch"].stack(list(values))
     import numpy as np
 
-    return np.concatenate(values) if stack == "rows" else np.stack([np.asarray(value) for value in values])
+    return np.stack([np.asarray(value) for value in values])
 
 
 def split(result: Any, sizes: Sequence[int], stack: Stack, name: str) -> list[Any]:
@@ -128,7 +116,7 @@ def split(result: Any, sizes: Sequence[int], stack: Stack, name: str) -> list[An
     result : object
         What the batch returned: a list, a tuple or an array (where calls are stacked also a tuple or dict of arrays).
     sizes : sequence of int
-        Rows of each call; without ``stack="rows"`` 1 each.
+        Rows of each call; without ``stack="rows"`` only their number matters.
 
     Raises
     ------
@@ -136,13 +124,13 @@ def split(result: Any, sizes: Sequence[int], stack: Stack, name: str) -> list[An
         It has not one result for each call, or no order.
     """
     calls = len(sizes)
-    if stack:
-        if isinstance(result, tuple):
-            return list(zip(*[_split_array(part, sizes, stack, name) for part in result], strict=True))
-        if isinstance(result, dict):
-            parts = {key: _split_array(part, sizes, stack, name) for key, part in result.items()}
-            return [{key: part[i] for key, part in parts.items()} for i in range(calls)]
-        return _split_array(result, sizes, stack, name)
+    if stack == "rows":
+        return split_rows(result, sizes, name)
+    if stack and isinstance(result, tuple):
+        return list(zip(*[split(part, sizes, False, name) for part in result], strict=True))
+    if stack and isinstance(result, dict):
+        parts = {key: split(part, sizes, False, name) for key, part in result.items()}
+        return [{key: part[i] for key, part in parts.items()} for i in range(calls)]
     if isinstance(result, (list, tuple)) or len(getattr(result, "shape", ())) >= 1:
         _count(result, calls, name)
         return list(result)
@@ -158,22 +146,3 @@ def _count(results: Any, calls: int, name: str) -> None:
             f"the batched {name} was given {calls} calls and returned {len(results)} results; it must return one for "
             "each, in their order"
         )
-
-
-def _split_array(result: Any, sizes: Sequence[int], stack: Stack, name: str) -> list[Any]:
-    if stack != "rows":
-        return split(result, sizes, False, name)
-    try:
-        found = len(result)
-    except TypeError:
-        raise BatchError(f"the batched {name} must return rows, not a {type(result).__name__}") from None
-    if found != sum(sizes):
-        raise BatchError(
-            f"the batched {name} was given {sum(sizes)} rows of {len(sizes)} calls and returned {found}; it must "
-            "return one for each, in their order"
-        )
-    results, start = [], 0
-    for size in sizes:
-        results.append(result[start : start + size])
-        start += size
-    return results

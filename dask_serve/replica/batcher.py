@@ -20,6 +20,7 @@ from ..context import BatchContext
 from ..exceptions import BatchError, RequestCancelledError, RequestTimeoutError, ServeError
 from ..policy.batches import CostModel, Pace, compose
 from .batch_items import Batch, BatchCounts, BatchSettings, Item
+from .batch_rows import rows_of
 from .batch_values import Parameters, split
 from .pool import Pool
 
@@ -352,7 +353,8 @@ class Batcher:
 
     def split(self, result: Any, part: Sequence[Item]) -> list[Any]:
         """Return the results of single calls."""
-        sizes = [len(item.values[0]) for item in part] if self.settings.stack == "rows" else [1] * len(part)
+        by_rows = self.settings.stack == "rows"
+        sizes = [rows_of(item.values, self.name) if by_rows else 1 for item in part]
         return split(result, sizes, self.settings.stack, self.name)
 
     def measured(self, part: Sequence[Item], seconds: float) -> None:

@@ -259,7 +259,7 @@ class Door:
                 execution.inflow.put_event(decode_event(frame.header), frame.parts)
             else:
                 execution.inflow.end(decode_body_end(frame.header).whole)
-        else:
+        elif kind <= Kind.LAST:
             connection._refuse(f"a caller does not send frames of kind {kind}")
 
     def _on_fetch(self, connection: Visitor, frame: Frame) -> None:

@@ -322,7 +322,7 @@ class Link:
                 call.on_event(decode_event(frame.header), frame.parts)
         elif kind == Kind.MODELS:
             self._on_models(decode_models(frame.header))
-        elif kind != Kind.PONG:
+        elif kind != Kind.PONG and kind <= Kind.LAST:
             connection._refuse(f"a door does not send frames of kind {kind}")
 
     def _on_models(self, told: Models) -> None:

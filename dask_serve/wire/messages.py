@@ -1,7 +1,10 @@
 """What frames say: the kinds, and the header of each.
 
-Headers are msgpack arrays: a field may be added at the end with a default; a version that does not know it skips it. A
-request's first frame is a CALL (or FETCH); it is answered exactly once: by RESULT, ERROR, FULL or DRAINING, or by
+Headers are msgpack arrays: a field may be added at the end with a default; a version that does not know it skips it.
+A kind may be added at the end too: who does not know it ignores it, so that it may be news, and nothing that waits for
+an answer. All else needs a new version of the wire.
+
+A request's first frame is a CALL (or FETCH); it is answered exactly once: by RESULT, ERROR, FULL or DRAINING, or by
 CHUNKs and an END (or ERROR).
 
 A CALL with `more` set is followed by frames of the caller: CHUNKs and an END for the rest of an HTTP body, EVENTs for a
@@ -79,6 +82,9 @@ class Kind:
     RELEASE: Final = 18
     EVENT: Final = 19
     MODELS: Final = 20
+
+    #: The last one. Kinds above it are of later versions.
+    LAST: Final = MODELS
 
 
 class Hello(Struct, array_like=True, gc=False):
