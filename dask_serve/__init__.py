@@ -130,8 +130,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "metrics":
-        return importlib.import_module(".metrics", __name__)
+    if name in ("metrics", "testing"):
+        return importlib.import_module(f".{name}", __name__)
     home = _HOME.get(name)
     if home is None and name in __all__:
         home = "exceptions"

@@ -64,7 +64,16 @@ class Construction:
         from ..shipping import code
 
         values = await self._bound_values(keys) if keys else {}
-        target, args, kwargs = code.unpack(blob, values)
+        await self.make(code.unpack(blob, values), replica, options)
+
+    async def make(
+        self,
+        code: tuple[Any, tuple[Any, ...], dict[str, Any]],
+        replica: ReplicaContext,
+        options: Callable[[], DeploymentOptions],
+    ) -> None:
+        """Do all of that with a class or function and its arguments that are here."""
+        target, args, kwargs = code
         await self._user.construct(target, args, kwargs)
         if options().user_config is not None:
             await self.reconfigure(options().user_config)

@@ -100,19 +100,8 @@ class ReplicaUnit:
 
     async def _main(self) -> None:
         """Run on the user loop: whatever happens here is told to the controller."""
-        from .process import ServeProcess  # the process knows its units
-
         try:
-            # Beside the wait for the code.
-            libraries = asyncio.ensure_future(self.user.in_pool(self.user.look_for_libraries))
-            reply = await self._on_worker(self._worker.scheduler.serve_code(revision=self.spec["revision"]))
-            if not reply or "error" in reply:
-                raise ServeError(f"the controller has no code for {self.id}: {(reply or {}).get('error')}")
-            await libraries
-            door = await self.user.in_pool(lambda: ServeProcess.door_of(self._worker, reply["secret"], self))
-            await self._construction.run(
-                reply["code"], self.spec.get("keys") or [], self._context, lambda: self.options
-            )
+            door = await self._prepare()
             self.user.open(door)
             ledger = ServeProcess.ledger_of(self._worker)
             self._on_end.append(lambda: ledger.close(self.id))
@@ -139,6 +128,20 @@ class ReplicaUnit:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.report("failed", error=text), REPORT_TIMEOUT)
             self.end()
+
+    async def _prepare(self) -> Door:
+        """Do all that comes before the first request; return the door by which it will come."""
+        from .process import ServeProcess  # the process knows its units
+
+        # Beside the wait for the code.
+        libraries = asyncio.ensure_future(self.user.in_pool(self.user.look_for_libraries))
+        reply = await self._on_worker(self._worker.scheduler.serve_code(revision=self.spec["revision"]))
+        if not reply or "error" in reply:
+            raise ServeError(f"the controller has no code for {self.id}: {(reply or {}).get('error')}")
+        await libraries
+        door: Door = await self.user.in_pool(lambda: ServeProcess.door_of(self._worker, reply["secret"], self))
+        await self._construction.run(reply["code"], self.spec.get("keys") or [], self._context, lambda: self.options)
+        return door
 
     async def _open(self, door: Door, core: ReplicaCore) -> None:
         self._settle_options(door, core)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..wire.connection import CallerConnection
 from ..wire.local import connect_locally
+from ..wire.within import SCHEME, connect_within
 
 __all__ = ["Make", "NotThereError", "Tunnel", "Ways", "notice_silence", "reach", "split_address"]
 
@@ -143,6 +144,9 @@ async def reach(
     OSError
         No way leads there.
     """
+    if door.startswith(SCHEME):
+        inside = _Attempt(make, on_lost)
+        return await inside.run(connect_within(process, inside.connection))
     host, _ = split_address(door)
     local = connect_locally(process) if ssl is None else None
     if local is not None:
