@@ -24,6 +24,7 @@ from .clients import Clients
 from .construction import Construction
 from .core import ReplicaCore
 from .door import Door
+from .errors import ErrorReports
 from .health import Health
 from .hold import Hold
 from .load import LoadReports
@@ -76,6 +77,7 @@ class ReplicaUnit:
         self.user.clients = Clients(worker, self.user.loop)
         self.user.clients.enter(context)
         self.user.on_end = self._on_user_end
+        self.user.on_error = ErrorReports(self.id, worker).note
         self._user_ended = threading.Event()
         self._on_end: list[Callable[[], None]] = []
         self._construction = Construction(self.user, worker, spec["deployment"], self._on_worker)
