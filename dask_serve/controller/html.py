@@ -48,7 +48,7 @@ def of_service(status: ServeStatus) -> str:
     where = _link(status.url) if status.url else "HTTP is not served"
     parts = [f'<div style="margin-bottom:.5em"><b>dask_serve</b> {_quiet("·")} {where}{_proxies(status.proxies)}</div>']
     if status.message:
-        parts.append(_notice(status.message))
+        parts.append(_notice(status.message, "unhealthy"))
     if not status.applications:
         parts.append(f"<div>{_quiet('no applications')}</div>")
     parts += [_application(name, application, status) for name, application in status.applications.items()]
@@ -69,7 +69,9 @@ def of_deployment(name: str, deployment: DeploymentStatus) -> str:
 
 
 def _application(name: str, application: ApplicationStatus, service: ServeStatus | None = None) -> str:
-    route = "" if application.route_prefix is None else f" {_quiet('at')} <code>{_text(application.route_prefix)}</code>"
+    route = (
+        "" if application.route_prefix is None else f" {_quiet('at')} <code>{_text(application.route_prefix)}</code>"
+    )
     version = ""
     if application.version:
         told = signed(application.reason, application.owner, application.deployed_at)
@@ -79,7 +81,8 @@ def _application(name: str, application: ApplicationStatus, service: ServeStatus
     rows = []
     for other, deployment in application.deployments.items():
         rows += _deployment(other, deployment, loads.get(f"{name}/{other}", ""))
-    return f'<div style="border-left:3px solid {_colour(application.status)};padding-left:.8em;margin:0 0 1em 0">{head}{"".join(rows)}</div>'  # noqa: E501
+    style = f"border-left:3px solid {_colour(application.status)};padding-left:.8em;margin:0 0 1em 0"
+    return f'<div style="{style}">{head}{"".join(rows)}</div>'
 
 
 def _deployment(name: str, deployment: DeploymentStatus, load: str = "") -> list[str]:
@@ -98,7 +101,7 @@ def _deployment(name: str, deployment: DeploymentStatus, load: str = "") -> list
         notes.append(f"{deployment.target} of {scaling.min_replicas} to {scaling.max_replicas}: {scaling.why}")
     parts += [f"<div>{_quiet(note)}</div>" for note in notes if note]
     if deployment.message:
-        parts.append(_notice(deployment.message))
+        parts.append(_notice(deployment.message, deployment.status))
     if deployment.replicas:
         parts.append(_replicas(deployment.replicas, deployment.revision))
     parts += [_error(error) for error in reversed(deployment.errors)]
@@ -137,13 +140,15 @@ def _replicas(replicas: Sequence[ReplicaStatus], revision: str) -> str:
             cells.append(_td(_text(", ".join(replica.devices))))
         if extra["note"]:
             cells.append(_td(_text(note)))
-        rows.append(f'<tr style="background:transparent">{"".join(cells)}</tr>')
+        rows.append(f"{_ROW}{''.join(cells)}</tr>")
     more = len(replicas) - SHOWN
     rest = f"<div>{_quiet(f'and {more} more')}</div>" if more > 0 else ""
-    table = f'<table style="border-collapse:collapse;margin:.3em 0;font-size:inherit;color:inherit;background:transparent">'  # noqa: E501
-    return f'<div style="overflow-x:auto">{table}<tr style="background:transparent">{head}</tr>{"".join(rows)}</table>{rest}</div>'  # noqa: E501
+    return f'<div style="overflow-x:auto">{_TABLE}{_ROW}{head}</tr>{"".join(rows)}</table>{rest}</div>'
 
 
+# Notebooks stripe rows, in a colour that is right for one of their two themes.
+_ROW = '<tr style="background:transparent">'
+_TABLE = '<table style="border-collapse:collapse;margin:.3em 0;font-size:inherit;color:inherit;background:transparent">'
 _NUMBERS = ("in flight", "queued", "memory")
 
 
@@ -152,7 +157,9 @@ def _error(error: ErrorStatus) -> str:
     when = _quiet(f"{clock(error.time)}, request {error.request_id} in {error.replica}{more}")
     red = _COLOURS["failed"]
     head = f'<span style="color:{red}">{_text(error.summary)}</span> {when}'
-    return _folded(head, f'<pre style="margin:.3em 0;white-space:pre-wrap">{_text(error.traceback)}</pre>', escaped=True)
+    return _folded(
+        head, f'<pre style="margin:.3em 0;white-space:pre-wrap">{_text(error.traceback)}</pre>', escaped=True
+    )
 
 
 def _proxies(proxies: list[dict[str, Any]]) -> str:
@@ -190,8 +197,10 @@ def _quiet(text: str) -> str:
     return f'<span style="color:{_GREY}">{_text(text)}</span>'
 
 
-def _notice(text: str) -> str:
-    style = f"margin:.3em 0;padding:.4em .7em;border-left:3px solid {_COLOURS['unhealthy']};white-space:pre-wrap"
+def _notice(text: str, state: str) -> str:
+    style = f"margin:.3em 0;padding:.4em .7em;border-left:3px solid {_colour(state)};white-space:pre-wrap"
+    if "Traceback" in text:
+        style += ";font-family:monospace"
     return f'<div style="{style};background:rgba(128,128,128,.12);overflow-x:auto">{_text(text)}</div>'
 
 
@@ -207,7 +216,7 @@ def _td(inside: str, style: str = _CELL) -> str:
 def _link(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         return f"<code>{_text(url)}</code>"
-    return f'<a href="{_text(url)}" target="_blank">{_text(url)}</a>'
+    return f'<a href="{_text(url)}" target="_blank" style="color:inherit">{_text(url)}</a>'
 
 
 def _ago(since: float) -> str:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..policy.desired import deployment_id
-from .status import ApplicationStatus, DeploymentStatus, ErrorStatus, LoadStatus, ReplicaStatus, ServeStatus, WorkerStatus
+from .status import (
+    ApplicationStatus,
+    DeploymentStatus,
+    ErrorStatus,
+    LoadStatus,
+    ReplicaStatus,
+    ServeStatus,
+    WorkerStatus,
+)
 
 if TYPE_CHECKING:
     from distributed.scheduler import WorkerState
