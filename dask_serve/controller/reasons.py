@@ -28,8 +28,8 @@ def decision(registry: Registry, application: Application, spec: DeploymentSpec,
     told = []
     if old:
         told.append(
-            f"an update to revision {spec.revision[:8]}: {new} of {_replicas(target)} run it, and {old} of the revision "
-            "before serve until they are replaced"
+            f"an update to revision {spec.revision[:8]}: {new} of {_replicas(target)} run it, and {old} of "
+            "the revision before serve until they are replaced"
         )
     if starting:
         told.append(f"{_replicas(starting)} start: {target} are wanted{_because(registry, application, spec)}")
