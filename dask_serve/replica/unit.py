@@ -102,6 +102,8 @@ class ReplicaUnit:
 
     async def _main(self) -> None:
         """Run on the user loop: whatever happens here is told to the controller."""
+        from .process import ServeProcess  # the process knows its units
+
         try:
             door = await self._prepare()
             self.user.open(door)
