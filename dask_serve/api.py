@@ -7,7 +7,7 @@ returns an awaitable, with any other it blocks.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dask.utils import parse_timedelta
 from distributed import Client
@@ -429,6 +429,12 @@ class _Running:
 
     def __await__(self) -> Generator[Any, None, DeploymentHandle]:
         return self._begin().__await__()
+
+    def __enter__(self) -> NoReturn:
+        raise ServeError("the Dask client is asynchronous: write `async with serve.run(...) as handle:`")
+
+    def __exit__(self, *exc: object) -> None:
+        """Never called."""
 
     async def __aenter__(self) -> DeploymentHandle:
         return await self._begin()
