@@ -190,7 +190,9 @@ def test_a_notebook(notebook, tmp_path):
     notebook.run("serve.shutdown()")
     wait_until(lambda: gone(started))
     # A block has a cluster of its own, which ends with it, however that is.
-    block = "with serve.run(Model.bind(), route_prefix=None) as handle:\n    first = handle.remote(1).result()\n    1 / 0"
+    block = (
+        "with serve.run(Model.bind(), route_prefix=None) as handle:\n    first = handle.remote(1).result()\n    1 / 0"
+    )
     assert notebook.fails(block) == "ZeroDivisionError: division by zero"
     assert notebook.value("first") == "101"
     wait_until(lambda: gone(family(kernel)))

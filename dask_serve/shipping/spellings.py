@@ -11,7 +11,7 @@ from dask.utils import parse_bytes
 
 from ..exceptions import ConfigError
 
-__all__ = ["HOOKS", "check_hooks", "translate"]
+__all__ = ["HOOKS", "advice", "check_hooks", "translate"]
 
 #: Methods of the user's class that the replica calls by itself, without arguments.
 HOOKS = {
@@ -66,6 +66,15 @@ _RENAMED: dict[str, tuple[str, Callable[[Any, str], Any]]] = {
 }
 #: Keys of ``ray_actor_options`` that have the names of options here.
 _SHARED = ("memory", "resources")
+
+
+def advice(name: str) -> str | None:
+    """Return what to write instead of an option of Ray Serve; None where nothing is known of it."""
+    if name in _RENAMED:
+        return f"it is called {_RENAMED[name][0]} here"
+    if name == "ray_actor_options":
+        return "write threads, gpus, memory and resources as options of their own"
+    return _ELSEWHERE.get(name)
 
 
 def translate(given: dict[str, Any], unknown: dict[str, Any]) -> dict[str, Any]:
