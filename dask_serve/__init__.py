@@ -12,7 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import metrics
+    from . import metrics, testing
     from .api import (
         delete,
         get_app_handle,
@@ -100,6 +100,7 @@ __all__ = [
     "shutdown",
     "start",
     "status",
+    "testing",
     "url",
 ]
 

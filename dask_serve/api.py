@@ -45,6 +45,7 @@ __all__ = [
 
 _ELSEWHERE = {
     "blocking": "a script that should stay up ends with `signal.pause()`, or is started by `dask serve run module:app`",
+    "_local_testing_mode": "serve.testing.run(app) runs it in this process, for tests",
     "logging_config": "configure the loggers `dask_serve` and `distributed`, as everywhere in Dask",
     "proxy_location": "proxies run beside the scheduler; num_proxies= says how many",
     "location": "proxies run beside the scheduler; num_proxies= says how many",
