@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from distributed.utils import sync as run_on_loop
 from tornado.ioloop import IOLoop
+from tornado.platform import asyncio as _platform  # noqa: F401 - else the first start would wait for it
 
 from ..exceptions import NotRunningError, ServeError
 from ..routing.engine import Engine

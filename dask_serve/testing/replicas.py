@@ -15,6 +15,7 @@ from ..deployment import Application, methods
 from ..exceptions import ConfigError
 from ..ingress import ingress_of, routes_of
 from ..policy.desired import deployment_id
+from ..replica import process as _process  # noqa: F401 - else the first start would wait for it
 from ..replica.door import Door, Visitor
 from ..replica.unit import ReplicaUnit
 from ..routing.fabric import Fabric
