@@ -105,7 +105,7 @@ def test_why_something_is_under_way(served: Any) -> None:
         old = next(replica for replica in found.replicas if replica.state == "draining")
         assert old.message == f"revision {found.revision[:8]} takes its place"
         assert old.revision != found.revision
-        assert "1 replica finish what they run" in found.decision
+        assert "ending 1 replica, once" in found.decision
     finally:
         ref.cancel()
     wait_until(lambda: deployment().decision == "")

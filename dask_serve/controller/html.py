@@ -54,7 +54,7 @@ def of_service(status: ServeStatus) -> str:
     parts += [_application(name, application, status) for name, application in status.applications.items()]
     if status.events:
         lines = "".join(f"<div>{_text(str(event))}</div>" for event in reversed(status.events))
-        parts.append(_folded(f"{len(status.events)} decisions, the last one first", lines))
+        parts.append(_folded(f"decisions: {len(status.events)}, the last one first", lines))
     return _page(parts)
 
 

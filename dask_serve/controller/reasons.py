@@ -20,7 +20,7 @@ def decision(registry: Registry, application: Application, spec: DeploymentSpec,
     """Return what is being done about a deployment, and why; empty while nothing is."""
     ending = sum(r.state == "draining" for r in replicas)
     if application.deleting:
-        return f"its application is deleted: {_replicas(len(replicas))} finish what they run"
+        return f"its application is deleted: {_replicas(len(replicas))} to finish what runs there"
     target = registry.target(application.spec.name, spec)
     old = sum(r.state == "ready" and r.spec.revision != spec.revision for r in replicas)
     new = sum(r.state == "ready" and r.spec.revision == spec.revision for r in replicas)
@@ -32,9 +32,9 @@ def decision(registry: Registry, application: Application, spec: DeploymentSpec,
             "the revision before serve until they are replaced"
         )
     if starting:
-        told.append(f"{_replicas(starting)} start: {target} are wanted{_because(registry, application, spec)}")
+        told.append(f"starting {_replicas(starting)}: {target} are wanted{_because(registry, application, spec)}")
     if ending:
-        told.append(f"{_replicas(ending)} finish what they run, and end")
+        told.append(f"ending {_replicas(ending)}, once what runs there has finished")
     return "; ".join(told)
 
 
