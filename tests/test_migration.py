@@ -264,10 +264,27 @@ def test_whatever_a_file_holds_the_document_is_valid_and_nothing_is_lost(deploym
     elif options.get("num_replicas") == "auto":
         del options["num_replicas"]
     build_options(DeploymentOptions, options, "D")
+    noted = told(migrated).splitlines()
+
+    def accounted(key: str, *ours: str) -> bool:
+        at = f"applications[0].deployments[0].{key}"
+        return any(name in entry for name in ours) or any(path == at or path.startswith(at + ".") for path in noted)
+
     for key, value in deployment.items():
-        if value in (None, {}, []) or (key == "ray_actor_options" and not any(value.values())):
-            continue
-        assert key in entry or f"deployments[0].{key}" in told(migrated) or key in RENAMED
+        if key == "ray_actor_options":
+            for name, amount in (value or {}).items():
+                # One CPU is Ray's default, and what one thread is here.
+                if amount not in (None, {}, []) and (name, amount) != ("num_cpus", 1):
+                    assert accounted(f"{key}.{name}", RENAMED.get(name, name)), name
+        elif value is not None:
+            assert accounted(key, key, RENAMED.get(key, key)), key
 
 
-RENAMED = {"max_concurrent_queries", "max_surge_percent", "rolling_update_percentage", "max_replicas_per_node"}
+RENAMED = {
+    "max_concurrent_queries": "max_ongoing_requests",
+    "max_surge_percent": "max_surge",
+    "rolling_update_percentage": "max_unavailable",
+    "max_replicas_per_node": "max_replicas_per_worker",
+    "num_cpus": "threads",
+    "num_gpus": "gpus",
+}
