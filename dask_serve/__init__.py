@@ -12,7 +12,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import metrics
+    from . import metrics, testing
     from .api import (
         delete,
         get_app_handle,
@@ -101,6 +101,7 @@ __all__ = [
     "shutdown",
     "start",
     "status",
+    "testing",
     "url",
 ]
 
@@ -130,8 +131,8 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "metrics":
-        return importlib.import_module(".metrics", __name__)
+    if name in ("metrics", "testing"):
+        return importlib.import_module(f".{name}", __name__)
     home = _HOME.get(name)
     if home is None and name in __all__:
         home = "exceptions"

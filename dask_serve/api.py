@@ -7,7 +7,7 @@ returns an awaitable, with any other it blocks.
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from dask.utils import parse_timedelta
 from distributed import Client
@@ -19,7 +19,7 @@ from .controller.deploy import deploy, ensure_controller, signature, start_proxi
 from .controller.progress import Progress
 from .controller.status import ServeStatus, decode_status
 from .deployment import Application, Deployment
-from .exceptions import ConfigError, NotRunningError
+from .exceptions import ConfigError, NotRunningError, ServeError
 from .session.peers import ask, current_client, find_handle, make_handle, probe, refuse_inside
 from .shipping.graph import build
 
@@ -42,6 +42,7 @@ __all__ = [
 
 _ELSEWHERE = {
     "blocking": "a script that should stay up ends with `signal.pause()`, or is started by `dask serve run module:app`",
+    "_local_testing_mode": "serve.testing.run(app) runs it in this process, for tests",
     "logging_config": "configure the loggers `dask_serve` and `distributed`, as everywhere in Dask",
     "proxy_location": "proxies run beside the scheduler; num_proxies= says how many",
     "location": "proxies run beside the scheduler; num_proxies= says how many",
@@ -342,6 +343,12 @@ class _Running:
 
     def __await__(self) -> Generator[Any, None, DeploymentHandle]:
         return self._begin().__await__()
+
+    def __enter__(self) -> NoReturn:
+        raise ServeError("the Dask client is asynchronous: write `async with serve.run(...) as handle:`")
+
+    def __exit__(self, *exc: object) -> None:
+        """Never called."""
 
     async def __aenter__(self) -> DeploymentHandle:
         return await self._begin()

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 from threading import get_ident
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from distributed import Client
@@ -358,6 +358,12 @@ class DeploymentHandle:
     def __exit__(self, *exc: object) -> None:
         if self._on_exit is not None:
             self._on_exit()
+
+    async def __aenter__(self) -> NoReturn:
+        raise ServeError("the Dask client is not asynchronous: write `with serve.run(...) as handle:`")
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Never called."""
 
 
 def _unpickle(

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
-from distributed import Future, Worker
+from distributed import Client, Future
 
 from .context import request_context
 from .exceptions import NotRunningError, PayloadError, ReplicaLostError, RequestCancelledError, ServeError
@@ -100,7 +100,7 @@ class DeploymentResponse(Future):
         if self._inner is not None:
             return self._inner.client
         owner = self._session.owner
-        return owner._get_client() if isinstance(owner, Worker) else owner
+        return owner if isinstance(owner, Client) else owner._get_client()
 
     @property
     def _client(self) -> Any:

@@ -63,6 +63,12 @@ class Notebook:
         results = [one for one in self._notebook.cells[-1].outputs if one.output_type == "execute_result"]
         return results[0].data if results else None
 
+    def fails(self, source: str) -> str:
+        """Run a cell and return what it raised."""
+        with pytest.raises(nbclient.exceptions.CellExecutionError) as caught:
+            self.run(source)
+        return f"{caught.value.ename}: {caught.value.evalue}"
+
     def value(self, source: str) -> Any:
         """Run a cell and return its last expression, as text."""
         return self.run(source)["text/plain"]
@@ -183,6 +189,13 @@ def test_a_notebook(notebook, tmp_path):
     assert len(started) >= 3
     notebook.run("serve.shutdown()")
     wait_until(lambda: gone(started))
+    # A block has a cluster of its own, which ends with it, however that is.
+    block = (
+        "with serve.run(Model.bind(), route_prefix=None) as handle:\n    first = handle.remote(1).result()\n    1 / 0"
+    )
+    assert notebook.fails(block) == "ZeroDivisionError: division by zero"
+    assert notebook.value("first") == "101"
+    wait_until(lambda: gone(family(kernel)))
     # And the next cell starts over.
     assert notebook.value("serve.run(Model.bind(), route_prefix=None).remote(1).result(timeout=10)") == "101"
     started = family(kernel)
@@ -197,7 +210,15 @@ def test_a_notebook_with_a_client(notebook):
     notebook.run(CLASS.format(add=1))
     notebook.run("with serve.run(Model.bind(), route_prefix=None) as handle:\n    first = handle.remote(1).result()")
     assert notebook.value("first, sorted(serve.status().applications)") == "(2, [])"
+    failing = "with serve.run(Model.bind(), route_prefix=None) as handle:\n    1 / 0"
+    assert notebook.fails(failing) == "ZeroDivisionError: division by zero"
+    assert notebook.value("sorted(serve.status().applications), client.status") == "([], 'running')"
+    assert notebook.fails(f"async {failing}").endswith("write `with serve.run(...) as handle:`")
+    notebook.run("serve.delete('default')")
     notebook.run("handle = serve.run(Model.bind(), route_prefix=None)")
+    shown = notebook.run("serve.status()")
+    assert "<table" in shown["text/html"]
+    assert "application default: running" in shown["text/plain"]
     assert notebook.value("await handle.remote(1), client.submit(lambda x: x, handle.remote(2)).result()") == "(2, 3)"
     notebook.run("serve.shutdown()")
     assert notebook.value("client.submit(abs, -1).result()") == "1"
@@ -213,6 +234,10 @@ def test_a_notebook_with_an_asynchronous_client(notebook):
     )
     within = 'async with serve.run(Model.bind(), "other", None) as other:\n    value = await other.remote(5)'
     assert notebook.value(f"{within}\nvalue, sorted((await serve.status()).applications)") == "(6, ['default'])"
+    failing = 'async with serve.run(Model.bind(), "other", None) as other:\n    1 / 0'
+    assert notebook.fails(failing) == "ZeroDivisionError: division by zero"
+    assert notebook.value("sorted((await serve.status()).applications)") == "['default']"
+    assert notebook.fails(failing.removeprefix("async ")).endswith("write `async with serve.run(...) as handle:`")
     assert notebook.value("await (await (await Model.get_handle(sync=False)).remote(3))") == "4"
     before = notebook.value("await handle.pid.remote()")
     notebook.run("handle = await serve.run(Model.bind(), route_prefix=None)")

@@ -455,3 +455,21 @@ def test_a_proxy_that_stops_is_a_1012(service, mark):
 def test_http_of_the_same_application(service):
     with httpx.Client(trust_env=False, timeout=30) as http:
         assert http.get(f"{service.url}/ws/other").json() == {"http": "other"}
+
+
+def test_a_reason_that_is_no_text_breaks_nothing() -> None:
+    """FastAPI closes a WebSocket whose parameters are not valid with a list as the reason."""
+
+    @serve.deployment
+    class Odd:
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await receive()
+            await send({"type": "websocket.accept"})
+            await send({"type": "websocket.close", "code": 1008, "reason": [{"loc": ["query", "x" * 200]}]})
+
+    with serve.testing.run(Odd.bind()) as service, service.client.websocket_connect("/") as websocket:
+        with pytest.raises(WebSocketDisconnect) as closed:
+            websocket.receive_text()
+        assert closed.value.code == 1008
+        assert closed.value.reason.startswith('[{"loc"')
+        assert len(closed.value.reason) == 123

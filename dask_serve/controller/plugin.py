@@ -35,10 +35,12 @@ from .checkup import CHECKUP_OPERATIONS, Checkup
 from .child import Deployer
 from .desired import DESIRED_OPERATIONS, Desired
 from .editor import Editor
+from .errors import Errors
 from .events import Events
 from .front import Front, first_options
 from .history import History, encode_history
 from .leaving import Leaving
+from .live import filled_in
 from .measures import Measures
 from .metrics import controller_families
 from .operations import operation
@@ -50,7 +52,7 @@ from .registry import Registry
 from .rest import Rest
 from .scaling import Scaling
 from .state_file import StateFile, configured, history_length
-from .status import ServeStatus, WorkerStatus, encode_status
+from .status import ServeStatus, encode_status
 from .store import Store
 from .tunnel import Tunnels
 from .views import Views
@@ -117,6 +119,7 @@ class Controller(SchedulerPlugin):
         self.registry.on_taken_back = self.editor.taken_back
         self.events = Events(scheduler)
         self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
+        self.errors = Errors(self.registry)
         self.promises = Promises()
         self.uploads = Uploads()
         self.tunnels = Tunnels(for_callers(scheduler.security))
@@ -402,6 +405,10 @@ class Controller(SchedulerPlugin):
         """Hear how many requests run at a worker's replicas."""
         self.scaling.runs(worker, running)
 
+    async def serve_error(self, **report: Any) -> None:
+        """Hear what user code raised."""
+        self.errors.add(**report)
+
     # -- operations: workers that leave
 
     async def serve_leaving(self, worker: str, patience: float) -> dict[str, Any]:
@@ -521,13 +528,7 @@ class Controller(SchedulerPlugin):
         return self._with_workers()
 
     def _with_workers(self) -> ServeStatus:
-        # Each heartbeat changes it, which is no news to those who watch the status.
-        workers = [
-            WorkerStatus(address=worker.address, **worker.metrics["serve"])
-            for worker in self.scheduler.workers.values()
-            if worker.metrics.get("serve")
-        ]
-        return msgspec.structs.replace(self._status, workers=workers, loads=self.scaling.loads())
+        return filled_in(self._status, self.scheduler.workers, self.scaling.loads(), self.errors.of)
 
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ class Replica:
         self.started_at = now
         self.settings = settings_of(spec.options)
         self.state: State = "starting"
+        #: Since when it is in that state, in seconds since 1970.
+        self.since = time.time()
         #: Its devices, on the host of its worker.
         self.host = ""
         self.devices: Sequence[Device] = ()
@@ -72,6 +75,7 @@ class Replica:
         if self.state in ENDS:
             self.ended.set()
         if self.state != before:
+            self.since = time.time()
             self.changed(self)
         return self.state
 

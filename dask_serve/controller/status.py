@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import localtime, strftime
 from typing import Any, Literal
 
 import msgspec
@@ -16,6 +17,7 @@ __all__ = [
     "ApplicationStatus",
     "AutoscalingStatus",
     "DeploymentStatus",
+    "ErrorStatus",
     "LoadStatus",
     "ReplicaStatus",
     "ServeStatus",
@@ -52,6 +54,14 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
         long, ``stuck since ...`` where they wait.
     devices : list of str
         The devices that it has, as its host names them.
+    since : float
+        Since when it is in that state, in seconds since 1970.
+    in_flight, queued : int
+        Requests that it runs, and that it has taken and not begun, as the last heartbeat of its worker told.
+    memory : int
+        Bytes that the process of its worker uses, which its replicas share.
+    models : list of str
+        Multiplexed models that it has loaded.
     """
 
     id: str
@@ -60,6 +70,63 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
     revision: str
     message: str = ""
     devices: list[str] = []
+    since: float = 0.0
+    in_flight: int = 0
+    queued: int = 0
+    memory: int = 0
+    models: list[str] = []
+
+    def __str__(self) -> str:
+        told = [f"{self.id} is {self.state} on {self.worker}"]
+        if self.since:
+            told.append(f"since {clock(self.since)}")
+        if self.in_flight or self.queued:
+            told.append(f"{self.in_flight} in flight, {self.queued} queued")
+        if self.memory:
+            told.append(format_bytes(self.memory))
+        if self.models:
+            told.append(f"models {', '.join(self.models)}")
+        return ", ".join(told) + (f": {self.message}" if self.message else "")
+
+    def __repr__(self) -> str:
+        return f"<ReplicaStatus: {self}>"
+
+
+class ErrorStatus(Struct, frozen=True, kw_only=True):
+    """Something that user code raised.
+
+    Attributes
+    ----------
+    time : float
+        When, in seconds since 1970.
+    replica : str
+        Where.
+    request_id : str
+        Of the request that failed by it.
+    traceback : str
+        The whole text; the middle of a very long one is left out.
+    count : int
+        How many requests failed in that replica since it told the error before: it tells one in a second.
+    """
+
+    time: float
+    replica: str
+    request_id: str
+    traceback: str
+    count: int = 1
+
+    @property
+    def summary(self) -> str:
+        """The last line of the traceback: the class of the exception, and its message."""
+        lines = self.traceback.strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def __str__(self) -> str:
+        more = f" ({self.count} requests)" if self.count > 1 else ""
+        return f"{clock(self.time)} request {self.request_id} in {self.replica}: {self.summary}{more}"
+
+    def __repr__(self) -> str:
+        return f"<ErrorStatus: {self}>"
 
 
 class AutoscalingStatus(Struct, frozen=True, kw_only=True):
@@ -127,6 +194,14 @@ class DeploymentStatus(Struct, frozen=True, kw_only=True):
         The replicas, the oldest first.
     autoscaling : AutoscalingStatus or None
         Why that many, where the number follows the load.
+    revision : str
+        The revision that is wanted.
+    decision : str
+        What is being done about it, and why; empty while nothing is.
+    in_flight, queued : int
+        Requests that its replicas run, and that wait for one, here and at routers, as the last heartbeats told.
+    errors : list of ErrorStatus
+        What its code raised lately, with tracebacks, the oldest first.
     """
 
     status: Health
@@ -136,18 +211,34 @@ class DeploymentStatus(Struct, frozen=True, kw_only=True):
     replicas: list[ReplicaStatus]
     setback: str = ""
     autoscaling: AutoscalingStatus | None = None
+    revision: str = ""
+    decision: str = ""
+    in_flight: int = 0
+    queued: int = 0
+    errors: list[ErrorStatus] = []
 
     def __str__(self) -> str:
         counts = ", ".join(f"{number} {state}" for state, number in self.counts.items()) or "no replicas"
-        lines = [f"{self.status}, {counts} of {self.target} wanted", *_indented(self.message)]
+        load = f", {self.in_flight} in flight, {self.queued} queued" if self.in_flight or self.queued else ""
+        lines = [f"{self.status}, {counts} of {self.target} wanted{load}", *_indented(self.message)]
+        if self.decision:
+            lines += _indented(self.decision)
         if self.setback and self.setback not in self.message:
             lines += _indented(self.setback)
         if (scaling := self.autoscaling) is not None:
             lines.append(f"  {self.target} of {scaling.min_replicas} to {scaling.max_replicas}, {scaling.why}")
-        for replica in self.replicas:
-            note = f": {replica.message}" if replica.message else ""
-            lines.append(f"  {replica.id} is {replica.state} on {replica.worker}{note}")
+        lines += [f"  {replica}" for replica in self.replicas]
+        lines += [f"  last error {error}" for error in self.errors[-1:]]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        ready = self.counts.get("ready", 0)
+        return f"<DeploymentStatus: {self.status}, {ready} of {self.target} replicas ready>"
+
+    def _repr_html_(self) -> str:
+        from .html import of_deployment
+
+        return of_deployment("", self)
 
 
 class ApplicationStatus(Struct, frozen=True, kw_only=True):
@@ -195,6 +286,14 @@ class ApplicationStatus(Struct, frozen=True, kw_only=True):
             first, *rest = str(deployment).splitlines()
             lines += [f"  {name}: {first}", *(f"  {line}" for line in rest)]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<ApplicationStatus: {self.status}, version {self.version}, deployments {', '.join(self.deployments)}>"
+
+    def _repr_html_(self) -> str:
+        from .html import of_application
+
+        return of_application("", self)
 
 
 class WorkerStatus(Struct, frozen=True, kw_only=True):
@@ -303,6 +402,15 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
         lines += [str(event) for event in self.events[-EVENTS_SHOWN:]]
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        # What somebody wants to see who types serve.status().
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        from .html import of_service
+
+        return of_service(self)
+
 
 def worst(statuses: list[Health]) -> Health:
     """Return the status of an application whose deployments have ``statuses``."""
@@ -324,6 +432,12 @@ def only_deployment(status: ServeStatus, app: str) -> str:
             f"application {app!r} has several deployments: {', '.join(names)}; write {app}/{names[0]} for one of them"
         )
     return names[0] if names else ""
+
+
+def clock(time: float) -> str:
+    """Return a time of day, with its date where that is another one."""
+    then, now = localtime(time), localtime()
+    return strftime("%H:%M:%S" if then[:3] == now[:3] else "%Y-%m-%d %H:%M:%S", then)
 
 
 def _indented(text: str) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ..policy.desired import DeploymentSpec, deployment_id
 from ..routing.table import DeploymentEntry, ReplicaEntry, RouteEntry
 from .history import told_of
+from .reasons import decision, why_it_ends
 from .status import ApplicationStatus, AutoscalingStatus, DeploymentStatus, Health, ReplicaStatus, worst
 
 if TYPE_CHECKING:
@@ -141,6 +142,8 @@ class Views:
         target = 0 if application.deleting else registry.target(app, spec)
         return DeploymentStatus(
             status=status,
+            revision=spec.revision,
+            decision=decision(registry, application, spec, replicas),
             setback=self._setback(id, spec),
             message=self._message(id, application, spec, status, replicas),
             target=target,
@@ -158,6 +161,7 @@ class Views:
                     revision=r.spec.revision,
                     message=self._note(r),
                     devices=[device.id for device in r.devices],
+                    since=r.since,
                 )
                 for r in replicas
             ],
@@ -168,6 +172,8 @@ class Views:
             return "its worker does not answer"
         if replica.worker in self._registry.leaving and replica.state == "ready":
             return "its worker is leaving; it serves until it is replaced"
+        if replica.state == "draining" and not replica.message:
+            return why_it_ends(self._registry, replica)
         return replica.message
 
     def _setback(self, id: str, spec: DeploymentSpec) -> str:

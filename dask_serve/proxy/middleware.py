@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..config import HTTPOptions
 from ..exceptions import ConfigError
 
-__all__ = ["wrap"]
+__all__ = ["Innermost", "wrap"]
 
 
 class _Request:
@@ -57,7 +57,9 @@ class _Request:
         await self._send(message)
 
 
-class _Innermost:
+class Innermost:
+    """Lets an application of the proxy's be called as ASGI says, by whoever has no request cycle of uvicorn's."""
+
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
@@ -80,7 +82,7 @@ def wrap(app: ASGIApp, options: HTTPOptions) -> ASGIApp:
     """
     if not options.middleware:
         return app
-    wrapped: ASGIApp = _Innermost(app)
+    wrapped: ASGIApp = Innermost(app)
     for entry in reversed(options.middleware):
         path, arguments = (entry, {}) if isinstance(entry, str) else entry
         kind = _load(path)

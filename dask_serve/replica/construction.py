@@ -67,6 +67,16 @@ class Construction:
         values = await self._bound_values(keys) if keys else {}
         target, args, kwargs, modules = code.open_blob(blob, values, moved=ProcessEnvironment.moved)
         self._user.names = modules if modules.names else None
+        await self.make((target, args, kwargs), replica, options)
+
+    async def make(
+        self,
+        code: tuple[Any, tuple[Any, ...], dict[str, Any]],
+        replica: ReplicaContext,
+        options: Callable[[], DeploymentOptions],
+    ) -> None:
+        """Do all of that with a class or function and its arguments that are here."""
+        target, args, kwargs = code
         await self._user.construct(target, args, kwargs)
         if options().user_config is not None:
             await self.reconfigure(options().user_config)

@@ -401,6 +401,8 @@ class ReplicaCore:
         """Counts for the status of the worker."""
         return {
             "running": self.admission.running,
+            "waiting": len(self.waiting),
+            "wanted": self.admission.wanted,
             "answered": self.counts.answered,
             "failed": self.counts.failed,
             "dropped": self.counts.cancelled,

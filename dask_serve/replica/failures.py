@@ -49,6 +49,7 @@ def answer_for(execution: Execution, error: BaseException) -> Answer:
         return _failure(_misfit(user, execution.call.method, error))
     text, parts = payloads.dump_exception(error)
     logger.error("Request %s failed in replica %s:\n%s", request_id, user.id, text)
+    user.on_error(request_id, text)
     return Answer(Kind.ERROR, parts, message=text)
 
 

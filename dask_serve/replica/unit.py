@@ -26,6 +26,7 @@ from .construction import Construction
 from .core import ReplicaCore
 from .door import Door
 from .environment import ProcessEnvironment
+from .errors import ErrorReports
 from .health import Health
 from .hold import Hold
 from .load import LoadReports
@@ -79,6 +80,7 @@ class ReplicaUnit:
         self.user.clients = Clients(worker, self.user.loop)
         self.user.clients.enter(context)
         self.user.on_end = self._on_user_end
+        self.user.on_error = ErrorReports(self.id, worker).note
         self._user_ended = threading.Event()
         self._on_end: list[Callable[[], None]] = []
         self._construction = Construction(self.user, worker, spec["deployment"], self._on_worker)
@@ -106,16 +108,9 @@ class ReplicaUnit:
         from .process import ServeProcess  # the process knows its units
 
         try:
-            # Beside the wait for the code.
-            libraries = asyncio.ensure_future(self.user.in_pool(self.user.look_for_libraries))
-            reply, code = await fetch_code(self._ask_for_code)
-            if code is None:
-                # Deleted or replaced meanwhile.
-                await self._fail(f"the controller has no code for {self.id}: {_told(reply)}", logging.INFO)
+            door = await self._prepare()
+            if door is None:
                 return
-            await libraries
-            door = await self.user.in_pool(lambda: ServeProcess.door_of(self._worker, reply["secret"], self))
-            await self._construction.run(code, self.spec.get("keys") or [], self._context, lambda: self.options)
             self.user.open(door)
             ledger = ServeProcess.ledger_of(self._worker)
             self._on_end.append(lambda: ledger.close(self.id))
@@ -148,6 +143,22 @@ class ReplicaUnit:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.report("failed", error=why), REPORT_TIMEOUT)
         self.end()
+
+    async def _prepare(self) -> Door | None:
+        """Do all that comes before the first request; return the door by which it will come. None: it has failed."""
+        from .process import ServeProcess  # the process knows its units
+
+        # Beside the wait for the code.
+        libraries = asyncio.ensure_future(self.user.in_pool(self.user.look_for_libraries))
+        reply, code = await fetch_code(self._ask_for_code)
+        await libraries
+        if code is None:
+            # Deleted or replaced meanwhile.
+            await self._fail(f"the controller has no code for {self.id}: {_told(reply)}", logging.INFO)
+            return None
+        door: Door = await self.user.in_pool(lambda: ServeProcess.door_of(self._worker, reply["secret"], self))
+        await self._construction.run(code, self.spec.get("keys") or [], self._context, lambda: self.options)
+        return door
 
     async def _open(self, door: Door, core: ReplicaCore) -> None:
         self._settle_options(door, core)

@@ -105,6 +105,8 @@ class UserCode:
         self.pool = Pool(threads, f"{id}-def")
         #: Called when the user thread has ended, in it.
         self.on_end: Callable[[], None] = lambda: None
+        #: Called, in any thread, with a request's id and the traceback of what user code raised.
+        self.on_error: Callable[[str, str], object] = lambda request_id, text: None
         self._native = NativeThreads(threads)
         #: Seconds that ``shutdown()`` may take.
         self._patience = CLEAN_UP

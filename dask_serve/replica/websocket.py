@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from .user import UserCode
 
 __all__ = ["ClientDisconnected", "WebSocketConversation"]
+
+#: Bytes that the reason of a close may have.
+REASON = 123
 
 
 class ClientDisconnected(OSError):
@@ -107,7 +111,7 @@ class WebSocketConversation:
     async def _close(self, message: Any) -> None:
         self._state = "closed"
         code = message.get("code")
-        self._flow.event(Event("close", 1000 if code is None else code, message.get("reason") or ""))
+        self._flow.event(Event("close", 1000 if code is None else int(code), _text(message.get("reason") or "")))
 
     async def _http_response_start(self, message: Any) -> None:
         self._state = "denied"
@@ -137,6 +141,12 @@ _MOVES = {
     "websocket.http.response.start": ("new", "connecting"),
     "websocket.http.response.body": ("denied",),
 }
+
+
+def _text(reason: Any) -> str:
+    """Return the reason of a close as a frame can have it; FastAPI gives a list of what was not valid."""
+    text = reason if isinstance(reason, str) else json.dumps(reason, default=str)
+    return text.encode()[:REASON].decode(errors="ignore")
 
 
 def _headers(message: Any) -> list[tuple[bytes, bytes]]:

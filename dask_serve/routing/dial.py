@@ -14,6 +14,7 @@ from typing import Any
 from ..wire.connection import CallerConnection
 from ..wire.local import connect_locally
 from ..wire.tls import reason
+from ..wire.within import SCHEME, connect_within
 
 __all__ = ["Make", "NotThereError", "Tunnel", "UntrustedError", "Ways", "notice_silence", "reach", "split_address"]
 
@@ -155,6 +156,9 @@ async def reach(
     OSError
         No way leads there.
     """
+    if door.startswith(SCHEME):
+        inside = _Attempt(make, on_lost)
+        return await inside.run(connect_within(process, inside.connection))
     host, _ = split_address(door)
     local = None if door.startswith("tls") else connect_locally(process)
     if local is not None:

@@ -7,7 +7,7 @@ from distributed.core import Status
 
 from ..exceptions import NotRunningError
 from ..routing.session import Session
-from .peers import current_client, current_worker, is_left_behind, was_forked
+from .peers import current_client, current_worker, is_left_behind, stand_ins, was_forked
 
 __all__ = ["find_owner"]
 
@@ -50,6 +50,9 @@ def find_owner(asker: object, address: str | None, cluster: str, client: Client 
             continue
         if not is_left_behind(candidate) and (candidate is client or belongs(candidate)):
             return candidate
+    for stand_in in list(stand_ins):
+        if belongs(stand_in):
+            return stand_in
     # A thread that user code started in a replica or a task.
     for worker in list(Worker._instances):
         if worker.status in WORKS and not is_left_behind(worker) and belongs(worker):

@@ -32,6 +32,7 @@ __all__ = [
     "not_running",
     "probe",
     "refuse_inside",
+    "stand_ins",
     "was_forked",
 ]
 
@@ -42,6 +43,10 @@ def current_client(client: Client | None = None) -> Client | None:
         raise ConfigError(f"client={client!r} is no Dask client: give a distributed.Client, or leave it out")
     client = client if client is not None else _get_global_client()
     return None if client is None or is_left_behind(client) else client
+
+
+#: Applications that run in this process without a cluster (`dask_serve.testing`), the last one last.
+stand_ins: list[Any] = []
 
 
 def is_left_behind(owner: Client | Worker) -> bool:
@@ -150,6 +155,8 @@ def _peer(client: Client | None) -> tuple[Any, Callable[[Callable[[], Awaitable[
     if worker is not None:
         return worker, lambda function: run_on_loop(worker.loop, function)
     client = current_client(client)
+    if client is None and stand_ins:
+        return stand_ins[-1], stand_ins[-1].sync
     if client is None:
         not_running("here, as far as can be seen: there is no Dask client")
     if client.scheduler is None:

@@ -22,7 +22,7 @@ from .revision import revision
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Built", "Unbound", "build"]
+__all__ = ["Builder", "Built", "Unbound", "applications_in", "build", "check_route"]
 
 #: What to do about an application that cannot be pickled.
 _BUILDER = (
@@ -68,11 +68,11 @@ def build(
         A name or the route is not valid, or something cannot be sent to the workers.
     """
     check_name(name, "an application")
-    builder = _Builder(name, change)
+    builder = Builder(name, change)
     ingress = builder.add(target)
     spec = ApplicationSpec(
         name=name,
-        route_prefix=_check_route(route_prefix),
+        route_prefix=check_route(route_prefix),
         ingress=ingress,
         deployments=builder.specs,
         source=source,
@@ -80,7 +80,8 @@ def build(
     return Built(spec=spec, code=builder.code)
 
 
-def _check_route(prefix: Any) -> str | None:
+def check_route(prefix: Any) -> str | None:
+    """Return a route prefix, or raise `ConfigError` where it is none."""
     if prefix is None:
         return None
     if not isinstance(prefix, str) or not re.fullmatch(r"/|(/[^/{}?#\s]+)+", prefix):
@@ -91,8 +92,10 @@ def _check_route(prefix: Any) -> str | None:
     return prefix
 
 
-class _Builder:
-    def __init__(self, app: str, change: Callable[[str, Deployment], Deployment] | None) -> None:
+class Builder:
+    """Goes through an application, and gives each of its deployments a name of its own."""
+
+    def __init__(self, app: str, change: Callable[[str, Deployment], Deployment] | None = None) -> None:
         self.app = app
         self._change = change
         self.specs: list[DeploymentSpec] = []
@@ -106,7 +109,7 @@ class _Builder:
             return self._names[id(application)][1]
         name = self._unique(application.deployment.name)
         self._names[id(application)] = application, name
-        for child in _applications((application.args, application.kwargs)):
+        for child in applications_in((application.args, application.kwargs)):
             self.add(child)
         self._pack(application, name)
         return name
@@ -181,7 +184,7 @@ def unbound(name: str) -> Unbound:
     return Unbound(name)
 
 
-def _applications(value: Any, seen: set[int] | None = None) -> Iterator[Application]:
+def applications_in(value: Any, seen: set[int] | None = None) -> Iterator[Application]:
     """Find the applications inside bound arguments, in order."""
     seen = set() if seen is None else seen
     if isinstance(value, Application):
@@ -197,7 +200,7 @@ def _applications(value: Any, seen: set[int] | None = None) -> Iterator[Applicat
     if items and id(value) not in seen:
         seen.add(id(value))
         for item in items:
-            yield from _applications(item, seen)
+            yield from applications_in(item, seen)
 
 
 def _fields(value: Any) -> Iterable[str]:

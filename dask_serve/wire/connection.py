@@ -368,8 +368,9 @@ class DoorConnection(Connection):
     def _welcome(self) -> None:
         super()._welcome()
         assert self.transport is not None
-        if self.transport.get_extra_info("ssl_object") is None:
-            self._socket = socket.socket(fileno=os.dup(self.transport.get_extra_info("socket").fileno()))
+        sock = self.transport.get_extra_info("socket")
+        if sock is not None and self.transport.get_extra_info("ssl_object") is None:
+            self._socket = socket.socket(fileno=os.dup(sock.fileno()))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._close_socket()
