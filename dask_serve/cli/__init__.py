@@ -18,6 +18,7 @@ COMMANDS = {
     "run": "run",
     "deploy": "documents",
     "build": "documents",
+    "migrate": "migrate",
     "status": "look",
     "logs": "logs",
     "config": "look",

@@ -15,7 +15,7 @@ from .declaration import VERSION
 from .dumping import WIDTH, dump
 from .shipped import SCHEMA
 
-__all__ = ["render", "render_desired"]
+__all__ = ["render", "render_desired", "render_plain"]
 
 
 def render(
@@ -51,6 +51,15 @@ def render(
     for spec in specs:
         entry = _application(spec, explain, (notes or {}).get(spec.name, ""))
         lines += [f"  - {entry[0]}", *_indented(entry[1:], 4), ""]
+    return "\n".join(line.rstrip() for line in lines).rstrip() + "\n"
+
+
+def render_plain(document: dict[str, Any], head: str = "") -> str:
+    """Return a document of plain values, none of which is a variable."""
+    body: list[str] = []
+    for name, value in document.items():
+        body += ["", *dump({name: _text(value)})] if body else dump({name: _text(value)})
+    lines = [f"# yaml-language-server: $schema={SCHEMA.as_uri()}", *_comment(head), *body]
     return "\n".join(line.rstrip() for line in lines).rstrip() + "\n"
 
 
