@@ -54,6 +54,8 @@ class Registry:
         self.reasons: dict[str, str] = {}
         #: Workers that are about to go: their replicas serve until they are replaced.
         self.leaving: set[str] = set()
+        #: Ids of replicas that go where there is more room: they serve until they are replaced.
+        self.moving: set[str] = set()
         #: Workers whose doors do not answer: no new requests go there.
         self.silent: set[str] = set()
         #: Processes that were given up though their connections may stand.
@@ -102,6 +104,7 @@ class Registry:
                 del index[key][replica.id]
                 if not index[key]:
                     del index[key]
+            self.moving.discard(replica.id)
             # There is room now.
             self.touch(*self.unplaced)
 
@@ -283,7 +286,7 @@ class Registry:
                 revision=r.spec.revision,
                 state=r.state,
                 settings=r.settings,
-                leaving=r.worker in self.leaving,
+                leaving=r.worker in self.leaving or r.id in self.moving,
             )
             for id in deployments
             for r in self.of(id)

@@ -168,6 +168,8 @@ class Views:
             return "its worker does not answer"
         if replica.worker in self._registry.leaving and replica.state == "ready":
             return "its worker is leaving; it serves until it is replaced"
+        if replica.id in self._registry.moving and replica.state == "ready":
+            return "its worker has too few threads; it serves until it is replaced on another"
         return replica.message
 
     def _setback(self, id: str, spec: DeploymentSpec) -> str:

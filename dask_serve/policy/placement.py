@@ -158,7 +158,9 @@ def wanted_workers(workers: Sequence[WorkerView], unplaced: int, short: int = 0)
     """Return how many workers an adaptive cluster should have for our replicas.
 
     At least those that hold some; more when replicas could not be placed, or when their threads exceed the
-    threads there are. Without any worker one is asked for first: what it is like tells how many more.
+    threads there are. Where replicas crowd each other, as many as have threads for all: those that were asked for must
+    not go again before replicas have moved there. Without any worker one is asked for first: what it is like tells how
+    many more.
 
     Parameters
     ----------
@@ -173,9 +175,15 @@ def wanted_workers(workers: Sequence[WorkerView], unplaced: int, short: int = 0)
         return 1 if unplaced or short else 0
     nthreads = sum(w.nthreads for w in workers)
     # Free threads that these replicas cannot use, scattered or on workers that close, are not counted on.
-    excess = max(sum(w.threads for w in workers) - nthreads, 0) + short
+    used = sum(w.threads for w in workers)
+    excess = max(used - nthreads, 0) + short
     more = unplaced + (-(-excess * len(workers) // max(nthreads, 1)) if excess > 0 else 0)
-    return len(workers) + more if more else sum(1 for w in workers if w.total)
+    if more:
+        return len(workers) + more
+    holding = sum(1 for w in workers if w.total)
+    if any(w.threads > w.nthreads for w in workers):
+        return max(holding, -(-used * len(workers) // nthreads))
+    return holding
 
 
 def _named(need: Need, worker: WorkerView) -> bool:
