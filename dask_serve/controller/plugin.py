@@ -479,6 +479,7 @@ class Controller(SchedulerPlugin):
         self.scheduler.idle_since = None
 
     def _adaptive_target(self, target_duration: float | None = None) -> int:
+        self.leaving.asked_at = asyncio.get_running_loop().time()
         return max(int(self._adaptive_before(target_duration)), self.reconciler.wanted_workers())
 
 
