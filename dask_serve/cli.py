@@ -102,8 +102,14 @@ def run(  # noqa: PLR0917 - click passes them by name
 @click.option("--port", type=click.IntRange(0, 65535), help="Port the proxies listen on (8000 unless set; 0: any).")
 @click.option("--num-proxies", type=click.IntRange(1), help="Number of proxy processes (1 unless set).")
 @_http_option
-def proxy(
-    scheduler: str | None, host: str | None, port: int | None, num_proxies: int | None, http: tuple[str, ...]
+@click.option("--service-file", metavar="PATH", help="File for users to read where HTTP is served: JSON with its url.")
+def proxy(  # noqa: PLR0917 - click passes them by name
+    scheduler: str | None,
+    host: str | None,
+    port: int | None,
+    num_proxies: int | None,
+    http: tuple[str, ...],
+    service_file: str | None,
 ) -> None:
     """Serve HTTP on this node, until SIGTERM or Ctrl-C, for the applications of a cluster elsewhere.
 
@@ -117,10 +123,10 @@ def proxy(
         raise click.UsageError("which cluster? Give --scheduler ADDRESS, or set DASK_SCHEDULER_ADDRESS")
     with _errors():
         options = _http_options(http, host=host, port=port, num_proxies=num_proxies)
-        asyncio.run(_serve_here(address, options))
+        asyncio.run(_serve_here(address, options, service_file))
 
 
-async def _serve_here(address: str, options: dict[str, Any]) -> None:
+async def _serve_here(address: str, options: dict[str, Any], service_file: str | None) -> None:
     import asyncio
 
     from .controller.remote import RemoteProxies
@@ -129,7 +135,7 @@ async def _serve_here(address: str, options: dict[str, Any]) -> None:
     ended = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, ended.set)
-    proxies = RemoteProxies(address, options)
+    proxies = RemoteProxies(address, options, service_file=service_file)
     try:
         click.echo(f"serving at {await proxies.start(timeout=CONNECT_WITHIN)}")
         following = loop.create_task(proxies.follow(click.echo))

@@ -8,6 +8,7 @@ import click
 
 from .config import HTTPOptions, build_options, parse_options
 from .controller.plugin import Controller
+from .controller.service_file import check
 from .controller.state_file import default_file
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = ["dask_setup"]
     help="File that applications are saved in, and come back from; none: nowhere.  [default: serve.state-file, or one "
     "for crashes only]",
 )
+@click.option("--service-file", metavar="PATH", help="File for users to read where HTTP is served: JSON with its url.")
 def dask_setup(  # noqa: PLR0917 - click passes them by name
     scheduler: Scheduler,
     serve_host: str | None,
@@ -36,11 +38,15 @@ def dask_setup(  # noqa: PLR0917 - click passes them by name
     serve_http: tuple[str, ...],
     no_serve_http: bool,
     serve_state: str | None,
+    service_file: str | None,
 ) -> None:
     """Options of dask_serve's scheduler preload."""
     options = {"host": serve_host, "port": serve_port, "num_proxies": serve_proxies}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     given.update(parse_options(serve_http))
     http = None if no_serve_http else build_options(HTTPOptions, given, "the preload of dask_serve")
+    if service_file is not None:
+        check(service_file)
     # Not register_scheduler_plugin: the scheduler starts all its plugins after the preloads.
-    scheduler.add_plugin(Controller(http, list(given), default_file(scheduler, serve_state)), idempotent=True)
+    state = default_file(scheduler, serve_state)
+    scheduler.add_plugin(Controller(http, list(given), state, service_file), idempotent=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from distributed import Client
+from distributed.comm.addressing import get_address_host
 from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
@@ -42,6 +43,7 @@ from .pulse import Pulse
 from .reconciler import Reconciler
 from .registry import Registry
 from .scaling import Scaling
+from .service_file import ServiceFile
 from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, WorkerStatus, encode_status
 from .store import Store
@@ -89,17 +91,24 @@ class Controller(SchedulerPlugin):
         Names of those options that a person gave, for which there is no way round.
     state : StateFile, optional
         Where the desired state is saved; by default where the scheduler's configuration says, if it does.
+    service_file : str, optional
+        Path of a file that tells where HTTP is served.
     """
 
     name = "dask-serve"
     idempotent = True
 
     def __init__(
-        self, http: HTTPOptions | None = None, explicit: list[str] | None = None, state: StateFile | None = None
+        self,
+        http: HTTPOptions | None = None,
+        explicit: list[str] | None = None,
+        state: StateFile | None = None,
+        service_file: str | None = None,
     ) -> None:
         self._http_at_start = http
         self._explicit = set(explicit or ())
         self._state = state
+        self._service_file = service_file
 
     async def start(self, scheduler: Scheduler) -> None:
         """Install the operations. Never waits, so that two registrations cannot overlap."""
@@ -148,6 +157,9 @@ class Controller(SchedulerPlugin):
     async def _run(self) -> None:
         # A connection to this scheduler before it runs would wait for itself.
         await self.scheduler
+        if self._service_file is not None:
+            address = self.scheduler.address
+            self.front.file = ServiceFile(self._service_file, address, get_address_host(address))
         try:
             self._client = await Client(
                 self.scheduler.address,

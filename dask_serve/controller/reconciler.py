@@ -42,6 +42,8 @@ BATCH = 25
 #: Seconds beyond the graceful time before a replica that does not answer is dropped.
 DRAIN_GRACE = 2.0
 RECONFIGURE_TIMEOUT = 60.0
+#: Seconds after which a worker that joined holds what it can.
+JOINED = 1.0
 
 
 class Reconciler:
@@ -75,6 +77,9 @@ class Reconciler:
         self._short_of_threads: dict[str, tuple[int, int]] = {}
         #: Deployments that are placed once workers have told their devices.
         self._wait_for_devices: set[str] = set()
+        #: When the last worker joined, and how many there should have been before.
+        self._joined_at = -JOINED
+        self._wanted_before = 0
 
     # -- life
 
@@ -117,7 +122,12 @@ class Reconciler:
         extra, threads = sum(number for number, _ in short), sum(threads for _, threads in short)
         # Those that move are counted where they go to.
         moving = [self.registry.replicas[id] for id in self.registry.moving]
-        return wanted_workers(self.workers.views(without=moving), unplaced - extra, threads)
+        wanted = wanted_workers(self.workers.views(without=moving), unplaced - extra, threads)
+        if time.monotonic() < self._joined_at + JOINED:
+            # It is being seen what the new one can take; what is asked for meanwhile would be sent back.
+            return max(min(wanted, self._wanted_before), len(self.scheduler.workers))
+        self._wanted_before = wanted
+        return wanted
 
     # -- events
 
@@ -212,6 +222,7 @@ class Reconciler:
     def joined_worker(self, worker: str) -> None:
         """There is a worker that may hold replicas."""
         self.balance.due = True
+        self._joined_at = time.monotonic()
         self.registry.touch(*self.registry.unplaced)
         self.wake()
 
