@@ -140,6 +140,8 @@ class Controller(SchedulerPlugin):
         self._status = ServeStatus()
         self._statuses = Changes()
         self._client: Client | None = None
+        #: Why nothing is started any more, if so.
+        self._ended = ""
         self._not_idle = PeriodicCallback(self._keep_awake, NOT_IDLE * 1000)
         for name in OPERATIONS:
             scheduler.handlers[name] = getattr(self, name)
@@ -176,8 +178,10 @@ class Controller(SchedulerPlugin):
                 await self.reconciler.run(self._client)
             finally:
                 pulse.cancel()
-        except Exception:
+        except Exception as error:
             logger.exception("the controller of dask_serve ended")
+            self._ended = f"the controller of dask_serve ended, see the scheduler's log: {error!r}"
+            self._publish()
             raise
 
     async def before_close(self) -> None:
@@ -275,6 +279,8 @@ class Controller(SchedulerPlugin):
             spec = msgspec.msgpack.decode(application, type=ApplicationSpec)
         except msgspec.ValidationError as error:
             raise ConfigError(f"the scheduler's dask_serve does not understand this application: {error}") from None
+        if self._ended:
+            raise ServeError(self._ended)
         await self.scaling.check(spec)
         missing = self.editor.lacks([deployment.revision for deployment in spec.deployments], code)
         if missing:
@@ -465,7 +471,7 @@ class Controller(SchedulerPlugin):
             applications=self.views.statuses(),
             proxies=self.front.describe(),
             url=self.front.url,
-            message="\n".join(text for text in (self.front.message, *self.editor.trouble) if text),
+            message="\n".join(text for text in (self._ended, self.front.message, *self.editor.trouble) if text),
             events=self.events.latest(),
         )
         if status != self._status or not status.version:
