@@ -7,11 +7,9 @@ import getpass
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,7 +110,7 @@ class Slurm:
         """Return the states of the jobs in the queue (each member of an array) by id."""
         only = [] if name is None else [f"--name={name}"]
         lines = self.run("squeue", "--noheader", "--array", "--format=%i %T", *only).splitlines()
-        return {job: state for job, state in (line.split() for line in lines)}
+        return {line.split()[0]: line.split()[1] for line in lines}
 
     def close(self) -> None:
         """Kill what runs, and end the daemons."""

@@ -191,7 +191,7 @@ def test_a_service_that_outlives_sessions(slurm: Slurm, shared: Path) -> None:
         script = script.replace(written, short)
     (shared / "workers.sbatch").write_text(script)
     (shared / "service.sbatch").write_text(block_after(PAGE, "`service.sbatch`:"))
-    submit = next(block for block in blocks(PAGE, "bash") if "sbatch service.sbatch" in block)
+    submit = next(block for block in blocks(PAGE, "bash") if block.startswith("sbatch "))
     began = time.monotonic()
     subprocess.run(["bash", "-ec", submit], check=True, timeout=30)
     wait_until((shared / "scheduler.json").exists, timeout=40)
