@@ -5,6 +5,7 @@
 #                                                                           JOBS=0: in one process, for --pdb)
 #   make test-all      the same with the slow tests
 #   make test-oldest   the tests with the oldest distributed that is promised, in .venv-oldest
+#   make clusters      Debian's packages for the slow tests on real clusters (apt-get, as root): SLURM and OpenSSH
 #   make bench         the benchmarks, several minutes                     (ARGS="--quick")
 #   make bench-peers   beside other servers, each in .venv-peers/<peer>; 15 minutes and 1 GB   (ARGS="--quick")
 #   make bench-overload  too much to do, beside the same; 5 minutes          (ARGS="--quick")
@@ -22,7 +23,7 @@ METADATA := setup.py pyproject.toml
 OLDEST := 2025.9.0
 PEERS := $(patsubst benchmarks/peers/requirements/%.txt,%,$(wildcard benchmarks/peers/requirements/*.txt))
 
-.PHONY: help demo test test-all test-oldest lint bench bench-peers bench-overload clean
+.PHONY: help demo test test-all test-oldest clusters lint bench bench-peers bench-overload clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +41,11 @@ test-all: lint
 test-oldest:
 	@$(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/.oldest
 	.venv-oldest/bin/python $(PYTEST) -m "" $(ARGS)
+
+# Their services are not started: the tests have daemons of their own.
+clusters:
+	$(if $(filter-out 0,$(shell id -u)),sudo) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+	  apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge openssh-server openssh-client
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check

@@ -63,6 +63,12 @@ EXTRAS = {
         # The manifests of examples/kubernetes: tests/test_kubernetes.py.
         "kubernetes-validate>=1.31",
         "pyyaml>=6",
+        # Clusters that people serve on: tests/test_ssh.py, test_slurm.py, test_gateway.py. The Debian packages that
+        # the first two need besides: `make clusters`.
+        "asyncssh>=2.14",
+        "dask-jobqueue>=0.9",
+        'dask-gateway>=2025.4; sys_platform == "linux"',
+        'dask-gateway-server[local]>=2025.4; sys_platform == "linux"',
         # A real Jupyter kernel: tests/test_notebook.py.
         "ipykernel>=6.29",
         "nbclient>=0.10",

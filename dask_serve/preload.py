@@ -10,6 +10,7 @@ import click
 from .config import HTTPOptions, build_options, parse_options
 from .controller.boot import BootDocument
 from .controller.plugin import Controller
+from .controller.service_file import check
 from .controller.state_file import default_file
 from .defaults import overlaid
 from .exceptions import ConfigError
@@ -38,6 +39,7 @@ __all__ = ["dask_setup"]
     type=click.Path(dir_okay=False),
     help="Document (YAML) whose applications are deployed once the scheduler runs.",
 )
+@click.option("--service-file", metavar="PATH", help="File for users to read where HTTP is served: JSON with its url.")
 def dask_setup(  # noqa: PLR0917 - click passes them by name
     scheduler: Scheduler,
     serve_host: str | None,
@@ -47,6 +49,7 @@ def dask_setup(  # noqa: PLR0917 - click passes them by name
     no_serve_http: bool,
     serve_state: str | None,
     serve_config: str | None,
+    service_file: str | None,
 ) -> None:
     """Options of dask_serve's scheduler preload."""
     options = {"host": serve_host, "port": serve_port, "num_proxies": serve_proxies}
@@ -56,9 +59,11 @@ def dask_setup(  # noqa: PLR0917 - click passes them by name
     http = None if no_serve_http else build_options(HTTPOptions, given, "the preload of dask_serve")
     if http is not None:
         http = overlaid(http, given)
+    if service_file is not None:
+        check(service_file)
     # Not register_scheduler_plugin: the scheduler starts all its plugins after the preloads.
     state = default_file(scheduler, serve_state)
-    scheduler.add_plugin(Controller(http, list(given), state, document), idempotent=True)
+    scheduler.add_plugin(Controller(http, list(given), state, document, service_file), idempotent=True)
 
 
 def _read(path: str, given: dict[str, Any], no_http: bool) -> BootDocument:

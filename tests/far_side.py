@@ -1,7 +1,8 @@
 """A session that reaches a scheduler and nothing else, as behind ``kubectl port-forward``.
 
 Run as a program it is that session: in a network namespace of its own, whose only way out is a Unix socket in the file
-system, it forwards a port to that socket, connects a Dask client to the port, and does what it is told.
+system, it forwards a port to that socket, connects a Dask client to the port, and does what it is told. The port may
+be a gateway's.
 """
 
 from __future__ import annotations
@@ -65,10 +66,20 @@ def connect_unix(path: str) -> socket.socket:
     return sock
 
 
-class FarSide:
-    """That session, seen from the side of the cluster."""
+def connect_client(port: int) -> Any:
+    """Connect to a scheduler."""
+    from distributed import Client
 
-    def __init__(self, scheduler: str, directory: Path) -> None:
+    return Client(f"tcp://127.0.0.1:{port}")
+
+
+class FarSide:
+    """That session, seen from the side of the cluster.
+
+    ``connect`` is called there with the forwarded port, and returns the session's client as a context.
+    """
+
+    def __init__(self, scheduler: str, directory: Path, connect: Callable[[int], Any] = connect_client) -> None:
         host, _, port = scheduler.rpartition("://")[2].rpartition(":")
         path = str(directory / "way")
         self._server = socket.socket(socket.AF_UNIX)
@@ -83,6 +94,7 @@ class FarSide:
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parent.parent,)))},
             )
+        self.connection.send_bytes(cloudpickle.dumps(connect))
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
         """Have a function called there with the session's client and the arguments."""
@@ -120,13 +132,11 @@ def _raise_loopback() -> None:
 
 
 def main(path: str, orders: int) -> None:
-    from distributed import Client
-
     _raise_loopback()
     server = socket.create_server(("127.0.0.1", 0))
     forward(server, lambda: connect_unix(path))
     connection = Connection(orders)
-    with Client(f"tcp://127.0.0.1:{server.getsockname()[1]}") as client:
+    with cloudpickle.loads(connection.recv_bytes())(server.getsockname()[1]) as client:
         while True:
             try:
                 function, args = cloudpickle.loads(connection.recv_bytes())

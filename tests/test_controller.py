@@ -263,10 +263,10 @@ async def test_delete_drains(c, s, a, b):
     await serve.running()
     FakeReplica.gates["r1"] = asyncio.Event()
     deleting = asyncio.ensure_future(serve.rpc.serve_delete(app="app"))
-    status = await serve.until(lambda s: s.applications["app"].status == "deleting")
+    await serve.until(lambda s: s.applications["app"].status == "deleting")
     assert (await serve.table()).deployments == {}
     assert (await serve.table()).applications == {}
-    assert len(replicas(status, state="draining")) == 2
+    await serve.until(lambda s: len(replicas(s, state="draining")) == 2)
     assert not deleting.done()
     FakeReplica.gates["r1"].set()
     assert await deleting == {"deleted": True}

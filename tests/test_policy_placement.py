@@ -287,6 +287,9 @@ def test_wanted_workers():
     # 10 threads on 4: half more than two such workers again.
     assert wanted_workers([worker(1, threads=10, total=10)], 0) == 3
     assert wanted_workers([worker(1, threads=4, total=4)], 0) == 1
+    # The second one was asked for because of the crowd on the first: it stays until they have moved, or for good.
+    assert wanted_workers([worker(1, nthreads=1, threads=2, total=2), worker(2, nthreads=1)], 0) == 2
+    assert wanted_workers([worker(1, nthreads=1, threads=2, total=2)] + [worker(n, nthreads=1) for n in (2, 3)], 0) == 2
     # Replicas that wait for free threads: as many workers more as have so many.
     assert wanted_workers([], 0, 5) == 1
     assert wanted_workers([worker(1, threads=4, total=4)], 0, 4) == 2

@@ -20,7 +20,8 @@ __all__ = ["proxy"]
 )
 @cluster_options
 @http_options
-def proxy(cluster: Cluster, http: dict[str, Any]) -> None:
+@click.option("--service-file", metavar="PATH", help="File for users to read where HTTP is served: JSON with its url.")
+def proxy(cluster: Cluster, http: dict[str, Any], service_file: str | None) -> None:
     """Serve HTTP on this node, until SIGTERM or Ctrl-C, for the applications of a cluster elsewhere.
 
     Options are those of serve.start on the cluster, but for the addresses to listen on; what is given here goes first.
@@ -28,10 +29,10 @@ def proxy(cluster: Cluster, http: dict[str, Any]) -> None:
     """
     import asyncio
 
-    asyncio.run(_serve_here(cluster, http))
+    asyncio.run(_serve_here(cluster, http, service_file))
 
 
-async def _serve_here(cluster: Cluster, http: dict[str, Any]) -> None:
+async def _serve_here(cluster: Cluster, http: dict[str, Any], service_file: str | None) -> None:
     import asyncio
 
     from ..controller.remote import RemoteProxies
@@ -40,7 +41,7 @@ async def _serve_here(cluster: Cluster, http: dict[str, Any]) -> None:
     ended = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, ended.set)
-    proxies = RemoteProxies(cluster.address, http, cluster.security)
+    proxies = RemoteProxies(cluster.address, http, cluster.security, service_file)
     try:
         click.echo(f"serving at {await proxies.start(timeout=CONNECT_WITHIN)}")
         following = loop.create_task(proxies.follow(click.echo))

@@ -21,6 +21,8 @@ from .store import HTTP
 if TYPE_CHECKING:
     from distributed.security import Security
 
+    from .service_file import ServiceFile
+
 __all__ = ["Front", "first_options"]
 
 logger = logging.getLogger("dask_serve.controller")
@@ -85,6 +87,8 @@ class Front:
         #: Names of the options that a person gave.
         self._explicit: set[str] = set()
         self._first: asyncio.Task[None] | None = None
+        #: Where users read the URL.
+        self.file: ServiceFile | None = None
 
     def begin(self, options: HTTPOptions, explicit: set[str]) -> None:
         """Start the first proxies, without waiting: replicas need not wait until the last ones have left the port."""
@@ -128,6 +132,7 @@ class Front:
                 raise
             finally:
                 self.url = self._proxies.url
+                await self._tell_users()
                 self._on_change()
             self._explicit |= explicit
             await self._editor.save_http(self._proxies.fixed_options, sorted(self._explicit))
@@ -141,6 +146,7 @@ class Front:
             if self._proxies is not None:
                 await self._proxies.stop()
                 self._proxies = None
+            await self._tell_users()
             self._explicit.clear()
             await self._editor.save_http(None)
 
@@ -151,8 +157,15 @@ class Front:
             self._first.cancel()
             with suppress(asyncio.CancelledError):
                 await self._first
+        self.url = ""
+        await self._tell_users()
         if self._proxies is not None:
             await self._proxies.stop(CLOSE_DRAIN)
+
+    async def _tell_users(self) -> None:
+        if self.file is not None:
+            wrong = await self.file.tell(self.url, self.options.host)
+            self.message = wrong or self.message
 
     def publish(self, table: bytes) -> None:
         """Give the proxies a new routing table, encoded."""

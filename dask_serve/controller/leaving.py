@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import dask
@@ -27,6 +28,11 @@ logger = logging.getLogger("dask_serve.controller")
 LOOK = 0.05
 #: Seconds that replicas wait for a place elsewhere before they end without a replacement.
 NO_PLACE = 2.0
+#: How Dask's workers sign when they retire of themselves, at the end of their ``--lifetime``.
+OF_ITSELF = "worker-close-gracefully"
+#: Seconds without a question after which nobody seems to add workers as they are needed. Adaptive asks every second,
+#: unless told otherwise.
+ADAPTIVE_WITHIN = 15.0
 
 
 class Leaving:
@@ -47,6 +53,8 @@ class Leaving:
         self._scheduler = scheduler
         self._registry = registry
         self._reconciler = reconciler
+        #: When an adaptive cluster asked last how many workers there should be.
+        self.asked_at: float | None = None
         self._retire: Any = scheduler.retire_workers
         scheduler.handlers["retire_workers"] = self.retire_workers
         scheduler.__dict__["retire_workers"] = self.retire_workers
@@ -76,7 +84,7 @@ class Leaving:
         self._check_names(workers, names)
         hosting = {worker for worker in found if self._registry.on_worker(worker)}
         if hosting:
-            await self.empty(hosting)
+            await self.empty(hosting, of_itself=str(stimulus_id).startswith(OF_ITSELF))
         answer = dict(await self._retire(found, **how))
         stay = {worker for worker in hosting if worker in self._scheduler.workers and worker not in answer}
         if stay:
@@ -120,19 +128,25 @@ class Leaving:
         # A cluster object that is being closed asks in this way too.
         logger.warning("%s", text)
 
-    async def empty(self, workers: Iterable[str], patience: float | None = None) -> list[Replica]:
+    async def empty(self, workers: Iterable[str], *, of_itself: bool = False) -> list[Replica]:
         """Bring workers to have no replica; return those that are left.
+
+        What has no replacement after ``serve.leave-patience`` is drained nevertheless.
 
         Parameters
         ----------
         workers : iterable of str
             Addresses.
-        patience : float, optional
-            Seconds to wait for replacements; by default ``serve.leave-patience``. What is not replaced by then is
-            drained nevertheless.
+        of_itself : bool, default False
+            A worker leaves because its time has come. Nobody else waits for it, and it can go on serving until there
+            is a place elsewhere; where workers are added as they are needed, a place with free threads.
         """
         workers = set(workers)
-        await self.replace(workers, patience)
+        patience = parse_timedelta(dask.config.get("serve.leave-patience", "2 minutes"))
+        if of_itself and self._adapts():
+            with self._at_leisure(workers):
+                await self.replace(workers, patience / 2, no_place=patience)
+        await self.replace(workers, patience, no_place=patience if of_itself else NO_PLACE)
         left = self._left(workers)
         for replica in left:
             if replica.state in ("starting", "ready"):
@@ -142,11 +156,9 @@ class Leaving:
         await asyncio.gather(*(replica.ended.wait() for replica in left))
         return self._left(workers)
 
-    async def replace(self, workers: Iterable[str], patience: float | None = None, no_place: float = NO_PLACE) -> None:
+    async def replace(self, workers: Iterable[str], patience: float, no_place: float) -> None:
         """Wait until the replicas of workers have replacements elsewhere, or find no place for ``no_place`` seconds."""
         workers = set(workers)
-        if patience is None:
-            patience = parse_timedelta(dask.config.get("serve.leave-patience", "2 minutes"))
         loop = asyncio.get_running_loop()
         placed_at = began = loop.time()
         self._note(workers, leaving=True)
@@ -161,6 +173,22 @@ class Leaving:
     def stay(self, workers: Iterable[str]) -> None:
         """These workers do not leave after all."""
         self._note(set(workers), leaving=False)
+
+    def _adapts(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        return self.asked_at is not None and now - self.asked_at < ADAPTIVE_WITHIN
+
+    @contextlib.contextmanager
+    def _at_leisure(self, workers: set[str]) -> Iterator[None]:
+        """Replacements take free threads only meanwhile; an adaptive cluster adds workers where there are none."""
+        registry = self._registry
+        registry.at_leisure |= workers
+        try:
+            yield
+        finally:
+            registry.at_leisure -= workers
+            registry.touch(*registry.unplaced)
+            self._reconciler.wake()
 
     def _note(self, workers: set[str], leaving: bool) -> None:
         registry = self._registry

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 from distributed import Client
+from distributed.comm.addressing import get_address_host
 from distributed.core import Status
 from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
@@ -21,6 +22,7 @@ from ..exceptions import (
     ApplicationNotFoundError,
     ConfigError,
     DeploymentUnavailableError,
+    ServeError,
 )
 from ..logs import join_dask
 from ..measures.sources import add_source, drop_source
@@ -51,6 +53,7 @@ from .reconciler import Reconciler
 from .registry import Registry
 from .rest import Rest
 from .scaling import Scaling
+from .service_file import ServiceFile
 from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, encode_status
 from .store import Store
@@ -85,6 +88,8 @@ class Controller(SchedulerPlugin):
         Where the desired state is saved; by default where the scheduler's configuration says, if it does.
     document : BootDocument, optional
         Deployed once the scheduler runs.
+    service_file : str, optional
+        Path of a file that tells where HTTP is served.
     """
 
     name = "dask-serve"
@@ -96,11 +101,13 @@ class Controller(SchedulerPlugin):
         explicit: list[str] | None = None,
         state: StateFile | None = None,
         document: BootDocument | None = None,
+        service_file: str | None = None,
     ) -> None:
         self._http_at_start = http
         self._explicit = set(explicit or ())
         self._state = state
         self._document = document
+        self._service_file = service_file
 
     async def start(self, scheduler: Scheduler) -> None:
         """Install the operations. Never waits, so that two registrations cannot overlap."""
@@ -141,6 +148,8 @@ class Controller(SchedulerPlugin):
         self._status = ServeStatus()
         self._statuses = Changes()
         self._client: Client | None = None
+        #: Why nothing is started any more, if so.
+        self._ended = ""
         self._not_idle = PeriodicCallback(self._keep_awake, NOT_IDLE * 1000)
         for name in OPERATIONS:
             scheduler.handlers[name] = getattr(self, name)
@@ -163,6 +172,9 @@ class Controller(SchedulerPlugin):
     async def _run(self) -> None:
         # A connection to this scheduler before it runs would wait for itself.
         await self.scheduler
+        if self._service_file is not None:
+            address = self.scheduler.address
+            self.front.file = ServiceFile(self._service_file, address, get_address_host(address))
         try:
             self._client = await Client(
                 self.scheduler.address,
@@ -181,8 +193,10 @@ class Controller(SchedulerPlugin):
                 await self.reconciler.run(self._client)
             finally:
                 pulse.cancel()
-        except Exception:
+        except Exception as error:
             logger.exception("the controller of dask_serve ended")
+            self._ended = f"the controller of dask_serve ended, see the scheduler's log: {error!r}"
+            self._publish()
             raise
 
     async def before_close(self) -> None:
@@ -300,6 +314,8 @@ class Controller(SchedulerPlugin):
             spec = msgspec.msgpack.decode(application, type=ApplicationSpec)
         except msgspec.ValidationError as error:
             raise ConfigError(f"the scheduler's dask_serve does not understand this application: {error}") from None
+        if self._ended:
+            raise ServeError(self._ended)
         await self.scaling.check(spec)
         missing = self.editor.lacks([name for deployment in spec.deployments for name in deployment.needs], code)
         if missing:
@@ -510,7 +526,7 @@ class Controller(SchedulerPlugin):
             applications=self.views.statuses(),
             proxies=self.front.describe(),
             url=self.front.url,
-            message="\n".join(text for text in (self.front.message, *self.editor.trouble, boot) if text),
+            message="\n".join(text for text in (self._ended, self.front.message, *self.editor.trouble, boot) if text),
             events=self.events.latest(),
         )
         if status != self._status or not status.version:
@@ -540,6 +556,7 @@ class Controller(SchedulerPlugin):
         return self._state is not None and self._state.for_crashes
 
     def _adaptive_target(self, target_duration: float | None = None) -> int:
+        self.leaving.asked_at = asyncio.get_running_loop().time()
         return max(int(self._adaptive_before(target_duration)), self.reconciler.wanted_workers())
 
 

@@ -15,10 +15,12 @@ from dask.utils import format_bytes
 from distributed import Client
 from msgspec.structs import replace
 
+from ..policy.desired import DeploymentSpec
 from ..policy.lifecycle import ENDS
 from ..policy.placement import Need, WorkerView, booking, place, wanted_workers
 from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
 from .actors import QUEUED_AFTER, Actors, explain, replica_class
+from .balance import Balance
 from .environments import describe
 from .held import HeldKeys
 from .registry import Registry
@@ -61,6 +63,7 @@ class Reconciler:
         self.registry = registry
         self.workers = WorkerViews(scheduler, registry)
         self.actors = Actors(scheduler)
+        self.balance = Balance(registry, self.workers, lambda replica: _need(replica.spec, only_free_threads=True))
         self._on_change = on_change
         self._client: Client | None = None
         self._wake = asyncio.Event()
@@ -113,7 +116,9 @@ class Reconciler:
         unplaced = sum(number for number, _ in self.registry.unplaced.values())
         short = self._short_of_threads.values()
         extra, threads = sum(number for number, _ in short), sum(threads for _, threads in short)
-        return wanted_workers(self.workers.views(), unplaced - extra, threads)
+        # Those that move are counted where they go to.
+        moving = [self.registry.replicas[id] for id in self.registry.moving]
+        return wanted_workers(self.workers.views(without=moving), unplaced - extra, threads)
 
     # -- events
 
@@ -126,6 +131,7 @@ class Reconciler:
         replica.submitted = True
         if replica.move("ready") == "ready":
             self.registry.attempts.pop((replica.deployment, replica.spec.revision), None)
+            self.balance.due = True
         self.wake()
 
     def reported_failed(self, replica: Replica, error: str) -> None:
@@ -208,6 +214,7 @@ class Reconciler:
         """There is a worker that may hold replicas, or will in a moment."""
         self.workers.joined(worker)
         self.workers.environments.came_back()
+        self.balance.due = True
         self.registry.touch(*self.registry.unplaced)
         self.wake()
 
@@ -224,6 +231,7 @@ class Reconciler:
 
     def _step(self, now: float) -> float | None:
         registry = self.registry
+        balance_at = self.balance.look(now)
         due = self._unplanned | {id for id, at in self._again.items() if at <= now}
         due = set(islice(due, BATCH))
         registry.tidy(due)
@@ -255,6 +263,8 @@ class Reconciler:
             self._unplanned |= set() if done else due
             return now
         wakes = list(self._again.values())
+        if balance_at is not None:
+            wakes.append(balance_at)
         if pending:
             wakes.append(now + QUEUED_AFTER)
         if late:
@@ -293,17 +303,9 @@ class Reconciler:
             return
         app, spec = found
         options = spec.options
-        need = Need(
-            threads=options.threads,
-            resources=options.resources,
-            gpus=options.gpus,
-            memory=options.memory or 0,
-            workers=options.workers,
-            max_replicas_per_worker=options.max_replicas_per_worker,
-            only_free_threads=self.registry.is_extra(action.deployment, spec),
-            environment="" if spec.environment is None else spec.environment.id,
-        )
         registry, id = self.registry, action.deployment
+        moving = registry.moving.intersection(registry.by_deployment.get(id, ()))
+        need = _need(spec, only_free_threads=bool(moving) or registry.is_extra(id, spec))
         if need.environment:
             self.workers.environments.in_use = True
         if id in registry.unplaced:
@@ -319,6 +321,11 @@ class Reconciler:
             for worker in self.workers.devices.unasked():
                 self._spawn(self._ask_for_devices(worker))
         choice = place(need, views)
+        if choice.worker is None and moving:
+            # Somebody else was faster: they stay where they are.
+            registry.moving -= moving
+            registry.touch(id)
+            return
         if choice.worker is None:
             if options.gpus and self.workers.devices.being_asked:
                 self._wait_for_devices.add(id)
@@ -453,6 +460,7 @@ class Reconciler:
 
     def _release(self, replica: Replica) -> None:
         """Let go of the actor: Dask ends it."""
+        self.balance.due = True
         future, replica.future = replica.future, None
         if future is None:
             return
@@ -477,3 +485,17 @@ class Reconciler:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _need(spec: DeploymentSpec, *, only_free_threads: bool) -> Need:
+    options = spec.options
+    return Need(
+        threads=options.threads,
+        resources=options.resources,
+        gpus=options.gpus,
+        memory=options.memory or 0,
+        workers=options.workers,
+        max_replicas_per_worker=options.max_replicas_per_worker,
+        only_free_threads=only_free_threads,
+        environment="" if spec.environment is None else spec.environment.id,
+    )

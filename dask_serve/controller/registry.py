@@ -54,6 +54,10 @@ class Registry:
         self.reasons: dict[str, str] = {}
         #: Workers that are about to go: their replicas serve until they are replaced.
         self.leaving: set[str] = set()
+        #: Those of them that can wait until there are free threads elsewhere.
+        self.at_leisure: set[str] = set()
+        #: Ids of replicas that go where there is more room: they serve until they are replaced.
+        self.moving: set[str] = set()
         #: Workers whose doors do not answer: no new requests go there.
         self.silent: set[str] = set()
         #: Processes that were given up though their connections may stand.
@@ -102,6 +106,7 @@ class Registry:
                 del index[key][replica.id]
                 if not index[key]:
                     del index[key]
+            self.moving.discard(replica.id)
             # There is room now.
             self.touch(*self.unplaced)
 
@@ -262,11 +267,16 @@ class Registry:
         return min(target, config.min_replicas if spec.name in application.reached else config.start_replicas)
 
     def is_extra(self, id: str, spec: DeploymentSpec) -> bool:
-        """Whether a deployment can do without another replica, which its load asks for: it should not crowd others."""
+        """Whether a deployment can do without another replica until there are free threads: it should not crowd others.
+
+        That is one more which its load asks for, or one for another that goes on serving elsewhere meanwhile.
+        """
         config = spec.options.autoscaling_config
+        living = [r for r in self.of(id) if r.state in ("starting", "ready")]
+        if any(r.worker in self.at_leisure for r in living):
+            return len(living) >= self.target(living[0].app, spec)
         if config is None:
             return False
-        living = [r for r in self.of(id) if r.state in ("starting", "ready")]
         if any(r.spec.revision != spec.revision or r.worker in self.leaving for r in living):
             # Those of a rolling update, and those of workers that go, are in place of others.
             return False
@@ -287,7 +297,7 @@ class Registry:
                 revision=r.spec.revision,
                 state=r.state,
                 settings=r.settings,
-                leaving=r.worker in self.leaving,
+                leaving=r.worker in self.leaving or r.id in self.moving,
             )
             for id in deployments
             for r in self.of(id)

@@ -11,14 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+from distributed.comm.addressing import get_address_host
 from distributed.core import rpc
 from distributed.security import Security
+from distributed.utils import get_ip
 
 from .. import __version__
 from ..config import HTTPOptions, change_options
 from ..exceptions import ConfigError, NotRunningError, ServeError
 from ..routing.table import decode_table
 from .proxies import Proxies
+from .service_file import ServiceFile
 
 __all__ = ["RemoteProxies"]
 
@@ -48,9 +51,22 @@ class RemoteProxies:
         Options of this node, which replace those of ``serve.start``.
     security : distributed.Security, optional
         Dask's certificates; by default those of its configuration.
+    service_file : str, optional
+        Path of a file that tells where HTTP is served.
+
+    Raises
+    ------
+    ConfigError
+        The service file cannot be there.
     """
 
-    def __init__(self, address: str, given: dict[str, Any], security: Security | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        given: dict[str, Any],
+        security: Security | None = None,
+        service_file: str | None = None,
+    ) -> None:
         self._address = address
         self._given = given
         security = security or Security()
@@ -61,6 +77,10 @@ class RemoteProxies:
         #: What the controller calls these proxies.
         self._name = f"{socket.gethostname()}-{os.getpid()}"
         self._options: HTTPOptions | None = None
+        self._file: ServiceFile | None = None
+        if service_file is not None:
+            # As the scheduler sees this node.
+            self._file = ServiceFile(service_file, address, get_ip(get_address_host(address)))
 
     async def start(self, timeout: float) -> str:
         """Return where HTTP is served, once it is.
@@ -77,7 +97,9 @@ class RemoteProxies:
         except (OSError, asyncio.TimeoutError) as error:
             raise NotRunningError(f"no scheduler answers at {self._address}: {str(error) or 'it is silent'}") from None
         self._options = options
-        return await self._proxies.start(self._here(options))
+        await self._proxies.start(self._here(options))
+        await self._tell_users()
+        return self._proxies.url
 
     async def follow(self, say: Callable[[str], None]) -> None:
         """Pass on news from the controller, until cancelled."""
@@ -98,6 +120,7 @@ class RemoteProxies:
                 self._options = options
                 try:
                     await self._proxies.start(self._here(options))
+                    await self._tell_users()
                 except ServeError as error:
                     say(f"the new options of serve.start cannot be used here: {error}")
 
@@ -107,7 +130,13 @@ class RemoteProxies:
             await asyncio.wait_for(self._scheduler.serve_proxy(timeout=0.0, node=self._name), GOODBYE)
         with contextlib.suppress(OSError):
             await self._scheduler.close_rpc()
+        if self._file is not None:
+            await self._file.tell("", "")
         await self._proxies.stop()
+
+    async def _tell_users(self) -> None:
+        if self._file is not None:
+            await self._file.tell(self._proxies.url, self._proxies.options.host)
 
     def _on_proxy(self, slot: int, event: str, details: dict[str, Any]) -> None:
         if event in {"backlogs", "counts"}:

@@ -174,6 +174,8 @@ class Views:
             return "its worker is leaving; it serves until it is replaced"
         if replica.state == "draining" and not replica.message:
             return why_it_ends(self._registry, replica)
+        if replica.id in self._registry.moving and replica.state == "ready":
+            return "its worker has too few threads; it serves until it is replaced on another"
         return replica.message
 
     def _setback(self, id: str, spec: DeploymentSpec) -> str:

@@ -177,8 +177,10 @@ def wanted_workers(workers: Sequence[WorkerView], unplaced: int, short: int = 0)
     """Return how many workers an adaptive cluster should have for our replicas.
 
     At least those that hold some; more when replicas could not be placed, or when their threads exceed the
-    threads there are. Without any worker one is asked for first: what it is like tells how many more. A worker that
-    has just come is taken for one that was asked for: asking for another in its place would be taken back at once.
+    threads there are. Where replicas crowd each other, as many as have threads for all: those that were asked for must
+    not go again before replicas have moved there. Without any worker one is asked for first: what it is like tells how
+    many more. A worker that has just come is taken for one that was asked for: asking for another in its place would be
+    taken back at once.
 
     Where some of those that hold replicas have no name of their own, all such workers are needed: whoever closes one
     of them by a name of the cluster's may mean any.
@@ -199,12 +201,16 @@ def wanted_workers(workers: Sequence[WorkerView], unplaced: int, short: int = 0)
     short = max(short - sum(w.nthreads for w in fresh[filled:]), 0)
     nthreads = sum(w.nthreads for w in workers)
     # Free threads that these replicas cannot use, scattered or on workers that close, are not counted on.
-    excess = max(sum(w.threads for w in workers) - nthreads, 0) + short
+    used = sum(w.threads for w in workers)
+    excess = max(used - nthreads, 0) + short
     more = unplaced + (-(-excess * len(workers) // max(nthreads, 1)) if excess > 0 else 0)
     if more:
         return len(workers) + more
     nameless = any(w.total and not w.named for w in workers)
-    return sum(1 for w in workers if w.total or w.fresh or (nameless and not w.named))
+    holding = sum(1 for w in workers if w.total or w.fresh or (nameless and not w.named))
+    if any(w.threads > w.nthreads for w in workers):
+        return max(holding, -(-used * len(workers) // nthreads))
+    return holding
 
 
 def worth_restarting(need: Need, workers: Sequence[WorkerView]) -> str | None:
