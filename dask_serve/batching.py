@@ -194,7 +194,7 @@ class BatchedMethod:
             if settings.stack == "rows":
                 size = max(1, rows_of(values, batcher.name))
         if settings.size_fn is not None:
-            size = settings.size_fn([values[0] if len(values) == 1 else values])
+            size = _counted(settings.size_fn([values[0] if len(values) == 1 else values]), batcher.name)
         return Item(self._call, values, size, key)
 
     # ------------------------------------------------------------------ settings
@@ -224,6 +224,17 @@ class BatchedMethod:
         """Return what has been batched so far: as in ``serve.status().workers``."""
         batcher = self._batcher()
         return batcher.counts.as_dict(len(batcher))
+
+
+def _counted(size: Any, name: str) -> float:
+    """Return what a ``batch_size_fn`` has returned, as a number."""
+    try:
+        number = float(size)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ConfigError(f"the batch_size_fn of {name} returned {size!r}; it must return a number, 0 or more")
+    return number
 
 
 def is_batched(function: object) -> bool:

@@ -112,6 +112,8 @@ def split_rows(result: Any, sizes: Sequence[int], name: str) -> list[Any]:
     BatchError
         It has not one row for each.
     """
+    if isinstance(result, (tuple, dict)) and not result:
+        raise BatchError(f"the batched {name} returned an empty {type(result).__name__}, and so no rows for its calls")
     if isinstance(result, tuple):
         return list(zip(*[split_rows(part, sizes, name) for part in result], strict=True))
     if isinstance(result, dict):

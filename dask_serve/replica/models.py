@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 from ..context import RequestContext, request_context
@@ -66,7 +67,7 @@ class ModelsSettings:
 class Model:
     """One model, from the first request for it until it is unloaded."""
 
-    __slots__ = ("admitted", "claimed", "error", "id", "nbytes", "ready", "users", "value", "waiters")
+    __slots__ = ("admitted", "claimed", "error", "id", "nbytes", "ready", "traceback", "users", "value", "waiters")
 
     def __init__(self, id: str, nbytes: int) -> None:
         self.id = id
@@ -74,6 +75,7 @@ class Model:
         self.nbytes = nbytes
         self.value: Any = None
         self.error: BaseException | None = None
+        self.traceback: TracebackType | None = None
         self.ready = False
         #: Somebody loads it.
         self.claimed = False
@@ -156,7 +158,8 @@ class Models:
 
     def _outcome(self, model: Model) -> Any:
         if model.error is not None:
-            raise model.error
+            # Others raise the same: each as it came from the loader.
+            raise model.error.with_traceback(model.traceback)
         return model.value
 
     def _wait_in_thread(self, gate: threading.Event, why: str, most: float | None = None) -> None:
@@ -304,6 +307,7 @@ class Models:
                 return
             model.value = value
             model.error = error
+            model.traceback = None if error is None else error.__traceback__
             model.ready = error is None
             waiters, model.waiters = model.waiters, []
             if error is None:
