@@ -123,6 +123,57 @@ def test_who_holds_a_model_does_not_wait_for_another():
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
+@pytest.mark.parametrize("method", ["load", "load_here"])
+def test_what_nobody_waits_for_any_more_is_not_loaded(method):
+    """Requests that went while they waited for room cost those who stay nothing."""
+    loader = Loader()
+    load = getattr(loader, method)
+
+    async def gone(name):
+        context = RequestContext(f"request for {name}")
+        request_context.set(context)
+        try:
+            await asyncio.wait_for(load(name), 0.1)
+        finally:
+            context.end()
+
+    async def run():
+        done = asyncio.Event()
+        users = [asyncio.ensure_future(in_request(load, name, done)) for name in "ab"]
+        await asyncio.sleep(0.1)
+        stays = asyncio.ensure_future(in_request(load, "c"))
+        errors = await asyncio.gather(*[gone(name) for name in "cdef"], return_exceptions=True)
+        assert [type(error) for error in errors] == [asyncio.TimeoutError] * 4
+        done.set()
+        assert await asyncio.gather(*users, stays) == ["a", "b", "c"]
+        await asyncio.sleep(0.2)
+        assert sorted(loader.begun) == ["a", "b", "c"]
+        # It is loaded when it is asked for again.
+        assert await in_request(load, "d") == "d"
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_one_too_many_goes_when_it_is_not_in_use_any_more():
+    loader = Loader()
+
+    async def holds_all():
+        context = RequestContext("all")
+        request_context.set(context)
+        for name in "abcd":
+            await loader.load(name)
+        assert loader.unloaded == []
+        context.end()
+
+    async def run():
+        await holds_all()
+        assert loader.unloaded == ["a", "b"]
+        assert (await in_request(loader.load, "c"), await in_request(loader.load, "d")) == ("c", "d")
+        assert loader.begun == ["a", "b", "c", "d"]
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
 def test_models_by_their_bytes():
     loader = Loader()
 

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -67,7 +67,19 @@ class ModelsSettings:
 class Model:
     """One model, from the first request for it until it is unloaded."""
 
-    __slots__ = ("admitted", "claimed", "error", "id", "nbytes", "ready", "traceback", "users", "value", "waiters")
+    __slots__ = (
+        "admitted",
+        "claimed",
+        "error",
+        "id",
+        "nbytes",
+        "ready",
+        "traceback",
+        "users",
+        "value",
+        "waiters",
+        "wanted",
+    )
 
     def __init__(self, id: str, nbytes: int) -> None:
         self.id = id
@@ -84,6 +96,8 @@ class Model:
         #: The requests that hold it. One that lives on in a task of user code, after it was answered, may never give
         #: it back.
         self.users: weakref.WeakSet[RequestContext] = weakref.WeakSet()
+        #: Code that works for no request asked for it: whether it waits still is not known.
+        self.wanted = False
         self.waiters: list[Callable[[], object]] = []
 
     @property
@@ -115,6 +129,8 @@ class Models:
         #: The least recently used first.
         self._models: dict[str, Model] = {}
         self._sizes: dict[str, int] = {}
+        #: There are more than there may be, as all others were in use.
+        self._over = False
         #: Called once when a model was given back, or one has gone.
         self._hopeful: list[Callable[[], object]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -189,7 +205,9 @@ class Models:
                 model = Model(id, self._sizes.get(id, 0))
             # The most recently used is the last.
             self._models[id] = model
-            if request is not None and request not in model.users:
+            if request is None:
+                model.wanted = True
+            elif request not in model.users:
                 model.users.add(request)
                 leases = request.leases
                 if leases is None:
@@ -202,9 +220,32 @@ class Models:
     def _give_back(self, model: Model, request: RequestContext) -> None:
         with self._lock:
             model.users.discard(request)
+            unload = self._surplus() if self._over else []
             hopeful, self._hopeful = self._hopeful, []
         for tell in hopeful:
             tell()
+        if unload:
+            self._changed()
+            self._let_go_later(unload)
+
+    def _surplus(self) -> list[Model]:
+        """Take out what is more than there may be, and is not in use any more (under the lock)."""
+        settings = self.settings
+        there = [model for model in self._models.values() if model.admitted]
+        unload, fits = to_unload(there, settings.most, settings.max_bytes, fresh=0)
+        for model in unload:
+            del self._models[model.id]
+        self._over = not fits
+        return unload
+
+    def _is_unwanted(self, model: Model) -> bool:
+        """All requests for a model that is to be loaded are gone: nobody gets it."""
+        with self._lock:
+            if model.users or model.wanted:
+                return False
+            if self._models.get(model.id) is model:
+                del self._models[model.id]
+            return True
 
     def _when_done(self, model: Model, tell: Callable[[], object]) -> None:
         with self._lock:
@@ -237,7 +278,10 @@ class Models:
 
     def _load_unclaimed(self, load: Callable[[str], Any], model: Model) -> None:
         if self._claim(model):
-            self._load_here(load, model)
+            if self._is_unwanted(model):
+                self._done(model, None, _unwanted(model))
+            else:
+                self._load_here(load, model)
 
     def _load_here(self, load: Callable[[str], Any], model: Model) -> None:
         """Load a model in this thread; never raises."""
@@ -270,6 +314,8 @@ class Models:
             if enough:
                 return
             await asyncio.wait([waiter], timeout=AGAIN)
+            if self._is_unwanted(model):
+                raise _unwanted(model)
 
     async def _loaded(self, model: Model, value: Any) -> None:
         model.nbytes = self._size_of(value)
@@ -294,6 +340,7 @@ class Models:
             if not enough and hope is not None and not holds and any(other.users for other in others):
                 self._hopeful.append(hope)
             else:
+                self._over = self._over or not enough
                 if not enough and hope is None and not model.admitted:
                     logger.warning("Model %r of %s is one too many: all others are in use", model.id, self.name)
                 model.admitted = enough = True
@@ -354,6 +401,23 @@ class Models:
         except Exception:
             logger.exception("Model %r of %s could not be unloaded", model.id, self.name)
 
+    def _let_go_later(self, models: Sequence[Model]) -> None:
+        """Unload models, not in this thread, which may have other things to do."""
+
+        async def let_go() -> None:
+            for model in models:
+                await self._let_go_on_loop(model)
+
+        if self._host is None:
+            for model in models:
+                self._let_go(model)
+            return
+        letting_go = let_go()
+        try:
+            asyncio.run_coroutine_threadsafe(letting_go, self._host.loop)
+        except RuntimeError:  # the loop has ended, and took them with it
+            letting_go.close()
+
     async def _let_go_on_loop(self, model: Model) -> None:
         hook = self._hook(model)
         if hook is None:
@@ -392,6 +456,10 @@ class Models:
         if self._host is not None:
             return await self._host.pool.run(run)
         return await asyncio.get_running_loop().run_in_executor(None, run)
+
+
+def _unwanted(model: Model) -> RequestCancelledError:
+    return RequestCancelledError(f"nobody waits for model {model.id!r} any more: it was not loaded")
 
 
 async def _await(made: Any) -> Any:
