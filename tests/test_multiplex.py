@@ -154,6 +154,46 @@ def test_what_nobody_waits_for_any_more_is_not_loaded(method):
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_who_loads_a_model_may_leave_others_to_do_it(cancelled):
+    """Nobody gets an error that is another request's."""
+    loader = Loader()
+
+    def in_thread(name, context):
+        request_context.set(context)
+        try:
+            return loader.load_here(name).name
+        finally:
+            context.end()
+
+    async def run():
+        host = Host(asyncio.get_running_loop(), Pool(4, "pool"))
+        enter_host(host)
+
+        def start(name, context):
+            copied = contextvars.copy_context()
+            return asyncio.ensure_future(host.pool.run(lambda: copied.run(in_thread, name, context)))
+
+        done = asyncio.Event()
+        users = [asyncio.ensure_future(in_request(loader.load_here, name, done)) for name in "ab"]
+        await asyncio.sleep(0.1)
+        first = RequestContext("first", None if cancelled else time.monotonic() + 0.2)
+        leaves = start("c", first)
+        await asyncio.sleep(0.05)
+        stay = [start("c", RequestContext("second")), asyncio.ensure_future(in_request(loader.load_here, "c"))]
+        await asyncio.sleep(0.05)
+        if cancelled:
+            first.cancel(refuse=True)
+        with pytest.raises(serve.RequestCancelledError if cancelled else serve.RequestTimeoutError):
+            await leaves
+        done.set()
+        assert await asyncio.gather(*users, *stay) == ["a", "b", "c", "c"]
+        assert sorted(loader.begun) == ["a", "b", "c"]
+        host.pool.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
 def test_one_too_many_goes_when_it_is_not_in_use_any_more():
     loader = Loader()
 

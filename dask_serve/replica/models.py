@@ -145,32 +145,36 @@ class Models:
 
     async def get(self, load: Callable[[str], Any], id: str) -> Any:
         """Return a model, loaded if need be, on the running loop."""
-        model, mine = self._find(id)
-        if model.ready:
-            return model.value
         loop = asyncio.get_running_loop()
-        if mine:
-            task = loop.create_task(self._load(load, model))
-            # Whoever began it may be cancelled; others wait for it.
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        waiter: asyncio.Future[None] = loop.create_future()
-        self._when_done(model, partial(_tell, loop, waiter))
-        await waiter
-        return self._outcome(model)
+        while True:
+            model, mine = self._find(id)
+            if model.ready:
+                return model.value
+            if mine:
+                task = loop.create_task(self._load(load, model))
+                # Whoever began it may be cancelled; others wait for it.
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            waiter: asyncio.Future[None] = loop.create_future()
+            self._when_done(model, partial(_tell, loop, waiter))
+            await waiter
+            if not _is_left(model):
+                return self._outcome(model)
 
     def get_blocking(self, load: Callable[[str], Any], id: str) -> Any:
         """Return a model, loaded by this thread if nobody else loads it."""
-        model, _ = self._find(id)
-        if model.ready:
-            return model.value
-        if self._claim(model):
-            self._load_here(load, model)
-        else:
-            gate = threading.Event()
-            self._when_done(model, gate.set)
-            self._wait_in_thread(gate, f"model {id!r} was being loaded")
-        return self._outcome(model)
+        while True:
+            model, _ = self._find(id)
+            if model.ready:
+                return model.value
+            if self._claim(model):
+                self._load_here(load, model)
+            else:
+                gate = threading.Event()
+                self._when_done(model, gate.set)
+                self._wait_in_thread(gate, f"model {id!r} was being loaded")
+            if not _is_left(model):
+                return self._outcome(model)
 
     def _outcome(self, model: Model) -> Any:
         if model.error is not None:
@@ -272,7 +276,7 @@ class Models:
                 await self._room_for(model)
                 await self._loaded(model, await load(model.id))
         except BaseException as error:
-            self._done(model, None, error)
+            self._done(model, None, _left_or(error))
             if isinstance(error, asyncio.CancelledError):
                 raise
 
@@ -302,7 +306,7 @@ class Models:
             for other in unload:
                 self._let_go(other)
         except BaseException as error:  # noqa: BLE001 - those who wait for it get it
-            self._done(model, None, error)
+            self._done(model, None, _left_or(error))
 
     async def _room_for(self, model: Model) -> None:
         loop = asyncio.get_running_loop()
@@ -456,6 +460,36 @@ class Models:
         if self._host is not None:
             return await self._host.pool.run(run)
         return await asyncio.get_running_loop().run_in_executor(None, run)
+
+
+class _Left(Exception):
+    """The request that loaded a model has ended, and with it the load; others load it again."""
+
+
+def _is_gone(request: RequestContext | None) -> bool:
+    if request is None:
+        return False
+    return request.cancelled or (request.deadline is not None and time.monotonic() >= request.deadline)
+
+
+def _left_or(error: BaseException) -> BaseException:
+    """Return why a load failed: what it raised, or that its own request has ended."""
+    if isinstance(error, (RequestCancelledError, RequestTimeoutError)) and _is_gone(request_context.get()):
+        left = _Left()
+        left.__cause__ = error
+        return left
+    return error
+
+
+def _is_left(model: Model) -> bool:
+    """Whether this request has to load a model again, as who did that has left."""
+    error = model.error
+    if not isinstance(error, _Left):
+        return False
+    if _is_gone(request_context.get()):
+        assert error.__cause__ is not None
+        raise error.__cause__
+    return True
 
 
 def _unwanted(model: Model) -> RequestCancelledError:
