@@ -244,7 +244,10 @@ def is_batched(function: object) -> bool:
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_batch_size": (lambda value: _is_int(value) and value >= 1, "a whole number from 1"),
-    "batch_wait_timeout_s": (lambda value: isinstance(value, (int, float)) and value >= 0, "seconds, 0 or more"),
+    "batch_wait_timeout_s": (
+        lambda value: isinstance(value, (int, float)) and 0 <= value < float("inf"),
+        "seconds, 0 or more",
+    ),
     "max_concurrent_batches": (lambda value: _is_int(value) and value >= 1, "a whole number from 1"),
     "batch_size_fn": (lambda value: value is None or callable(value), "a function of a list of calls, or None"),
     "bisect": (lambda value: isinstance(value, bool), "True or False"),

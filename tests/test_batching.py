@@ -7,6 +7,7 @@ import contextvars
 import copy
 import pickle
 import random
+import sys
 import threading
 import time
 import traceback
@@ -413,7 +414,7 @@ def test_calls_without_rows_are_told():
         return values[1:] if weights else len(values)
 
     for call, error, message in [
-        (lambda: lengths("text"), ArgumentsError, r"brings no rows \(str.*\): give a list"),
+        (lambda: lengths("text"), ArgumentsError, r"brings no rows \(str\): give a list"),
         (lambda: short([1, 2], [1]), ArgumentsError, "brings 1 and 2 rows"),
         (lambda: short([1, 2], 1), BatchError, "given 2 rows of 1 calls and returned 1"),
         (lambda: short([1, 2], 0), BatchError, "must return rows"),
@@ -531,6 +532,18 @@ def test_objects_with_batches_are_copied_and_pickled():
 def test_wrong_options(options, message):
     with pytest.raises(ConfigError, match=message):
         serve.batch(**options)
+
+
+def test_class_methods_cannot_be_batched():
+    class Owner:
+        @classmethod
+        @serve.batch
+        def shared(cls, values):
+            return values
+
+    if sys.version_info < (3, 13):
+        with pytest.raises(ConfigError, match="class methods of Owner"):
+            Owner.shared(1)
 
 
 def test_declarations():

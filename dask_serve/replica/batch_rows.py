@@ -6,6 +6,7 @@ for all of a batch.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import pickle
 import sys
@@ -59,7 +60,7 @@ def rows_of(values: Sequence[Any], name: str) -> int:
     if counts:
         found = " and ".join(map(str, sorted(counts)))
         raise ArgumentsError(f"a call of {name} brings {found} rows; its lists and arrays must be of one length")
-    kinds = ", ".join(type(value).__name__ for value in values)
+    kinds = ", ".join(type(value).__name__ for value in values if value is not inspect.Parameter.empty)
     raise ArgumentsError(
         f"a call of {name} brings no rows ({kinds}): give a list, an array or a frame, for one input with one entry"
     )
