@@ -194,7 +194,7 @@ class BatchedMethod:
             if settings.stack == "rows":
                 size = max(1, rows_of(values, batcher.name))
         if settings.size_fn is not None:
-            size = settings.size_fn([values[0] if len(values) == 1 else values])
+            size = _counted(settings.size_fn([values[0] if len(values) == 1 else values]), batcher.name)
         return Item(self._call, values, size, key)
 
     # ------------------------------------------------------------------ settings
@@ -226,6 +226,17 @@ class BatchedMethod:
         return batcher.counts.as_dict(len(batcher))
 
 
+def _counted(size: Any, name: str) -> float:
+    """Return what a ``batch_size_fn`` has returned, as a number."""
+    try:
+        number = float(size)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise ConfigError(f"the batch_size_fn of {name} returned {size!r}; it must return a number, 0 or more")
+    return number
+
+
 def is_batched(function: object) -> bool:
     """Tell whether calls of this are awaited for their batch, whatever runs it."""
     return isinstance(function, BatchedMethod) and not function.streams
@@ -233,7 +244,10 @@ def is_batched(function: object) -> bool:
 
 _RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_batch_size": (lambda value: _is_int(value) and value >= 1, "a whole number from 1"),
-    "batch_wait_timeout_s": (lambda value: isinstance(value, (int, float)) and value >= 0, "seconds, 0 or more"),
+    "batch_wait_timeout_s": (
+        lambda value: isinstance(value, (int, float)) and 0 <= value < float("inf"),
+        "seconds, 0 or more",
+    ),
     "max_concurrent_batches": (lambda value: _is_int(value) and value >= 1, "a whole number from 1"),
     "batch_size_fn": (lambda value: value is None or callable(value), "a function of a list of calls, or None"),
     "bisect": (lambda value: isinstance(value, bool), "True or False"),

@@ -182,20 +182,17 @@ class BatchContext(RequestContext):
     Parameters
     ----------
     requests : sequence of RequestContext
-    batcher : object
-        What runs the batch.
     """
 
-    __slots__ = ("batcher", "requests")
+    __slots__ = ("requests",)
 
-    def __init__(self, requests: Sequence[RequestContext], batcher: Any) -> None:
+    def __init__(self, requests: Sequence[RequestContext]) -> None:
         first = requests[0] if requests else RequestContext("")
         deadlines = [request.deadline for request in requests]
         latest = None if not deadlines or None in deadlines else max(filter(None, deadlines))
         background = bool(requests) and all(request.background for request in requests)
         super().__init__(first.request_id, latest, first.multiplexed_model_id, background)
         self.requests = tuple(requests)
-        self.batcher = batcher
 
     @property
     def request_ids(self) -> tuple[str, ...]:

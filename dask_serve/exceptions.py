@@ -144,6 +144,7 @@ class BackPressureError(RequestError):
     retryable = True
 
     def __init__(self, message: str = "", retry_after_s: float = 1.0) -> None:
+        retry_after_s = float(retry_after_s)
         super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
 

@@ -7,8 +7,10 @@ import contextvars
 import copy
 import pickle
 import random
+import sys
 import threading
 import time
+import traceback
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -151,6 +153,111 @@ def test_wrong_results_are_nobodys(kind, message):
     assert all(isinstance(error, BatchError) and message in str(error) for error in found)
 
 
+@pytest.mark.parametrize("empty", [(), {}])
+@pytest.mark.parametrize("stack", [True, "rows"])
+def test_results_with_nothing_in_them_are_nobodys(stack, empty):
+    @serve.batch(stack=stack)
+    def nothing(x):
+        return empty
+
+    found = gather(*[lambda: nothing(np.ones(1))] * 2, return_exceptions=True)
+    assert all(isinstance(error, BatchError) and "returned an empty" in str(error) for error in found)
+    assert nothing.get_batch_counts()["waiting"] == 0
+
+
+def test_frames_are_no_lists_of_rows():
+    pandas = pytest.importorskip("pandas")
+
+    @serve.batch
+    def frame(values):
+        return pandas.DataFrame({"a": values, "b": values})
+
+    found = gather(lambda: frame(1), lambda: frame(2), return_exceptions=True)
+    assert all(isinstance(error, BatchError) and "entries are its columns" in str(error) for error in found)
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_what_ends_programs_ends_no_loop(kind):
+    @serve.batch
+    async def leave(values):
+        raise kind(3)
+
+    @serve.batch
+    async def stream(values):
+        raise kind(3)
+        yield values
+
+    async def first(stream):
+        return await anext(stream)
+
+    async def caught(awaitable):
+        try:
+            await awaitable
+        except kind as error:
+            return type(error)
+
+    assert gather(lambda: caught(leave(1)), lambda: caught(leave(2)), lambda: caught(first(stream(3)))) == [kind] * 3
+
+
+def test_all_callers_get_the_same_short_traceback():
+    @serve.batch(bisect=False)
+    async def fail(values):
+        raise ValueError(values)
+
+    async def depth():
+        try:
+            await fail(1)
+        except ValueError as error:
+            return len(traceback.extract_tb(error.__traceback__))
+
+    assert len(set(gather(*[depth] * 20))) == 1
+
+
+def test_a_batch_cannot_wait_for_itself():
+    """Nor by way of another one; outside of requests as well."""
+
+    @serve.batch
+    def itself(values):
+        return [itself(value) for value in values]
+
+    with pytest.raises(serve.ServeError, match="would wait for itself"):
+        itself(1)
+
+    @serve.batch
+    async def there(values):
+        return [await back(value) for value in values]
+
+    @serve.batch
+    async def back(values):
+        return [await there(value) for value in values]
+
+    errors = gather(lambda: there(1), lambda: there(2), return_exceptions=True)
+    assert ["would wait for itself" in str(error) for error in errors] == [True, True]
+
+
+@pytest.mark.parametrize("in_thread", [True, False])
+def test_who_has_a_deadline_waits_for_others_for_half_of_the_time(in_thread):
+    @serve.batch(batch_wait_timeout_s=60)
+    def size(values):
+        return [len(values)] * len(values)
+
+    def late():
+        request_context.set(RequestContext("late", time.monotonic() + 1))
+        return size(1)
+
+    async def run():
+        host = Host(asyncio.get_running_loop(), Pool(1, "pool"))
+        enter_host(host)
+        context = contextvars.copy_context()
+        begun = time.monotonic()
+        call = host.pool.run(lambda: context.run(late)) if in_thread else late()
+        assert await asyncio.wait_for(call, 5) == 1
+        assert 0.4 < time.monotonic() - begun < 0.95
+        host.pool.stop()
+
+    asyncio.run(run())
+
+
 def test_waiting_for_others_and_other_settings():
     recorder = Recorder()
     call = recorder.adouble
@@ -187,6 +294,20 @@ def test_sizes_of_calls():
 
     assert gather(*[lambda n=n: lengths("x" * n) for n in (4, 6, 20, 3, 3)]) == [4, 6, 20, 3, 3]
     assert sizes == [[4, 6], [20], [3, 3]]
+
+
+@pytest.mark.parametrize("size", [None, -1, float("nan"), float("inf"), "much"])
+def test_sizes_that_are_none(size):
+    ran = []
+
+    @serve.batch(batch_size_fn=lambda values: size)
+    async def sized(values):
+        ran.append(values)
+        return values
+
+    with pytest.raises(ConfigError, match=r"batch_size_fn of sized returned .* a number, 0 or more"):
+        gather(lambda: sized(1))
+    assert not ran
 
 
 def test_arrays_are_stacked_and_split():
@@ -293,7 +414,7 @@ def test_calls_without_rows_are_told():
         return values[1:] if weights else len(values)
 
     for call, error, message in [
-        (lambda: lengths("text"), ArgumentsError, r"brings no rows \(str.*\): give a list"),
+        (lambda: lengths("text"), ArgumentsError, r"brings no rows \(str\): give a list"),
         (lambda: short([1, 2], [1]), ArgumentsError, "brings 1 and 2 rows"),
         (lambda: short([1, 2], 1), BatchError, "given 2 rows of 1 calls and returned 1"),
         (lambda: short([1, 2], 0), BatchError, "must return rows"),
@@ -413,6 +534,18 @@ def test_wrong_options(options, message):
         serve.batch(**options)
 
 
+def test_class_methods_cannot_be_batched():
+    class Owner:
+        @classmethod
+        @serve.batch
+        def shared(cls, values):
+            return values
+
+    if sys.version_info < (3, 13):
+        with pytest.raises(ConfigError, match="class methods of Owner"):
+            Owner.shared(1)
+
+
 def test_declarations():
     with pytest.raises(ConfigError, match="takes a function or a method"):
         serve.batch(3)
@@ -529,6 +662,23 @@ class Model(Recorder):
     def plain(self, value):
         return value
 
+    @serve.batch
+    async def leave(self, values):
+        raise SystemExit(3)
+
+    async def loses_a_task(self):
+        async def leave():
+            raise SystemExit(3)
+
+        asyncio.get_running_loop().create_task(leave())
+        await asyncio.sleep(0.01)
+        return "goes on"
+
+    async def stops_the_loop(self):
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0.01)
+        return "goes on"
+
     async def take_batches(self):
         taken, self.batches = self.batches, []
         return taken
@@ -592,6 +742,14 @@ def test_poison_travels_alone(handle):
     with pytest.raises(ValueError, match="poison"):
         refs.pop(2).result(20)
     assert [ref.result(20) for ref in refs] == [2, 4, 8, 10, 12, 14, 16]
+
+
+def test_a_replica_outlives_what_ends_programs(handle):
+    with pytest.raises(serve.UserCodeError, match="SystemExit: 3"):
+        handle.leave.remote(1).result(10)
+    assert handle.loses_a_task.remote().result(10) == "goes on"
+    assert handle.stops_the_loop.remote().result(10) == "goes on"
+    assert handle.plain.remote(1).result(10) == 1
 
 
 def test_requests_of_a_batch_are_known(handle):

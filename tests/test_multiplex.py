@@ -123,6 +123,97 @@ def test_who_holds_a_model_does_not_wait_for_another():
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
+@pytest.mark.parametrize("method", ["load", "load_here"])
+def test_what_nobody_waits_for_any_more_is_not_loaded(method):
+    """Requests that went while they waited for room cost those who stay nothing."""
+    loader = Loader()
+    load = getattr(loader, method)
+
+    async def gone(name):
+        context = RequestContext(f"request for {name}")
+        request_context.set(context)
+        try:
+            await asyncio.wait_for(load(name), 0.1)
+        finally:
+            context.end()
+
+    async def run():
+        done = asyncio.Event()
+        users = [asyncio.ensure_future(in_request(load, name, done)) for name in "ab"]
+        await asyncio.sleep(0.1)
+        stays = asyncio.ensure_future(in_request(load, "c"))
+        errors = await asyncio.gather(*[gone(name) for name in "cdef"], return_exceptions=True)
+        assert [type(error) for error in errors] == [asyncio.TimeoutError] * 4
+        done.set()
+        assert await asyncio.gather(*users, stays) == ["a", "b", "c"]
+        await asyncio.sleep(0.2)
+        assert sorted(loader.begun) == ["a", "b", "c"]
+        # It is loaded when it is asked for again.
+        assert await in_request(load, "d") == "d"
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_who_loads_a_model_may_leave_others_to_do_it(cancelled):
+    """Nobody gets an error that is another request's."""
+    loader = Loader()
+
+    def in_thread(name, context):
+        request_context.set(context)
+        try:
+            return loader.load_here(name).name
+        finally:
+            context.end()
+
+    async def run():
+        host = Host(asyncio.get_running_loop(), Pool(4, "pool"))
+        enter_host(host)
+
+        def start(name, context):
+            copied = contextvars.copy_context()
+            return asyncio.ensure_future(host.pool.run(lambda: copied.run(in_thread, name, context)))
+
+        done = asyncio.Event()
+        users = [asyncio.ensure_future(in_request(loader.load_here, name, done)) for name in "ab"]
+        await asyncio.sleep(0.1)
+        first = RequestContext("first", None if cancelled else time.monotonic() + 0.2)
+        leaves = start("c", first)
+        await asyncio.sleep(0.05)
+        stay = [start("c", RequestContext("second")), asyncio.ensure_future(in_request(loader.load_here, "c"))]
+        await asyncio.sleep(0.05)
+        if cancelled:
+            first.cancel(refuse=True)
+        with pytest.raises(serve.RequestCancelledError if cancelled else serve.RequestTimeoutError):
+            await leaves
+        done.set()
+        assert await asyncio.gather(*users, *stay) == ["a", "b", "c", "c"]
+        assert sorted(loader.begun) == ["a", "b", "c"]
+        host.pool.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_one_too_many_goes_when_it_is_not_in_use_any_more():
+    loader = Loader()
+
+    async def holds_all():
+        context = RequestContext("all")
+        request_context.set(context)
+        for name in "abcd":
+            await loader.load(name)
+        assert loader.unloaded == []
+        context.end()
+
+    async def run():
+        await holds_all()
+        assert loader.unloaded == ["a", "b"]
+        assert (await in_request(loader.load, "c"), await in_request(loader.load, "d")) == ("c", "d")
+        assert loader.begun == ["a", "b", "c", "d"]
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
 def test_models_by_their_bytes():
     loader = Loader()
 

@@ -36,6 +36,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from distributed import Client, LocalCluster, get_client
 from distributed.utils_test import gen_cluster
@@ -348,6 +349,44 @@ async def test_a_call_without_deadline_is_never_refused(c, s, a, b):
         ref.cancel()
     await until(lambda: not router.in_flight and not router.queued)
     assert await asyncio.wait_for(handle.remote(1), 5) == 2
+
+
+@serve.deployment
+class Full:
+    def __init__(self, model):
+        self.model = model
+
+    async def own(self):
+        raise serve.BackPressureError("not now", 7.5)
+
+    async def all_at_once(self):
+        refs = [self.model.gate.remote(i) for i in range(20)]
+        while not any(ref.done() for ref in refs):
+            await asyncio.sleep(0.01)
+        refused = [ref for ref in refs if ref.done()]
+        for ref in refs:
+            ref.cancel()
+        return len(refused), refused[-1].exception().retry_after_s
+
+    async def __call__(self, request):
+        await self.own()
+
+
+@gen_cluster(client=True)
+async def test_refusals_tell_when_to_come_back(c, s, a, b):
+    """Also through another deployment and over HTTP; and calls that come before the limit is known count as well."""
+    model = Model.options(max_ongoing_requests=1, max_queued_requests=3).bind()
+    handle = await serve.run(Full.bind(model), port=0)
+    refused, seconds = await asyncio.wait_for(handle.all_at_once.remote(), 10)
+    assert refused in {15, 16}
+    assert seconds == 1.0  # nothing is known yet
+
+    with pytest.raises(serve.BackPressureError, match="not now") as error:
+        await handle.own.remote()
+    assert error.value.retry_after_s == 7.5
+    async with httpx.AsyncClient() as http:
+        answer = await http.get(await serve.url())
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "8")
 
 
 @pytest.mark.slow

@@ -210,7 +210,18 @@ class Pace:
         self._target = 0.0
         self._held_until = 0.0
 
-    def due(self, now: float, size: float, oldest: float, *, most: float, wait: float, free: bool, idle: bool) -> float:
+    def due(
+        self,
+        now: float,
+        size: float,
+        oldest: float,
+        *,
+        most: float,
+        wait: float,
+        free: bool,
+        idle: bool,
+        pressing: float = float("inf"),
+    ) -> float:
         """Return when the next batch should begin; infinity: not before another one has ended.
 
         Parameters
@@ -227,12 +238,14 @@ class Pace:
             Another batch may run.
         idle : bool
             None runs.
+        pressing : float
+            When the first of the calls has spent half of its time: it waits for others no longer than that.
         """
         if not free:
             return float("inf")
         if size >= most:
             return now
-        due = oldest + wait if wait else now
+        due = min(oldest + wait, pressing) if wait else now
         if idle and size < min(self._target, most):
             due = max(due, self._held_until)
         return due

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from .target import STALE_AFTER
 
-__all__ = ["Levels"]
+__all__ = ["REMEMBERED", "Levels"]
+
+#: Seconds for which the levels of others are believed, where no answer tells newer ones: slow requests are answered
+#: now and then only, and some of them at other routers.
+REMEMBERED = 10.0
 
 
 class Levels:
@@ -59,7 +63,7 @@ class Levels:
 
     def elsewhere(self, now: float) -> int:
         """Return how many requests wait at other routers, as far as is known here."""
-        return self._elsewhere if now - self._heard <= STALE_AFTER else 0
+        return self._elsewhere if now - self._heard <= REMEMBERED else 0
 
     def _own_share(self, now: float) -> int:
         """Return how many of the requests that a replica says wait for it may be those of this router."""

@@ -79,6 +79,8 @@ class HttpCall(Outgoing):
                 text = "the replica gave the request up: it was stopped, or its code raised CancelledError"
                 self._end(ReplicaLostError.status, ReplicaLostError.__name__, text)
             else:
+                if failure.retry_after is not None:
+                    self.retry_after = _whole_seconds(failure.retry_after)
                 self._end(kind.status, failure.error, failure.message)
         else:
             # The traceback is in the replica's log, under the request's id; no client sees it.
@@ -86,13 +88,18 @@ class HttpCall(Outgoing):
 
     def fail(self, error: RequestError) -> None:
         if isinstance(error, BackPressureError):
-            self.retry_after = max(1, math.ceil(error.retry_after_s))
+            self.retry_after = _whole_seconds(error.retry_after_s)
         self._end(error.status, type(error).__name__, str(error))
 
     def _end(self, status: int, name: str, text: str) -> None:
         self.error = (status, name, text)
         self.ended = True
         self._wake()
+
+
+def _whole_seconds(seconds: float) -> int:
+    """Return what `Retry-After` says: from a second to an hour, whatever user code has raised."""
+    return math.ceil(min(seconds, 3600.0)) if seconds > 1 else 1
 
 
 class FollowedCall(HttpCall):

@@ -8,6 +8,7 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..context import BatchContext, request_context
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from .batcher import Batcher
 
 __all__ = ["Batch", "BatchCounts", "BatchSettings", "Item"]
+
+#: The batchers whose batches wait for this code.
+_inside: contextvars.ContextVar[frozenset[Batcher]] = contextvars.ContextVar("dask_serve_batches", default=frozenset())
 
 
 class BatchSettings:
@@ -79,12 +83,14 @@ class Item:
         "deadline",
         "error",
         "gone",
+        "inside",
         "key",
         "request",
         "result",
         "settled",
         "since",
         "size",
+        "traceback",
         "values",
     )
 
@@ -95,12 +101,15 @@ class Item:
         self.request = request_context.get()
         self.key = (key, self.request.multiplexed_model_id if self.request is not None else "")
         self.context = contextvars.copy_context()
+        #: Batchers that wait for it.
+        self.inside = _inside.get()
         self.since = time.monotonic()
         self.deadline = None if self.request is None else self.request.deadline
         self.gone = False
         self.settled = False
         self.result: Any = None
         self.error: BaseException | None = None
+        self.traceback: TracebackType | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._future: asyncio.Future[None] | None = None
         self._gate: threading.Event | None = None
@@ -130,13 +139,16 @@ class Item:
         """It has ended; the caller is told by `tell`."""
         self.result = result
         self.error = error
+        self.traceback = None if error is None else error.__traceback__
         self.settled = True
 
     def outcome(self) -> Any:
         """Return the result, or raise."""
         error, self.error = self.error, None
         if error is not None:
-            raise error
+            traceback, self.traceback = self.traceback, None
+            # Others raise the same: each as it came from the batch, not with what was added on the way to them.
+            raise error.with_traceback(traceback)
         return self.result
 
     @staticmethod
@@ -163,17 +175,19 @@ def _set_all(futures: Sequence[asyncio.Future[None]]) -> None:
 class Batch:
     """Calls that run together."""
 
-    __slots__ = ("began", "context", "items", "live", "task")
+    __slots__ = ("began", "context", "inside", "items", "live", "task")
 
     def __init__(self, items: list[Item], owner: Batcher) -> None:
         self.items = items
         self.live = len(items)
         self.began = time.monotonic()
-        self.context = BatchContext([item.request for item in items if item.request is not None], owner)
+        self.context = BatchContext([item.request for item in items if item.request is not None])
+        self.inside = frozenset[Any]((owner,)).union(*(item.inside for item in items))
         self.task: asyncio.Task[None] | None = None
 
     def enter(self) -> None:
-        """The present context is the batch's; outside of requests it stays as it is."""
+        """The present context is the batch's; outside of requests that of the first call stays."""
+        _inside.set(self.inside)
         if self.context.requests:
             request_context.set(self.context)
 

@@ -6,6 +6,7 @@ for all of a batch.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import pickle
 import sys
@@ -59,7 +60,7 @@ def rows_of(values: Sequence[Any], name: str) -> int:
     if counts:
         found = " and ".join(map(str, sorted(counts)))
         raise ArgumentsError(f"a call of {name} brings {found} rows; its lists and arrays must be of one length")
-    kinds = ", ".join(type(value).__name__ for value in values)
+    kinds = ", ".join(type(value).__name__ for value in values if value is not inspect.Parameter.empty)
     raise ArgumentsError(
         f"a call of {name} brings no rows ({kinds}): give a list, an array or a frame, for one input with one entry"
     )
@@ -112,6 +113,8 @@ def split_rows(result: Any, sizes: Sequence[int], name: str) -> list[Any]:
     BatchError
         It has not one row for each.
     """
+    if isinstance(result, (tuple, dict)) and not result:
+        raise BatchError(f"the batched {name} returned an empty {type(result).__name__}, and so no rows for its calls")
     if isinstance(result, tuple):
         return list(zip(*[split_rows(part, sizes, name) for part in result], strict=True))
     if isinstance(result, dict):

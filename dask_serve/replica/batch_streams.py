@@ -140,7 +140,7 @@ class StreamBatcher(Batcher):
                 await self._wait_for_room(part)
                 if not self.still_wanted(part):
                     break
-        except Exception as error:  # noqa: BLE001 - somebody waits for it
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - somebody waits for it
             if begun:
                 # What has been given to callers cannot be taken back.
                 self.fail(self.still_wanted(part), error)

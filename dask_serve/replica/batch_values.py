@@ -126,16 +126,20 @@ def split(result: Any, sizes: Sequence[int], stack: Stack, name: str) -> list[An
     calls = len(sizes)
     if stack == "rows":
         return split_rows(result, sizes, name)
+    if stack and isinstance(result, (tuple, dict)) and not result:
+        raise BatchError(f"the batched {name} returned an empty {type(result).__name__}, and so nothing for its calls")
     if stack and isinstance(result, tuple):
         return list(zip(*[split(part, sizes, False, name) for part in result], strict=True))
     if stack and isinstance(result, dict):
         parts = {key: split(part, sizes, False, name) for key, part in result.items()}
         return [{key: part[i] for key, part in parts.items()} for i in range(calls)]
-    if isinstance(result, (list, tuple)) or len(getattr(result, "shape", ())) >= 1:
+    what = f"a {type(result).__name__}"
+    if hasattr(result, "columns"):
+        what += ", whose entries are its columns"
+    elif isinstance(result, (list, tuple)) or len(getattr(result, "shape", ())) >= 1:
         _count(result, calls, name)
         return list(result)
-    what = f"a {type(result).__name__}"
-    if isinstance(result, (set, frozenset, dict)):
+    elif isinstance(result, (set, frozenset, dict)):
         what += ", which says nothing of whose result is whose"
     raise BatchError(f"the batched {name} must return a list with one result for each of its {calls} calls, not {what}")
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ..context import BatchContext
 from ..exceptions import BatchError, RequestCancelledError, RequestTimeoutError, ServeError
 from ..policy.batches import CostModel, Pace, compose
 from .batch_items import Batch, BatchCounts, BatchSettings, Item
@@ -138,8 +137,7 @@ class Batcher:
         self.look()
 
     def _append(self, item: Item) -> None:
-        context = item.request
-        if isinstance(context, BatchContext) and context.batcher is self:
+        if self in item.inside:
             raise ServeError(f"a batch of {self.name} calls {self.name}, and would wait for itself")
         self._waiting.append(item)
         self._size += item.size
@@ -169,14 +167,20 @@ class Batcher:
         if not waiting:
             return float("inf")
         settings = self.settings
+        free = self._running < settings.concurrent
+        pressing = float("inf")
+        if settings.wait and free:
+            halves = ((item.since + item.deadline) / 2 for item in waiting if item.deadline is not None)
+            pressing = min(halves, default=pressing)
         return self._pace.due(
             now,
             self._size,
             waiting[0].since,
             most=settings.most,
             wait=settings.wait,
-            free=self._running < settings.concurrent,
+            free=free,
             idle=self._running == 0,
+            pressing=pressing,
         )
 
     def look(self) -> None:
@@ -336,7 +340,8 @@ class Batcher:
                         result = await part[0].call(*args, **kwargs)
                         self.measured(part, time.monotonic() - began)
                         results = self.split(result, part)
-                    except Exception as error:  # noqa: BLE001 - somebody waits for it
+                    except (Exception, SystemExit, KeyboardInterrupt) as error:  # noqa: BLE001 - somebody waits for it
+                        # Raised in a task, the last two would end the loop, and all that runs there.
                         self.failed(part, error, todo)
                     else:
                         self.answered(part, results)

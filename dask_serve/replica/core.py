@@ -350,7 +350,15 @@ class ReplicaCore:
         admission = self.admission
         if answer.kind == Kind.ERROR:
             header = encode(
-                Failure(admission.running, admission.wanted, credits, answer.error, answer.message, execution.started)
+                Failure(
+                    admission.running,
+                    admission.wanted,
+                    credits,
+                    answer.error,
+                    answer.message,
+                    execution.started,
+                    answer.retry_after,
+                )
             )
         else:
             header = encode(

@@ -29,6 +29,8 @@ class Answer(Struct, frozen=True, gc=False):
     #: Name of the exception class, or "" for an exception of user code (kind ERROR).
     error: str = ""
     message: str = ""
+    #: Of a BackPressureError.
+    retry_after: float | None = None
     #: Name and size in the result store.
     stored: str = ""
     nbytes: int = 0

@@ -9,7 +9,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from .. import exceptions
-from ..exceptions import ArgumentsError, RequestCancelledError, RequestError
+from ..exceptions import ArgumentsError, BackPressureError, RequestCancelledError, RequestError
 from ..wire import payloads
 from ..wire.messages import Kind
 from .execution import Answer, Execution
@@ -56,7 +56,12 @@ def answer_for(execution: Execution, error: BaseException) -> Answer:
 def _failure(error: RequestError) -> Answer:
     """Answer with an error of ours, by its name."""
     name = type(error).__name__
-    return Answer(Kind.ERROR, error=name if name in exceptions.__all__ else "RequestError", message=str(error))
+    return Answer(
+        Kind.ERROR,
+        error=name if name in exceptions.__all__ else "RequestError",
+        message=str(error),
+        retry_after=error.retry_after_s if isinstance(error, BackPressureError) else None,
+    )
 
 
 def _from_user_code(error: RequestError) -> bool:

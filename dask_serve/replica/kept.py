@@ -33,6 +33,10 @@ def kept_by(instance: Any, what: str) -> dict[tuple[Any, Any], Any]:
     ConfigError
         It can keep nothing; ``what`` says who wanted that.
     """
+    if isinstance(instance, type):
+        raise ConfigError(
+            f"{what} is for methods of objects and for functions, not for the class methods of {instance.__name__}"
+        )
     try:
         attributes = vars(instance)
     except TypeError:

@@ -14,8 +14,9 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 from ..context import RequestContext, request_context
@@ -66,7 +67,19 @@ class ModelsSettings:
 class Model:
     """One model, from the first request for it until it is unloaded."""
 
-    __slots__ = ("admitted", "claimed", "error", "id", "nbytes", "ready", "users", "value", "waiters")
+    __slots__ = (
+        "admitted",
+        "claimed",
+        "error",
+        "id",
+        "nbytes",
+        "ready",
+        "traceback",
+        "users",
+        "value",
+        "waiters",
+        "wanted",
+    )
 
     def __init__(self, id: str, nbytes: int) -> None:
         self.id = id
@@ -74,6 +87,7 @@ class Model:
         self.nbytes = nbytes
         self.value: Any = None
         self.error: BaseException | None = None
+        self.traceback: TracebackType | None = None
         self.ready = False
         #: Somebody loads it.
         self.claimed = False
@@ -82,6 +96,8 @@ class Model:
         #: The requests that hold it. One that lives on in a task of user code, after it was answered, may never give
         #: it back.
         self.users: weakref.WeakSet[RequestContext] = weakref.WeakSet()
+        #: Code that works for no request asked for it: whether it waits still is not known.
+        self.wanted = False
         self.waiters: list[Callable[[], object]] = []
 
     @property
@@ -113,6 +129,8 @@ class Models:
         #: The least recently used first.
         self._models: dict[str, Model] = {}
         self._sizes: dict[str, int] = {}
+        #: There are more than there may be, as all others were in use.
+        self._over = False
         #: Called once when a model was given back, or one has gone.
         self._hopeful: list[Callable[[], object]] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -127,36 +145,41 @@ class Models:
 
     async def get(self, load: Callable[[str], Any], id: str) -> Any:
         """Return a model, loaded if need be, on the running loop."""
-        model, mine = self._find(id)
-        if model.ready:
-            return model.value
         loop = asyncio.get_running_loop()
-        if mine:
-            task = loop.create_task(self._load(load, model))
-            # Whoever began it may be cancelled; others wait for it.
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        waiter: asyncio.Future[None] = loop.create_future()
-        self._when_done(model, partial(_tell, loop, waiter))
-        await waiter
-        return self._outcome(model)
+        while True:
+            model, mine = self._find(id)
+            if model.ready:
+                return model.value
+            if mine:
+                task = loop.create_task(self._load(load, model))
+                # Whoever began it may be cancelled; others wait for it.
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            waiter: asyncio.Future[None] = loop.create_future()
+            self._when_done(model, partial(_tell, loop, waiter))
+            await waiter
+            if not _is_left(model):
+                return self._outcome(model)
 
     def get_blocking(self, load: Callable[[str], Any], id: str) -> Any:
         """Return a model, loaded by this thread if nobody else loads it."""
-        model, _ = self._find(id)
-        if model.ready:
-            return model.value
-        if self._claim(model):
-            self._load_here(load, model)
-        else:
-            gate = threading.Event()
-            self._when_done(model, gate.set)
-            self._wait_in_thread(gate, f"model {id!r} was being loaded")
-        return self._outcome(model)
+        while True:
+            model, _ = self._find(id)
+            if model.ready:
+                return model.value
+            if self._claim(model):
+                self._load_here(load, model)
+            else:
+                gate = threading.Event()
+                self._when_done(model, gate.set)
+                self._wait_in_thread(gate, f"model {id!r} was being loaded")
+            if not _is_left(model):
+                return self._outcome(model)
 
     def _outcome(self, model: Model) -> Any:
         if model.error is not None:
-            raise model.error
+            # Others raise the same: each as it came from the loader.
+            raise model.error.with_traceback(model.traceback)
         return model.value
 
     def _wait_in_thread(self, gate: threading.Event, why: str, most: float | None = None) -> None:
@@ -186,7 +209,9 @@ class Models:
                 model = Model(id, self._sizes.get(id, 0))
             # The most recently used is the last.
             self._models[id] = model
-            if request is not None and request not in model.users:
+            if request is None:
+                model.wanted = True
+            elif request not in model.users:
                 model.users.add(request)
                 leases = request.leases
                 if leases is None:
@@ -199,9 +224,32 @@ class Models:
     def _give_back(self, model: Model, request: RequestContext) -> None:
         with self._lock:
             model.users.discard(request)
+            unload = self._surplus() if self._over else []
             hopeful, self._hopeful = self._hopeful, []
         for tell in hopeful:
             tell()
+        if unload:
+            self._changed()
+            self._let_go_later(unload)
+
+    def _surplus(self) -> list[Model]:
+        """Take out what is more than there may be, and is not in use any more (under the lock)."""
+        settings = self.settings
+        there = [model for model in self._models.values() if model.admitted]
+        unload, fits = to_unload(there, settings.most, settings.max_bytes, fresh=0)
+        for model in unload:
+            del self._models[model.id]
+        self._over = not fits
+        return unload
+
+    def _is_unwanted(self, model: Model) -> bool:
+        """All requests for a model that is to be loaded are gone: nobody gets it."""
+        with self._lock:
+            if model.users or model.wanted:
+                return False
+            if self._models.get(model.id) is model:
+                del self._models[model.id]
+            return True
 
     def _when_done(self, model: Model, tell: Callable[[], object]) -> None:
         with self._lock:
@@ -228,13 +276,16 @@ class Models:
                 await self._room_for(model)
                 await self._loaded(model, await load(model.id))
         except BaseException as error:
-            self._done(model, None, error)
+            self._done(model, None, _left_or(error))
             if isinstance(error, asyncio.CancelledError):
                 raise
 
     def _load_unclaimed(self, load: Callable[[str], Any], model: Model) -> None:
         if self._claim(model):
-            self._load_here(load, model)
+            if self._is_unwanted(model):
+                self._done(model, None, _unwanted(model))
+            else:
+                self._load_here(load, model)
 
     def _load_here(self, load: Callable[[str], Any], model: Model) -> None:
         """Load a model in this thread; never raises."""
@@ -255,7 +306,7 @@ class Models:
             for other in unload:
                 self._let_go(other)
         except BaseException as error:  # noqa: BLE001 - those who wait for it get it
-            self._done(model, None, error)
+            self._done(model, None, _left_or(error))
 
     async def _room_for(self, model: Model) -> None:
         loop = asyncio.get_running_loop()
@@ -267,6 +318,8 @@ class Models:
             if enough:
                 return
             await asyncio.wait([waiter], timeout=AGAIN)
+            if self._is_unwanted(model):
+                raise _unwanted(model)
 
     async def _loaded(self, model: Model, value: Any) -> None:
         model.nbytes = self._size_of(value)
@@ -291,6 +344,7 @@ class Models:
             if not enough and hope is not None and not holds and any(other.users for other in others):
                 self._hopeful.append(hope)
             else:
+                self._over = self._over or not enough
                 if not enough and hope is None and not model.admitted:
                     logger.warning("Model %r of %s is one too many: all others are in use", model.id, self.name)
                 model.admitted = enough = True
@@ -304,6 +358,7 @@ class Models:
                 return
             model.value = value
             model.error = error
+            model.traceback = None if error is None else error.__traceback__
             model.ready = error is None
             waiters, model.waiters = model.waiters, []
             if error is None:
@@ -350,6 +405,23 @@ class Models:
         except Exception:
             logger.exception("Model %r of %s could not be unloaded", model.id, self.name)
 
+    def _let_go_later(self, models: Sequence[Model]) -> None:
+        """Unload models, not in this thread, which may have other things to do."""
+
+        async def let_go() -> None:
+            for model in models:
+                await self._let_go_on_loop(model)
+
+        if self._host is None:
+            for model in models:
+                self._let_go(model)
+            return
+        letting_go = let_go()
+        try:
+            asyncio.run_coroutine_threadsafe(letting_go, self._host.loop)
+        except RuntimeError:  # the loop has ended, and took them with it
+            letting_go.close()
+
     async def _let_go_on_loop(self, model: Model) -> None:
         hook = self._hook(model)
         if hook is None:
@@ -388,6 +460,40 @@ class Models:
         if self._host is not None:
             return await self._host.pool.run(run)
         return await asyncio.get_running_loop().run_in_executor(None, run)
+
+
+class _Left(Exception):
+    """The request that loaded a model has ended, and with it the load; others load it again."""
+
+
+def _is_gone(request: RequestContext | None) -> bool:
+    if request is None:
+        return False
+    return request.cancelled or (request.deadline is not None and time.monotonic() >= request.deadline)
+
+
+def _left_or(error: BaseException) -> BaseException:
+    """Return why a load failed: what it raised, or that its own request has ended."""
+    if isinstance(error, (RequestCancelledError, RequestTimeoutError)) and _is_gone(request_context.get()):
+        left = _Left()
+        left.__cause__ = error
+        return left
+    return error
+
+
+def _is_left(model: Model) -> bool:
+    """Whether this request has to load a model again, as who did that has left."""
+    error = model.error
+    if not isinstance(error, _Left):
+        return False
+    if _is_gone(request_context.get()):
+        assert error.__cause__ is not None
+        raise error.__cause__
+    return True
+
+
+def _unwanted(model: Model) -> RequestCancelledError:
+    return RequestCancelledError(f"nobody waits for model {model.id!r} any more: it was not loaded")
 
 
 async def _await(made: Any) -> Any:

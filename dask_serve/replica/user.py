@@ -145,7 +145,7 @@ class UserCode:
 
         try:
             self.loop.call_soon(begin, context=self._context)
-            self.loop.run_forever()
+            self._run_until_stopped()
         finally:
             self.loop.run_until_complete(self._clean_up())
             # The user's object is let go on its own thread: its __del__ may expect it.
@@ -156,6 +156,18 @@ class UserCode:
             self.loop.close()
             self._native.leave()
             self.on_end()
+
+    def _run_until_stopped(self) -> None:
+        """Run the loop. What a task of user code raises or calls does not end it: requests would wait for ever."""
+        while True:
+            why = "stopped its event loop"
+            try:
+                self.loop.run_forever()
+            except (SystemExit, KeyboardInterrupt) as error:
+                why = f"raised {error!r} in its event loop"
+            if self._stopping.locked():
+                return
+            logger.error("User code of replica %s %s; it goes on", self.id, why)
 
     async def _clean_up(self) -> None:
         """Cancel what still runs; what an application began for itself has until it has shut down."""

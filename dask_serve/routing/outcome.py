@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from msgspec import Struct
 
 from .. import exceptions
-from ..exceptions import RequestCancelledError, RequestError
+from ..exceptions import BackPressureError, RequestCancelledError, RequestError
 from ..wire import payloads
 from ..wire.frames import Buffer
 from ..wire.messages import Failure
@@ -37,8 +37,8 @@ class Outcome(Struct, frozen=True, gc=False):
     stored: Stored | None = None
     #: An exception of user code: its traceback as text, and itself serialised.
     raised: tuple[str, Sequence[Buffer]] | None = None
-    #: An error of ours: name of the class, message.
-    error: tuple[str, str] | None = None
+    #: An error of ours: name of the class, message; of a refusal the seconds after which to try again.
+    error: tuple[str, str] | tuple[str, str, float] | None = None
 
     def exception(self) -> BaseException | None:
         """Make the exception: a new one each time, so that none is kept alive by its own traceback."""
@@ -46,7 +46,7 @@ class Outcome(Struct, frozen=True, gc=False):
             return payloads.load_exception(*self.raised)
         if self.error is not None:
             kind = getattr(exceptions, self.error[0], RequestError)
-            error: BaseException = kind(self.error[1])
+            error: BaseException = kind(*self.error[1:])
             return error
         return None
 
@@ -85,13 +85,19 @@ class PythonCall(Outgoing):
     def on_error(self, failure: Failure, parts: Sequence[Buffer]) -> None:
         if failure.error:
             status = "cancelled" if failure.error == "RequestCancelledError" else "error"
-            self.settle(status, Outcome(error=(failure.error, failure.message)))
+            told = (failure.error, failure.message)
+            after = failure.retry_after
+            self.settle(status, Outcome(error=told if after is None else (*told, after)))
         else:
             self.settle("error", Outcome(raised=(failure.message, parts)))
 
     def fail(self, error: RequestError) -> None:
         status = "cancelled" if isinstance(error, RequestCancelledError) else "error"
-        self.settle(status, Outcome(error=(type(error).__name__, str(error))))
+        told = (type(error).__name__, str(error))
+        if isinstance(error, BackPressureError):
+            self.settle(status, Outcome(error=(*told, error.retry_after_s)))
+        else:
+            self.settle(status, Outcome(error=told))
 
     def is_at_home(self) -> bool:
         """The loop that carries the call runs in this thread."""

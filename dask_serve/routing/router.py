@@ -128,10 +128,7 @@ class Router:
             dispatcher.levels.step = max(1, limit // STEPS)
             waiting = dispatcher.everywhere(now)
             if waiting > limit:
-                call.dropped = True
-                dispatcher.cancelled(call, now)
-                why = f"{waiting - 1} others wait already, and {limit} may (max_queued_requests)"
-                self._refuse(call, why, dispatcher.wait())
+                self._refuse_waiting(call, waiting - 1, limit, now)
 
     def _refuse(self, call: Outgoing, why: str, wait: float) -> None:
         """It is not taken in."""
@@ -312,8 +309,11 @@ class Router:
         """Take over a new version of the table's entry; None: the deployment is gone."""
         now = monotonic()
         dispatcher = self._dispatcher
-        if self.entry is None and entry is not None and entry.request_timeout_s is not None:
-            self._set_deadlines(entry.request_timeout_s, now)
+        if self.entry is None and entry is not None:
+            if entry.request_timeout_s is not None:
+                self._set_deadlines(entry.request_timeout_s, now)
+            if entry.max_queued_requests is not None:
+                self._refuse_surplus(entry, entry.max_queued_requests, now)
         self.entry = entry
         dispatcher.on_level = self.on_backlog if self.scales else None
         if dispatcher.on_level is not None and dispatcher.queued:
@@ -371,6 +371,20 @@ class Router:
             if call.deadline is None:
                 call.deadline = call.since + timeout
                 call.timer = self._loop.call_later(call.deadline - now, self._on_deadline, call)
+
+    def _refuse_surplus(self, entry: DeploymentEntry, limit: int, now: float) -> None:
+        """Refuse those of the calls that came before the deployment was known who are more than may run and wait."""
+        slots = len(entry.replicas) * entry.max_ongoing_requests
+        for call in self._dispatcher.waiting()[limit + slots :]:
+            self._refuse_waiting(call, limit, limit, now)
+
+    def _refuse_waiting(self, call: Outgoing, others: int, limit: int, now: float) -> None:
+        """Refuse a call that has been put into the backlog."""
+        call.dropped = True
+        self._dispatcher.cancelled(call, now)
+        why = f"{others} others wait already, and {limit} may (max_queued_requests)"
+        # Where nothing is known yet, a second is as good as anything.
+        self._refuse(call, why, self._dispatcher.wait() or 1.0)
 
     def _fail_all(self, why: str) -> None:
         self._gone_for_good = why

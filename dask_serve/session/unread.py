@@ -38,5 +38,5 @@ class Discard:
 
 
 def _log_unread(outcome: Outcome) -> None:
-    text = outcome.raised[0] if outcome.raised is not None else ": ".join(outcome.error or ())
+    text = outcome.raised[0] if outcome.raised is not None else ": ".join(outcome.error[:2] if outcome.error else ())
     logger.warning("A call failed, and its ref was dropped before anybody read the error:\n%s", text)

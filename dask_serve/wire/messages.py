@@ -192,6 +192,8 @@ class Failure(Struct, array_like=True, gc=False):
     message: str
     #: True once a part of the answer was sent.
     started: bool = False
+    #: Of a BackPressureError: the seconds after which trying again makes sense.
+    retry_after: float | None = None
 
 
 class Chunk(Struct, array_like=True, gc=False):
