@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dask_serve.policy.backlog import BACKGROUND_EVERY
 from dask_serve.policy.dispatch import ASKED_AT_LEAST, PATIENCE, Dispatcher
-from dask_serve.policy.levels import REMEMBERED
+from dask_serve.policy.levels import ANSWERS, LONGEST
 from dask_serve.policy.target import STALE_AFTER, Target
 
 
@@ -487,9 +487,17 @@ def test_others_backlogs_are_known_from_answers():
     assert dispatcher.everywhere(0.0) == 3
     dispatcher.answered(target, 1, 10, 0, 1.0)
     assert dispatcher.everywhere(1.0) == 3 + 10 - 2
-    # Slow requests are answered now and then only.
-    assert dispatcher.everywhere(1.0 + 2 * STALE_AFTER) == 3 + 10 - 2
-    assert dispatcher.everywhere(1.0 + 2 * REMEMBERED) == 3
+    assert dispatcher.everywhere(1.0 + 2 * STALE_AFTER) == 3
+
+
+@pytest.mark.parametrize(("taken", "believed"), [(0.5, 0.5 * ANSWERS), (60.0, LONGEST)])
+def test_where_requests_are_slow_others_backlogs_are_believed_for_longer(taken, believed):
+    dispatcher, _, (target,) = make(1)
+    calls = submit(dispatcher, 4)
+    dispatcher.foresight.learn(target, calls[0], taken)
+    dispatcher.answered(target, 1, 10, 0, taken)
+    assert dispatcher.everywhere(taken + 0.9 * believed) == 3 + 10 - 2
+    assert dispatcher.everywhere(taken + 1.1 * believed) == 3
 
 
 def test_answers_on_their_way_count_what_waited_here():

@@ -233,7 +233,7 @@ class Dispatcher:
 
     def everywhere(self, now: float) -> int:
         """Return how many requests wait at all routers, as far as is known here."""
-        return self.queued + self.levels.elsewhere(now)
+        return self.queued + self.levels.elsewhere(now, self.foresight.taken)
 
     def wait(self) -> float:
         """Return the seconds until all that waits here is answered, as far as can be told."""

@@ -50,6 +50,11 @@ class Foresight:
         if call.deadline is not None:
             self._caution.in_time()
 
+    @property
+    def taken(self) -> float:
+        """Mean of the seconds that requests take once they are sent; 0.0: not known yet."""
+        return self._taken.mean
+
     def late(self) -> None:
         """A request that was taken in missed its deadline."""
         self._caution.late()

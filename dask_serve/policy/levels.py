@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from .target import STALE_AFTER
 
-__all__ = ["REMEMBERED", "Levels"]
+__all__ = ["Levels"]
 
-#: Seconds for which the levels of others are believed, where no answer tells newer ones: slow requests are answered
-#: now and then only, and some of them at other routers.
-REMEMBERED = 10.0
+#: For how many times as long as a request takes the levels of others are believed: slow ones are answered now and then
+#: only, and some of them at other routers.
+ANSWERS = 10
+#: Most seconds for which they are.
+LONGEST = 10.0
 
 
 class Levels:
@@ -61,9 +63,10 @@ class Levels:
             self._elsewhere = max(elsewhere, 0)
             self._heard = now
 
-    def elsewhere(self, now: float) -> int:
-        """Return how many requests wait at other routers, as far as is known here."""
-        return self._elsewhere if now - self._heard <= REMEMBERED else 0
+    def elsewhere(self, now: float, taken: float) -> int:
+        """Return how many requests wait at other routers, as far as is known, where one takes ``taken`` seconds."""
+        believed = min(max(ANSWERS * taken, STALE_AFTER), LONGEST)
+        return self._elsewhere if now - self._heard <= believed else 0
 
     def _own_share(self, now: float) -> int:
         """Return how many of the requests that a replica says wait for it may be those of this router."""
