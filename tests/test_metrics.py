@@ -134,7 +134,7 @@ def test_every_page_tells_the_same_requests(client):
     labels = sorted(own.items())
     assert read["dask_serve_http_requests_total" + str(sorted({**own, "status": "200"}.items()))] == 30
     assert read["dask_serve_http_request_seconds_count" + str(labels)] == 30
-    assert read["dask_serve_queue_seconds_count" + str(labels)] == 30
+    assert read["dask_serve_http_wait_seconds_count" + str(labels)] == 30
     assert read["dask_serve_router_sent_total" + str(labels)] == 30
 
     scheduler, workers = pages(client)
@@ -146,11 +146,11 @@ def test_every_page_tells_the_same_requests(client):
         return found
 
     found = wait_until(at_replicas)
-    assert sum(total(one["dask_serve_run_seconds_count"], **own) for one in found) == 30
+    assert sum(total(one["dask_serve_replica_run_seconds_count"], **own) for one in found) == 30
     assert sum(total(one["dask_serve_replica_requests_total"], **own, outcome="failed") for one in found) == 0
     assert sum(total(one["model_words_total"], **own, language="en") for one in found) == 90
     assert sum(total(one["model_size_bucket"], **own, le="10.0") for one in found) == 30
-    replicas = {sample.labels["replica"] for one in found for sample in one["dask_serve_running"]}
+    replicas = {sample.labels["replica"] for one in found for sample in one["dask_serve_replica_running"]}
     assert len(replicas) == 2
 
     def everywhere():

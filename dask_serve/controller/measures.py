@@ -37,6 +37,11 @@ class Measures:
         """Take over the counts of a proxy process by deployment; "" stands for requests of none."""
         self._proxies[source] = counts
 
+    def proxy_ended(self, source: str) -> None:
+        """A proxy process has ended; what it told last stays."""
+        self.http()
+        self._http.gone(source)
+
     def joined(self, worker: WorkerState) -> None:
         """A worker has come; its heartbeats bring its counts."""
         self._workers[worker.address] = worker

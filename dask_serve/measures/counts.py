@@ -29,15 +29,18 @@ class ReplicaCounts:
         From a request's arrival until user code begins.
     ran : Histogram
         From then to its answer; of a streamed one to its end.
+    batches : dict of str to Counter
+        What batched methods had done, by name, when the replica ended. Not exported.
     """
 
-    __slots__ = ("answered", "cancelled", "failed", "ran", "refused", "waited", "wasted")
+    __slots__ = ("answered", "batches", "cancelled", "failed", "ran", "refused", "waited", "wasted")
 
     def __init__(self) -> None:
         self.answered = self.failed = self.refused = self.cancelled = 0
         self.wasted = 0.0
         self.waited = Histogram()
         self.ran = Histogram()
+        self.batches: dict[str, Counter[str]] = {}
 
     def add(self, waited: float, ran: float) -> None:
         """Count how long a request waited and ran; what `Histogram.add` does, for two, at half of the price."""
@@ -57,6 +60,11 @@ class ReplicaCounts:
         self.wasted += other.wasted
         self.waited.merge(other.waited)
         self.ran.merge(other.ran)
+        for method, batches in other.batches.items():
+            # Its update would drop what has counted nothing yet.
+            mine = self.batches.setdefault(method, Counter())
+            for name, number in batches.items():
+                mine[name] += number
 
     def export(self) -> dict[str, Any]:
         """Return plain data."""
@@ -90,13 +98,16 @@ class HttpCounts:
         Answers by HTTP status; 499 where the client went away first.
     took : Histogram
         From the end of a request's head to the end of its answer.
+    waited : Histogram
+        At the proxy, until a replica was found; again for what was sent again.
     """
 
-    __slots__ = ("statuses", "took")
+    __slots__ = ("statuses", "took", "waited")
 
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
         self.took = Histogram()
+        self.waited = Histogram()
 
     def add(self, status: int, seconds: float) -> None:
         """Count one answer."""
@@ -107,10 +118,20 @@ class HttpCounts:
         """Count what another has counted."""
         self.statuses.update(other.statuses)
         self.took.merge(other.took)
+        self.waited.merge(other.waited)
+
+    def since(self, earlier: HttpCounts) -> HttpCounts:
+        """Return what was counted after ``earlier``, a state of the same counts."""
+        counts = HttpCounts()
+        counts.statuses = self.statuses - earlier.statuses
+        counts.took = self.took.since(earlier.took)
+        counts.waited = self.waited.since(earlier.waited)
+        return counts
 
     def export(self) -> dict[str, Any]:
         """Return plain data."""
-        return {"statuses": {str(status): count for status, count in self.statuses.items()}, "took": self.took.export()}
+        statuses = {str(status): count for status, count in self.statuses.items()}
+        return {"statuses": statuses, "took": self.took.export(), "waited": self.waited.export()}
 
     @classmethod
     def read(cls, exported: Mapping[str, Any]) -> HttpCounts:
@@ -118,4 +139,6 @@ class HttpCounts:
         counts = cls()
         counts.statuses.update({int(status): count for status, count in exported["statuses"].items()})
         counts.took = Histogram(exported["took"])
+        # Proxies of the version before do not tell it.
+        counts.waited = Histogram(exported.get("waited", ()))
         return counts

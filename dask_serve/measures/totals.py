@@ -38,13 +38,12 @@ class Totals(Generic[C]):
     def keep(self, sources: Iterable[str]) -> None:
         """Take all other sources for gone: what they told last is all that they will have counted."""
         for source in self._told.keys() - set(sources):
-            for deployment, counts in self._told.pop(source).items():
-                self._into(self._gone, deployment, counts)
+            self.gone(source)
 
-    def forget(self, deployments: Iterable[str]) -> None:
-        """Drop all deployments but these from what is gone."""
-        for deployment in self._gone.keys() - set(deployments):
-            del self._gone[deployment]
+    def gone(self, source: str) -> None:
+        """A source will not tell anything any more."""
+        for deployment, counts in self._told.pop(source, {}).items():
+            self._into(self._gone, deployment, counts)
 
     def by_deployment(self) -> dict[str, C]:
         """Return the sums."""

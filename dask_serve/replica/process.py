@@ -15,11 +15,11 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from ..exceptions import ServeError
 from ..logs import join_dask
-from ..measures.ledger import Ledger
 from ..records import keep_records
 from ..wire.memory import limit_idle
 from ..wire.tls import for_callers, for_door, lend_to_client
 from .door import Door
+from .ledger import Ledger
 from .listening import place_of
 from .room import limit_for
 
@@ -170,6 +170,7 @@ class DrainAtClose(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         self._within = CLOSE_WITHIN
+        self._told: dict[str, dict[str, Any]] = {}
         close = worker.close
 
         async def close_within(timeout: float = 30, **kwargs: Any) -> Any:
@@ -189,14 +190,18 @@ class DrainAtClose(WorkerPlugin):
             reports = [asyncio.wait_for(unit.report("draining"), 1.0) for unit in units]
             drains = [unit.drain(min(left, unit.options.graceful_shutdown_timeout_s)) for unit in units]
             await asyncio.gather(*reports, *drains, return_exceptions=True)
-            await self._tell_counts(worker)
+        await self._tell_counts(worker)
         # What draining has not taken is for applications that shut down.
         patience = JOIN + max(0.0, ends - time.monotonic())
         await asyncio.get_running_loop().run_in_executor(None, ServeProcess.leave, worker, patience)
+        await self._tell_counts(worker)
 
     async def _tell_counts(self, worker: Any) -> None:
         """There may be no heartbeat any more."""
         counts = _exported(ServeProcess.ledger_of(worker))
+        if counts == self._told:
+            return
+        self._told = counts
         with contextlib.suppress(OSError, asyncio.TimeoutError):
             await asyncio.wait_for(worker.scheduler.serve_counts(source="", counts=counts, worker=worker.address), 1.0)
 

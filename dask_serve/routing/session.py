@@ -21,6 +21,7 @@ from typing import Any
 from ..exceptions import NotRunningError
 from ..wire.loops import run_on, running_loop
 from ..wire.tls import for_callers, lend_to_client
+from .callers import callers
 from .dial import Ways
 from .engine import Engine
 from .fabric import Fabric
@@ -198,7 +199,7 @@ class Session:
             if self._engine is None or self._engine_fabric is None or self._engine.pid != os.getpid():
                 self._check_open()
                 engine = Engine.acquire()
-                fabric = Fabric(engine.loop, name="engine", ssl=self._ssl, ways=self._ways, report=self._report)
+                fabric = self._make_fabric(engine.loop, "engine")
                 self._engine, self._engine_fabric = engine, fabric
                 if self.table is not None:
                     engine.put(fabric.apply, self.table)
@@ -214,7 +215,7 @@ class Session:
                 assert self._engine_fabric is not None
                 return self._engine_fabric
             self._check_open()
-            fabric = Fabric(loop, name=f"loop-{id(loop):x}", ssl=self._ssl, ways=self._ways, report=self._report)
+            fabric = self._make_fabric(loop, f"loop-{id(loop):x}")
             with self._lock:
                 self._fabrics[loop] = fabric
                 table, absent = self.table, self.absent
@@ -223,6 +224,14 @@ class Session:
             elif absent:
                 fabric.absent()
             contextvars.Context().run(loop.create_task, self._close_with(loop, fabric))
+        return fabric
+
+    def _make_fabric(self, loop: asyncio.AbstractEventLoop, name: str) -> Fabric:
+        # Only workers have a page to tell of their routers.
+        measured = self.in_worker
+        fabric = Fabric(loop, name=name, ssl=self._ssl, ways=self._ways, report=self._report, measured=measured)
+        if measured:
+            callers.add(fabric)
         return fabric
 
     async def _close_with(self, loop: asyncio.AbstractEventLoop, fabric: Fabric) -> None:
