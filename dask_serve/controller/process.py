@@ -58,7 +58,7 @@ class Process:
         self.refused = ""
         #: Done when the process has ended, with its exit code.
         self.exited: asyncio.Future[int] = loop.create_future()
-        #: Names this life of the process, here and on all nodes: numbers of processes come again, in containers at once.
+        #: Names this life of the process, here and on all nodes: pids come again, in containers at once.
         self._source = f"{_NODE}-{uuid.uuid4().hex}"
         self._on_event = on_event
         self._popen: subprocess.Popen[bytes] | None = None

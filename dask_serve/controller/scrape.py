@@ -57,7 +57,7 @@ def targets(scheduler: Scheduler, prefix: str, proxies: Iterable[Mapping[str, An
 
 
 def at_host(url: str, listens: str, host: str) -> str:
-    """Return ``url`` as others reach it, where it was made for this machine because all its addresses are listened at."""
+    """Return ``url`` as others reach it, where it names this machine because all addresses are listened at."""
     if not url or listens not in ANY:
         return url
     parts = urlsplit(url)
