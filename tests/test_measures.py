@@ -59,7 +59,7 @@ def test_totals_never_shrink_whatever_restarts(steps):
         if restarts:
             alive.pop(source, None)
             life[source] = life.get(source, 0) + 1
-            totals.keep(f"{other}{life.get(other, 0)}" for other in alive)
+            totals.gone(f"{source}{life[source] - 1}")
         counted = alive.setdefault(source, {})
         counted[deployment] = counted.get(deployment, 0) + more
         expected[deployment] += more

@@ -417,7 +417,7 @@ class Controller(SchedulerPlugin):
         What a proxy counted is taken only from those who know that epoch: the rest was told to the controller before.
         """
         if worker:
-            self.measures.worker_told(worker, counts)
+            self.measures.worker_told(source, counts)
         elif epoch == self.epoch:
             self.measures.proxy_told(source, counts)
             if ended:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 __all__ = ["Totals"]
@@ -34,11 +34,6 @@ class Totals(Generic[C]):
     def tell(self, source: str, counts: Mapping[str, C]) -> None:
         """Take over the counts of a source by deployment; they replace what it told before."""
         self._told[source] = counts
-
-    def keep(self, sources: Iterable[str]) -> None:
-        """Take all other sources for gone: what they told last is all that they will have counted."""
-        for source in self._told.keys() - set(sources):
-            self.gone(source)
 
     def gone(self, source: str) -> None:
         """A source will not tell anything any more."""

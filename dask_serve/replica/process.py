@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .unit import ReplicaUnit
 
-__all__ = ["DrainAtClose", "ServeProcess"]
+__all__ = ["COUNTS", "DrainAtClose", "ServeProcess", "source_of"]
 
 logger = logging.getLogger("dask_serve.process")
 
@@ -88,7 +88,8 @@ class ServeProcess:
             units.append(unit)
         if not known:
             loop = worker.loop.asyncio_loop
-            asyncio.run_coroutine_threadsafe(worker.plugin_add(DrainAtClose(), name=DrainAtClose.name), loop).result(10)
+            drain = DrainAtClose(door.process)
+            asyncio.run_coroutine_threadsafe(worker.plugin_add(drain, name=DrainAtClose.name), loop).result(10)
             # Travels with the worker's heartbeats.
             worker.metrics["serve"] = lambda worker: {**door.report(), **_counts(worker)}
             tell_metrics()
@@ -159,6 +160,11 @@ def _counts(worker: Worker) -> dict[str, dict[str, Any]]:
     }
 
 
+def source_of(address: str, process: str) -> str:
+    """Return what names one life of a worker."""
+    return f"{address} {process}"
+
+
 def _exported(ledger: Ledger) -> dict[str, dict[str, Any]]:
     return {deployment: counts.export() for deployment, counts in ledger.by_deployment().items()}
 
@@ -167,6 +173,9 @@ class DrainAtClose(WorkerPlugin):
     """Drains a worker's replicas before the worker goes: SIGTERM, ``close``, the end of a cluster."""
 
     name = "dask-serve-drain"
+
+    def __init__(self, process: str) -> None:
+        self._process = process
 
     def setup(self, worker: Any) -> None:
         self._within = CLOSE_WITHIN
@@ -202,8 +211,10 @@ class DrainAtClose(WorkerPlugin):
         if counts == self._told:
             return
         self._told = counts
+        source = source_of(worker.address, self._process)
+        telling = worker.scheduler.serve_counts(source=source, counts=counts, worker=worker.address)
         with contextlib.suppress(OSError, asyncio.TimeoutError):
-            await asyncio.wait_for(worker.scheduler.serve_counts(source="", counts=counts, worker=worker.address), 1.0)
+            await asyncio.wait_for(telling, 1.0)
 
     async def _be_replaced(self, worker: Any, patience: float) -> None:
         """Go on serving until there are other replicas, for a while."""
