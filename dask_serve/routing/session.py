@@ -133,13 +133,13 @@ class Session:
         """Ask for newer tables until the owner closes (on the owner's loop)."""
         epoch, version, absent = "", 0, 0
         try:
-            while str(getattr(self.owner, "status", "")) not in _CLOSED:
+            while not self._is_over():
                 try:
                     reply = await self.owner.scheduler.serve_table(epoch=epoch, since=version, timeout=POLL)
                 except asyncio.CancelledError:
                     raise
                 except Exception as error:  # noqa: BLE001
-                    if str(getattr(self.owner, "status", "")) in _CLOSED:
+                    if self._is_over():
                         return
                     logger.info(
                         "The controller at %s does not answer (%s); going on with the last table", self.owner, error
@@ -159,6 +159,11 @@ class Session:
                     self._publish(table)
         finally:
             self._end()
+
+    def _is_over(self) -> bool:
+        status = str(getattr(self.owner, "status", ""))
+        # Replicas of a worker that closes drain meanwhile, and what they run may call others.
+        return status in _CLOSED and not (self.in_worker and status == "Status.closing")
 
     async def until(self, holds: Callable[[Table], bool], timeout: float) -> bool:
         """Wait until the table is such (on the owner's loop); False after ``timeout`` seconds."""
