@@ -15,6 +15,7 @@ from . import (
     batching,
     chain,
     control,
+    counting,
     door,
     dropped,
     handle_calls,
@@ -43,7 +44,7 @@ SHARED = {
     "streams": streams,
     "batching": batching,
 }
-PARTS = (*SHARED, "proxies", "refs", "memory", "door", "overload", "control", "soak")
+PARTS = (*SHARED, "counting", "proxies", "refs", "memory", "door", "overload", "control", "soak")
 PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
 
@@ -57,6 +58,8 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
             for name, part in SHARED.items():
                 if name in parts:
                     yield from part.rows(running, client, pairs, seconds)
+    if "counting" in parts:
+        yield from counting.rows(pairs, seconds)
     if "proxies" in parts:
         yield from proxies.rows(pairs, seconds)
     if "refs" in parts:

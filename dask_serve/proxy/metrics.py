@@ -23,7 +23,7 @@ def all_counts(forwarder: Forwarder, state: ProxyState) -> dict[str, HttpCounts]
     if state.refused:
         none = HttpCounts()
         none.merge(counts.get("") or HttpCounts())
-        none.statuses.update(state.refused)
+        none.add_statuses(state.refused)
         counts[""] = none
     return counts
 
