@@ -44,7 +44,11 @@ SHARED = {
     "streams": streams,
     "batching": batching,
 }
-PARTS = (*SHARED, "counting", "proxies", "refs", "memory", "door", "overload", "control", "soak")
+#: Those that have their own clusters.
+ALONE = {"counting": counting, "proxies": proxies}
+#: Those that take as long as they take.
+LONG = {"control": control, "soak": soak}
+PARTS = (*SHARED, *ALONE, "refs", "memory", "door", "overload", *LONG)
 PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
 
@@ -58,10 +62,9 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
             for name, part in SHARED.items():
                 if name in parts:
                     yield from part.rows(running, client, pairs, seconds)
-    if "counting" in parts:
-        yield from counting.rows(pairs, seconds)
-    if "proxies" in parts:
-        yield from proxies.rows(pairs, seconds)
+    for name, part in ALONE.items():
+        if name in parts:
+            yield from part.rows(pairs, seconds)
     if "refs" in parts:
         with cluster(workers=2) as running, Client(running.address, set_as_default=False) as client:
             client.wait_for_workers(2, timeout=DEADLINE)
@@ -74,10 +77,9 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
             yield from door.rows(client, pairs, seconds)
     if "overload" in parts:
         yield from overload.rows(pairs, seconds)
-    if "control" in parts:
-        yield from control.rows()
-    if "soak" in parts:
-        yield from soak.rows()
+    for name, long in LONG.items():
+        if name in parts:
+            yield from long.rows()
 
 
 def render(rows: list[Row], how: str) -> str:
@@ -99,6 +101,6 @@ if __name__ == "__main__":
             results=RESULTS,
             measure=measure,
             render=render,
-            slow=["overload", "control", "soak"],
+            slow=["overload", *LONG],
         )
     )

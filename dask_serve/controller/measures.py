@@ -34,6 +34,8 @@ class Measures:
         #: Exported counts that came since somebody asked, by source.
         self._proxies: dict[str, Mapping[str, Any]] = {}
         self._last: dict[str, Mapping[str, Any]] = {}
+        #: Proxies that have.
+        self._ended: set[str] = set()
         #: Workers that have left, and when: one that is retired leaves first, and drains then.
         self._left: dict[str, float] = {}
 
@@ -41,12 +43,15 @@ class Measures:
 
     def proxy_told(self, source: str, counts: Mapping[str, Any]) -> None:
         """Take over the counts of a proxy process by deployment; "" stands for requests of none."""
-        self._proxies[source] = counts
+        # Who had no answer to its last report sends it again.
+        if source not in self._ended:
+            self._proxies[source] = counts
 
     def proxy_ended(self, source: str) -> None:
         """A proxy process has ended; what it told last stays."""
         self.http()
         self._http.gone(source)
+        self._ended.add(source)
 
     def joined(self, worker: WorkerState) -> None:
         """A worker has come; its heartbeats bring its counts."""
