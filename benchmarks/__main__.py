@@ -53,15 +53,20 @@ PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
 
 
+def measure_shared(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
+    """Measure those that share a cluster."""
+    with cluster() as running, Client(running.address, set_as_default=False) as client:
+        # A port that nobody else on this machine has, or will have.
+        serve.start(port=0, client=client)
+        for name, part in SHARED.items():
+            if name in parts:
+                yield from part.rows(running, client, pairs, seconds)
+
+
 def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
     """Measure one part after the other."""
     if {*SHARED} & {*parts}:
-        with cluster() as running, Client(running.address, set_as_default=False) as client:
-            # A port that nobody else on this machine has, or will have.
-            serve.start(port=0, client=client)
-            for name, part in SHARED.items():
-                if name in parts:
-                    yield from part.rows(running, client, pairs, seconds)
+        yield from measure_shared(parts, pairs, seconds)
     for name, part in ALONE.items():
         if name in parts:
             yield from part.rows(pairs, seconds)
