@@ -60,6 +60,7 @@ class Process:
         self.exited: asyncio.Future[int] = loop.create_future()
         #: Names this life of the process, here and on all nodes: pids come again, in containers at once.
         self._source = f"{_NODE}-{uuid.uuid4().hex}"
+        self._counts = False
         self._on_event = on_event
         self._popen: subprocess.Popen[bytes] | None = None
         self._lifeline: wire.Lifeline | None = None
@@ -185,6 +186,7 @@ class Process:
             self.stats = msgspec.msgpack.decode(payload, type=dict[str, Any])
             counts = self.stats.pop("counts", None)
             if counts is not None:
+                self._counts = True
                 self._on_event(self.slot, "counts", {"source": self._source, "counts": counts})
             if self.stats.get("draining"):
                 self.leaving.set()
@@ -204,7 +206,8 @@ class Process:
         self.leaving.set()
         if not self.exited.done():
             self.exited.set_result(code)
-        self._on_event(self.slot, "counted", {"source": self._source})
+        if self._counts:
+            self._on_event(self.slot, "counted", {"source": self._source})
         self._on_event(self.slot, "exited", {"pid": self.pid, "code": code})
 
 
