@@ -5,7 +5,7 @@
 #                                                                           JOBS=0: in one process, for --pdb)
 #   make test-all      the same with the slow tests
 #   make test-oldest   the tests with the oldest distributed that is promised, in .venv-oldest
-#   make clusters      Debian's packages for the slow tests on real clusters (apt-get, as root): SLURM and OpenSSH
+#   make clusters      Debian's packages for the slow tests (apt-get, as root): SLURM, OpenSSH and Prometheus
 #   make bench         the benchmarks, several minutes                     (ARGS="--quick")
 #   make bench-peers   beside other servers, each in .venv-peers/<peer>; 15 minutes and 1 GB   (ARGS="--quick")
 #   make bench-overload  too much to do, beside the same; 5 minutes          (ARGS="--quick")
@@ -45,7 +45,7 @@ test-oldest:
 # Their services are not started: the tests have daemons of their own.
 clusters:
 	$(if $(filter-out 0,$(shell id -u)),sudo) env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
-	  apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge openssh-server openssh-client
+	  apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge openssh-server openssh-client prometheus
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check

@@ -15,6 +15,7 @@ from . import (
     batching,
     chain,
     control,
+    counting,
     door,
     dropped,
     handle_calls,
@@ -43,22 +44,32 @@ SHARED = {
     "streams": streams,
     "batching": batching,
 }
-PARTS = (*SHARED, "proxies", "refs", "memory", "door", "overload", "control", "soak")
+#: Those that have their own clusters.
+ALONE = {"counting": counting, "proxies": proxies}
+#: Those that take as long as they take.
+LONG = {"control": control, "soak": soak}
+PARTS = (*SHARED, *ALONE, "refs", "memory", "door", "overload", *LONG)
 PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
+
+
+def measure_shared(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
+    """Measure those that share a cluster."""
+    with cluster() as running, Client(running.address, set_as_default=False) as client:
+        # A port that nobody else on this machine has, or will have.
+        serve.start(port=0, client=client)
+        for name, part in SHARED.items():
+            if name in parts:
+                yield from part.rows(running, client, pairs, seconds)
 
 
 def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
     """Measure one part after the other."""
     if {*SHARED} & {*parts}:
-        with cluster() as running, Client(running.address, set_as_default=False) as client:
-            # A port that nobody else on this machine has, or will have.
-            serve.start(port=0, client=client)
-            for name, part in SHARED.items():
-                if name in parts:
-                    yield from part.rows(running, client, pairs, seconds)
-    if "proxies" in parts:
-        yield from proxies.rows(pairs, seconds)
+        yield from measure_shared(parts, pairs, seconds)
+    for name, part in ALONE.items():
+        if name in parts:
+            yield from part.rows(pairs, seconds)
     if "refs" in parts:
         with cluster(workers=2) as running, Client(running.address, set_as_default=False) as client:
             client.wait_for_workers(2, timeout=DEADLINE)
@@ -71,10 +82,9 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
             yield from door.rows(client, pairs, seconds)
     if "overload" in parts:
         yield from overload.rows(pairs, seconds)
-    if "control" in parts:
-        yield from control.rows()
-    if "soak" in parts:
-        yield from soak.rows()
+    for name, long in LONG.items():
+        if name in parts:
+            yield from long.rows()
 
 
 def render(rows: list[Row], how: str) -> str:
@@ -96,6 +106,6 @@ if __name__ == "__main__":
             results=RESULTS,
             measure=measure,
             render=render,
-            slow=["overload", "control", "soak"],
+            slow=["overload", *LONG],
         )
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
+
+import dask
 
 from .context import replica_context
 from .exceptions import ConfigError
@@ -18,6 +21,12 @@ from .measures.sources import add_source
 __all__ = ["Counter", "Gauge", "Histogram"]
 
 _NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*\Z")
+#: Seconds that counters and histograms of a replica that has ended are told: Prometheus must have looked once more.
+KEPT = 600.0
+#: What names on the page begin with that are not of user code.
+TAKEN = ("dask_", "process_", "python_")
+#: What is told under other names than its own: what is put behind each.
+_SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 #: Tags that each series has from the replica that it is of.
 OWN = ("application", "deployment", "replica")
 
@@ -35,13 +44,24 @@ class _Metric:
             raise ConfigError(
                 f"{name!r} is no name for a metric: letters, digits and underscores, not beginning with a digit"
             )
-        wrong = [key for key in tag_keys if not _NAME.match(key) or key in OWN or key == "le"]
+        # Dask's own are named as its configuration says.
+        for prefix in (*TAKEN, f"{dask.config.get('distributed.dashboard.prometheus.namespace', 'dask')}_"):
+            if name.startswith(prefix):
+                raise ConfigError(
+                    f"metric {name!r} cannot have a name that begins with {prefix!r}, as metrics of dask_serve, Dask "
+                    f"and Python do: begin with the name of your application, as in 'my_{name.removeprefix(prefix)}'"
+                )
+        taken = (*OWN, "le", "quantile")
+        wrong = [key for key in tag_keys if not _NAME.match(key) or key in taken or key.startswith("__")]
         if wrong:
             raise ConfigError(
-                f"tag {wrong[0]!r} of metric {name!r} cannot be used: {', '.join(OWN)} and 'le' are taken; letters, "
-                "digits and underscores are possible"
+                f"tag {wrong[0]!r} of metric {name!r} cannot be used: {', '.join(taken)} and what begins with '__' are "
+                "taken; letters, digits and underscores are possible"
             )
-        self.name = name
+        if len(set(tag_keys)) != len(tag_keys):
+            raise ConfigError(f"metric {name!r} has a tag twice: tag_keys={list(tag_keys)!r}")
+        # As Prometheus has it anyway.
+        self.name = name.removesuffix("_total") if self.kind == "counter" else name
         self.description = description
         self.tag_keys = tuple(tag_keys)
         self._defaults: dict[str, str] = {}
@@ -70,7 +90,9 @@ class _Metric:
 
     def _key(self, tags: Mapping[str, Any] | None) -> tuple[str, ...]:
         replica = replica_context.get(None)
-        own = ("", "", "") if replica is None else (replica.app_name, replica.deployment, replica.replica_id)
+        own = ("", "", "")
+        if replica is not None:
+            own = (replica.app_name, replica.deployment, replica.replica_id if _registry.apart else "")
         if not self.tag_keys and not tags:
             return own
         given = tags or {}
@@ -93,10 +115,12 @@ class Counter(_Metric):
     Parameters
     ----------
     name : str
-        Its name in Prometheus, which adds ``_total``.
+        Its name in Prometheus, which adds ``_total`` where that is missing. It does not begin with ``dask_``,
+        ``process_`` or ``python_``.
     description : str, default ""
     tag_keys : sequence of str, default ()
-        Names of its own tags. Each series also has ``application``, ``deployment`` and ``replica``.
+        Names of its own tags. Each series also has ``application``, ``deployment`` and, unless
+        ``serve.metrics.replica-label`` is false in Dask's configuration of the worker, ``replica``.
 
     Raises
     ------
@@ -243,13 +267,25 @@ class _Registry:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        #: Whether each replica has a series of its own.
+        self.apart = bool(dask.config.get("serve.metrics.replica-label", True))
         self._metrics: dict[str, tuple[_Metric, dict[tuple[str, ...], Any]]] = {}
+        #: Replicas that have ended, and when.
+        self._ended: dict[str, float] = {}
 
     def series(self, metric: _Metric) -> dict[tuple[str, ...], Any]:
         """Return the series of a metric, made when it is declared for the first time."""
         with self.lock:
             known = self._metrics.get(metric.name)
             if known is None:
+                told = {metric.name + suffix for suffix in _SUFFIXES[metric.kind]}
+                for other, _ in self._metrics.values():
+                    both = told & {other.name + suffix for suffix in _SUFFIXES[other.kind]}
+                    if both:
+                        raise ConfigError(
+                            f"metric {metric.name!r} would be told as {min(both)!r}, as {type(other).__name__} "
+                            f"{other.name!r} is: give one of them another name"
+                        )
                 if not self._metrics:
                     add_source("dask-serve-user", self.families)
                 self._metrics[metric.name] = metric, {}
@@ -262,9 +298,28 @@ class _Registry:
             )
         return series
 
+    def forget(self, replica: str) -> None:
+        """A replica has ended: its gauges are gone with it, and soon what it counted."""
+        with self.lock:
+            if not self._metrics:
+                return
+            self._ended[replica] = time.monotonic()
+            self._drop({replica}, "gauge")
+
+    def _drop(self, replicas: set[str], *kinds: str) -> None:
+        for metric, series in self._metrics.values():
+            if metric.kind in kinds:
+                for key in [key for key in series if key[2] in replicas]:
+                    del series[key]
+
     def families(self) -> list[Family]:
         """Return what is to be told."""
+        own = OWN if self.apart else OWN[:2]
         with self.lock:
+            late = {replica for replica, ended in self._ended.items() if time.monotonic() - ended > KEPT}
+            self._drop(late, "counter", "gauge", "histogram")
+            for replica in late:
+                del self._ended[replica]
             return [
                 Family(
                     metric.name,
@@ -272,7 +327,7 @@ class _Registry:
                     metric.description or metric.name,
                     [
                         Sample(
-                            dict(zip((*OWN, *metric.tag_keys), key, strict=True)),
+                            dict(zip((*own, *metric.tag_keys), (*key[: len(own)], *key[3:]), strict=True)),
                             Buckets(value.export()) if isinstance(value, Buckets) else value,
                         )
                         for key, value in series.items()
@@ -289,3 +344,4 @@ def _declaration(metric: _Metric) -> str:
 
 
 _registry = _Registry()
+forget = _registry.forget

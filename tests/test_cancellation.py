@@ -476,7 +476,7 @@ async def test_a_client_that_goes_away(c, s, a, b):
         await is_idle(*units)
     assert all(unit.core.counts.cancelled >= 3 for unit in units)
     text = (await asyncio.to_thread(httpx.get, url.join("/-/metrics"))).text
-    assert 'dask_serve_router_cancelled_total{application="default",deployment="Outer"} 3' in text
+    assert 'dask_serve_router_requests_total{application="default",deployment="Outer",outcome="cancelled"} 3' in text
 
 
 @gen_cluster(client=True)

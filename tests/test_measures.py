@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import dask_serve as serve
 from dask_serve.measures.counts import HttpCounts, ReplicaCounts
 from dask_serve.measures.histogram import BOUNDS, Histogram
-from dask_serve.measures.ledger import ENDED, OLDER, Ledger
 from dask_serve.measures.totals import Totals
+from dask_serve.replica.ledger import KEPT, Ledger
 
 durations = st.lists(st.floats(0.0, 100.0), max_size=50)
 
@@ -59,7 +59,7 @@ def test_totals_never_shrink_whatever_restarts(steps):
         if restarts:
             alive.pop(source, None)
             life[source] = life.get(source, 0) + 1
-            totals.keep(f"{other}{life.get(other, 0)}" for other in alive)
+            totals.gone(f"{source}{life[source] - 1}")
         counted = alive.setdefault(source, {})
         counted[deployment] = counted.get(deployment, 0) + more
         expected[deployment] += more
@@ -69,16 +69,27 @@ def test_totals_never_shrink_whatever_restarts(steps):
         assert {name: sums[name].answered for name in sums} == {name: n for name, n in expected.items() if name in sums}
 
 
-def test_a_ledger_keeps_what_ended_replicas_counted():
-    ledger = Ledger()
-    for number in range(ENDED + 5):
-        counts = ledger.open("app/d", f"app/d/{number}")
-        counts.answered += number
-        ledger.close(f"app/d/{number}")
-    rows = ledger.by_replica()
-    assert len(rows) == ENDED + 1
-    assert [counts.answered for _, replica, counts in rows if replica == OLDER] == [0 + 1 + 2 + 3 + 4]
-    assert ledger.by_deployment()["app/d"].answered == sum(range(ENDED + 5))
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.sampled_from(["more", "ends", "later"]))))
+def test_a_ledger_never_forgets_and_tells_replicas_long_enough(steps):
+    now = 0.0
+    ledger, alive, ended, expected = Ledger(lambda: now), {}, {}, 0
+    for number, (slot, more, step) in enumerate(steps):
+        if step == "later":
+            now += KEPT / 2
+        elif step == "ends":
+            if slot in alive:
+                replica, _ = alive.pop(slot)
+                ledger.close(replica)
+                ended[replica] = now
+        else:
+            if slot not in alive:
+                alive[slot] = (f"app/d/{number}", ledger.open("app/d", f"app/d/{number}"))
+            alive[slot][1].answered += more
+            expected += more
+        told = {replica for _, replica, _ in ledger.by_replica()}
+        assert told == {replica for replica, _ in alive.values()} | {r for r, at in ended.items() if now - at <= KEPT}
+        sums = ledger.by_deployment()
+        assert sum(counts.answered for counts in sums.values()) == expected
 
 
 def test_counts_survive_the_trip():
@@ -90,6 +101,11 @@ def test_counts_survive_the_trip():
     http = HttpCounts()
     http.add(200, 0.1)
     http.add(503, 0.001)
+    http.waited.add(0.01)
+    first = HttpCounts.read(http.export())
+    http.add(200, 0.2)
+    later = http.since(first)
+    assert (later.statuses, later.took.total, later.waited.total) == ({200: 1}, 1, 0)
     assert HttpCounts.read(http.export()).statuses == http.statuses
 
 

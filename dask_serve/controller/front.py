@@ -199,6 +199,8 @@ class Front:
             self._on_backlogs(**details)
         elif event == "counts":
             self._measures.proxy_told(**details)
+        elif event == "counted":
+            self._measures.proxy_ended(**details)
         elif event == "logs":
             for record in details["records"]:
                 keep_records().add({**record, "source": f"proxy {slot}"})

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..measures.counts import HttpCounts, ReplicaCounts
 from ..measures.totals import Totals
-from ..replica.process import COUNTS
+from ..replica.process import COUNTS, source_of
 
 if TYPE_CHECKING:
     from distributed.scheduler import WorkerState
 
 __all__ = ["Measures"]
+
+#: Seconds in which a worker that has left may still tell what it counted at last.
+LATE = 120.0
 
 
 class Measures:
@@ -30,12 +34,24 @@ class Measures:
         #: Exported counts that came since somebody asked, by source.
         self._proxies: dict[str, Mapping[str, Any]] = {}
         self._last: dict[str, Mapping[str, Any]] = {}
+        #: Proxies that have.
+        self._ended: set[str] = set()
+        #: Workers that have left, and when: one that is retired leaves first, and drains then.
+        self._left: dict[str, float] = {}
 
     # ------------------------------------------------------------------ what comes
 
     def proxy_told(self, source: str, counts: Mapping[str, Any]) -> None:
         """Take over the counts of a proxy process by deployment; "" stands for requests of none."""
-        self._proxies[source] = counts
+        # Who had no answer to its last report sends it again.
+        if source not in self._ended:
+            self._proxies[source] = counts
+
+    def proxy_ended(self, source: str) -> None:
+        """A proxy process has ended; what it told last stays."""
+        self.http()
+        self._http.gone(source)
+        self._ended.add(source)
 
     def joined(self, worker: WorkerState) -> None:
         """A worker has come; its heartbeats bring its counts."""
@@ -44,13 +60,17 @@ class Measures:
     def left(self, address: str) -> None:
         """A worker has gone; what its last heartbeat brought stays."""
         worker = self._workers.pop(address, None)
-        if worker is not None and worker.metrics.get(COUNTS):
-            self._last.setdefault(_source(worker), worker.metrics[COUNTS])
+        if worker is not None:
+            self._left[_source(worker)] = time.monotonic()
+            if worker.metrics.get(COUNTS):
+                self._last.setdefault(_source(worker), worker.metrics[COUNTS])
 
-    def worker_told(self, worker: str, counts: Mapping[str, Any]) -> None:
-        """Take over the last counts of a worker that is about to go."""
-        if worker in self._workers:
-            self._last[_source(self._workers[worker])] = counts
+    def worker_told(self, source: str, counts: Mapping[str, Any]) -> None:
+        """Take over the last counts of a worker that is about to go, or has left just now."""
+        address = source.partition(" ")[0]
+        # It may never have come to a heartbeat that named its process.
+        if address in self._workers or source in self._left or source_of(address, "") in self._left:
+            self._last[source] = counts
 
     # ------------------------------------------------------------------ what is known
 
@@ -65,8 +85,11 @@ class Measures:
         present = {_source(worker): worker.metrics.get(COUNTS) or {} for worker in self._workers.values()}
         self._read({**present, **self._last}, self._replicas, ReplicaCounts.read)
         self._last = {source: counts for source, counts in self._last.items() if source in present}
-        # Who has left tells no more.
-        self._replicas.keep(present)
+        # Who left long ago tells no more.
+        now = time.monotonic()
+        for source in [source for source, left in self._left.items() if now - left > LATE]:
+            del self._left[source]
+            self._replicas.gone(source)
         return self._replicas.by_deployment()
 
     @staticmethod
@@ -76,4 +99,4 @@ class Measures:
 
 
 def _source(worker: WorkerState) -> str:
-    return f"{worker.address} {worker.metrics.get('serve', {}).get('process', '')}"
+    return source_of(worker.address, worker.metrics.get("serve", {}).get("process", ""))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..measures.families import Family, Sample, http_families, names_of, replica_families
 from .events import Events
 from .measures import Measures
-from .status import ServeStatus
+from .status import SEVERITY, ServeStatus
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["controller_families"]
 
+#: What there may be none of, which is told too: nothing can be compared with a series that is missing.
+REPLICAS, PROXIES = ("starting", "ready", "draining"), ("starting", "ready", "draining", "restarting")
 #: Before the names of sums over all processes: those of single ones are on their own pages.
 CLUSTER = "dask_serve_cluster_"
 
@@ -33,15 +34,26 @@ def controller_families(status: Callable[[], ServeStatus], measures: Measures, e
     now = status()
     states, wanted, applications = [], [], []
     for name, application in now.applications.items():
-        applications.append(Sample({"application": name, "status": application.status}, 1))
+        applications += [
+            Sample({"application": name, "status": one}, int(one == application.status)) for one in SEVERITY
+        ]
         for deployment, of in application.deployments.items():
             labels = {"application": name, "deployment": deployment}
             wanted.append(Sample(labels, of.target))
-            states += [Sample({**labels, "state": state}, number) for state, number in of.counts.items()]
-    proxies: Counter[str] = Counter(_state(row) for row in now.proxies)
+            counts = {**dict.fromkeys(REPLICAS, 0), **of.counts}
+            states += [Sample({**labels, "state": state}, number) for state, number in counts.items()]
+    proxies = dict.fromkeys(PROXIES, 0)
+    for row in now.proxies:
+        state = str(row.get("state", ""))
+        proxies[state] = proxies.get(state, 0) + 1
     decided = [Sample({"kind": kind}, number) for kind, number in sorted(events.counts.items())]
     return [
-        Family("dask_serve_application_status", "gauge", "1 for the status that an application has.", applications),
+        Family(
+            "dask_serve_application_status",
+            "gauge",
+            "1 for the status that an application has, 0 for others.",
+            applications,
+        ),
         Family("dask_serve_replicas", "gauge", "Replicas by state.", states),
         Family("dask_serve_replicas_wanted", "gauge", "Replicas that there should be.", wanted),
         Family(
@@ -50,11 +62,7 @@ def controller_families(status: Callable[[], ServeStatus], measures: Measures, e
             "Proxy processes by state.",
             [Sample({"state": state}, number) for state, number in proxies.items()],
         ),
-        Family("dask_serve_decisions", "counter", "Decisions of the controller, by kind.", decided),
+        Family("dask_serve_events", "counter", "What the controller decided or found, by kind of event.", decided),
         *http_families(CLUSTER, measures.http()),
         *replica_families(CLUSTER, [(names_of(id), counts) for id, counts in sorted(measures.replicas().items())]),
     ]
-
-
-def _state(row: dict[str, Any]) -> str:
-    return str(row.get("state", ""))

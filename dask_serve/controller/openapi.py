@@ -26,6 +26,17 @@ _ERROR: dict[str, Any] = {
     },
 }
 
+_TARGETS: dict[str, Any] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {
+            "targets": {"type": "array", "items": {"type": "string"}},
+            "labels": {"type": "object", "additionalProperties": {"type": "string"}},
+        },
+    },
+}
+
 
 def openapi(base: str) -> dict[str, Any]:
     """Return the document for routes below ``base``."""
@@ -65,12 +76,18 @@ def openapi(base: str) -> dict[str, Any]:
         "summary": "Tell how one application fares.",
         "responses": {"200": _answer("The application.", shapes[1]), **_answers(404)},
     }
+    get_targets = {
+        "operationId": "targets",
+        "summary": "Tell where Prometheus finds metrics, in the form that its http_sd_configs reads.",
+        "responses": {"200": _answer("Scheduler, workers and proxies with an admin port.", _TARGETS)},
+    }
     return {
         "openapi": "3.1.0",
         "info": {"title": "dask_serve", "version": __version__, "description": "What runs on a Dask cluster."},
         "paths": {
             f"{base}/applications": {"get": get_all, "put": put},
             f"{base}/applications/{{name}}": {"parameters": [name], "get": get_one, "delete": delete},
+            f"{base}/targets": {"get": get_targets},
         },
         "components": {
             "schemas": components,

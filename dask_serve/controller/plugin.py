@@ -409,13 +409,20 @@ class Controller(SchedulerPlugin):
         self.scaling.waits(source, number, queued, owner)
         return {}
 
-    async def serve_counts(self, source: str, counts: dict[str, Any], worker: str = "") -> dict[str, Any]:
-        """Hear what a worker that leaves, or a proxy elsewhere, has counted."""
+    async def serve_counts(
+        self, source: str, counts: dict[str, Any], worker: str = "", epoch: str = "", ended: bool = False
+    ) -> dict[str, Any]:
+        """Hear what a worker that leaves, or a proxy elsewhere, has counted; the answer has this controller's epoch.
+
+        What a proxy counted is taken only from those who know that epoch: the rest was told to the controller before.
+        """
         if worker:
-            self.measures.worker_told(worker, counts)
-        else:
+            self.measures.worker_told(source, counts)
+        elif epoch == self.epoch:
             self.measures.proxy_told(source, counts)
-        return {}
+            if ended:
+                self.measures.proxy_ended(source)
+        return {"epoch": self.epoch}
 
     def _on_load(self, running: dict[str, float], worker: str, **_: Any) -> None:
         """Hear how many requests run at a worker's replicas."""

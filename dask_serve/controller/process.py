@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ REAP_INTERVAL = 0.01
 
 _NODE = socket.gethostname()
 
-#: Called with the slot, what happened ("ready", "stats", "counts", "backlogs", "exited") and details.
+#: Called with the slot, what happened ("ready", "stats", "counts", "counted", "backlogs", "exited"), details.
 OnEvent = Callable[[int, str, dict[str, Any]], None]
 
 
@@ -57,6 +58,9 @@ class Process:
         self.refused = ""
         #: Done when the process has ended, with its exit code.
         self.exited: asyncio.Future[int] = loop.create_future()
+        #: Names this life of the process, here and on all nodes: pids come again, in containers at once.
+        self._source = f"{_NODE}-{uuid.uuid4().hex}"
+        self._counts = False
         self._on_event = on_event
         self._popen: subprocess.Popen[bytes] | None = None
         self._lifeline: wire.Lifeline | None = None
@@ -182,7 +186,8 @@ class Process:
             self.stats = msgspec.msgpack.decode(payload, type=dict[str, Any])
             counts = self.stats.pop("counts", None)
             if counts is not None:
-                self._on_event(self.slot, "counts", {"source": f"{_NODE}-{self.pid}", "counts": counts})
+                self._counts = True
+                self._on_event(self.slot, "counts", {"source": self._source, "counts": counts})
             if self.stats.get("draining"):
                 self.leaving.set()
             self._on_event(self.slot, "stats", self.stats)
@@ -201,6 +206,8 @@ class Process:
         self.leaving.set()
         if not self.exited.done():
             self.exited.set_result(code)
+        if self._counts:
+            self._on_event(self.slot, "counted", {"source": self._source})
         self._on_event(self.slot, "exited", {"pid": self.pid, "code": code})
 
 

@@ -20,7 +20,9 @@ from .. import __version__
 from ..config import HTTPOptions, change_options
 from ..exceptions import ConfigError, NotRunningError, ServeError
 from ..routing.table import decode_table
+from .counts_sender import CountsSender
 from .proxies import Proxies
+from .scrape import at_host
 from .service_file import ServiceFile
 
 __all__ = ["RemoteProxies"]
@@ -72,6 +74,7 @@ class RemoteProxies:
         security = security or Security()
         self._scheduler: Any = rpc(address, connection_args=security.get_connection_args("client"))
         self._proxies = Proxies(self._on_proxy, heartbeat=False, security=security)
+        self._counts = CountsSender(self._scheduler)
         self._telling: set[asyncio.Task[None]] = set()
         self._known = ("", 0)
         #: What the controller calls these proxies.
@@ -116,6 +119,7 @@ class RemoteProxies:
             if away:
                 say("the scheduler is back")
             away = False
+            self._counts.wake()
             if options != self._options:
                 self._options = options
                 try:
@@ -128,26 +132,32 @@ class RemoteProxies:
         """Drain and end the proxies."""
         with contextlib.suppress(OSError, asyncio.TimeoutError):
             await asyncio.wait_for(self._scheduler.serve_proxy(timeout=0.0, node=self._name), GOODBYE)
-        with contextlib.suppress(OSError):
-            await self._scheduler.close_rpc()
         if self._file is not None:
             await self._file.tell("", "")
         await self._proxies.stop()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._counts.flush(), GOODBYE)
+        with contextlib.suppress(OSError):
+            await self._scheduler.close_rpc()
 
     async def _tell_users(self) -> None:
         if self._file is not None:
             await self._file.tell(self._proxies.url, self._proxies.options.host)
 
     def _on_proxy(self, slot: int, event: str, details: dict[str, Any]) -> None:
-        if event in {"backlogs", "counts"}:
-            task = asyncio.get_running_loop().create_task(self._tell(event, details))
+        if event == "counts":
+            self._counts.put(**details)
+        elif event == "counted":
+            self._counts.end(**details)
+        elif event == "backlogs":
+            task = asyncio.get_running_loop().create_task(self._tell(details))
             self._telling.add(task)
             task.add_done_callback(self._telling.discard)
 
-    async def _tell(self, event: str, details: dict[str, Any]) -> None:
-        """Pass on how many requests wait, and what was counted; the next report makes up for one that is lost."""
+    async def _tell(self, details: dict[str, Any]) -> None:
+        """Pass on how many requests wait; the next report makes up for one that is lost."""
         with contextlib.suppress(OSError):
-            await (self._scheduler.serve_backlogs if event == "backlogs" else self._scheduler.serve_counts)(**details)
+            await self._scheduler.serve_backlogs(**details)
 
     def _here(self, options: HTTPOptions) -> HTTPOptions:
         defaults = HTTPOptions()
@@ -158,6 +168,9 @@ class RemoteProxies:
         """Describe the proxies for `serve.status()`."""
         here = {"node": socket.gethostname(), "url": self._proxies.url, "version": __version__}
         rows = self._proxies.describe()
+        admin_host, own = self._proxies.options.admin_host, get_ip(get_address_host(self._address))
+        for row in rows:
+            row["admin"] = at_host(row.get("admin", ""), admin_host, own)
         return [{**here, **{name: value for name, value in row.items() if name != "stats"}} for row in rows]
 
     async def _ask(self, timeout: float) -> HTTPOptions:

@@ -16,6 +16,7 @@ from ..policy.history import By
 from ..proxy.tokens import TokenFile, refusal
 from .child import Outcome, Task
 from .openapi import SCHEMA, openapi
+from .scrape import targets
 
 if TYPE_CHECKING:
     from .plugin import Controller
@@ -82,6 +83,7 @@ class Rest:
                 (rf"{base}/applications/?", _Applications, {"rest": self}),
                 (rf"{base}/applications/([^/]+)", _Application, {"rest": self}),
                 (rf"{base}/(openapi|schema)\.json", _Description, {"rest": self, "base": base}),
+                (rf"{base}/targets", _Targets, {"rest": self, "base": base.removesuffix(BASE)}),
             ],
         )
 
@@ -188,6 +190,14 @@ class _Applications(_Handler):
                     "url": outcome.url,
                 }
             )
+
+
+class _Targets(_Handler):
+    """Where Prometheus finds metrics."""
+
+    def get(self) -> None:
+        front = self.controller.front
+        self.answer(targets(self.controller.scheduler, self.base, front.describe(), front.options.admin_host))
 
 
 class _Application(_Handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from .histogram import Histogram
 from .prometheus import cumulative
 from .sources import sources
+
+logger = logging.getLogger("dask_serve.process")
 
 _KINDS: dict[str, Any] = {
     "counter": CounterMetricFamily,
@@ -27,8 +30,14 @@ class _Collector:
         return []
 
     def collect(self) -> Iterator[Any]:
-        for source in list(sources.values()):
-            for family in source():
+        for name, source in list(sources.items()):
+            try:
+                families = list(source())
+            except Exception:
+                # The page has other things on it.
+                logger.exception("What %s tells is missing on /metrics", name)
+                continue
+            for family in families:
                 names = list(family.samples[0].labels) if family.samples else []
                 metric = _KINDS[family.kind](family.name, family.help, labels=names)
                 for labels, value in family.samples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,15 +29,18 @@ class ReplicaCounts:
         From a request's arrival until user code begins.
     ran : Histogram
         From then to its answer; of a streamed one to its end.
+    batches : dict of str to Counter
+        What batched methods had done, by name, when the replica ended. Not exported.
     """
 
-    __slots__ = ("answered", "cancelled", "failed", "ran", "refused", "waited", "wasted")
+    __slots__ = ("answered", "batches", "cancelled", "failed", "ran", "refused", "waited", "wasted")
 
     def __init__(self) -> None:
         self.answered = self.failed = self.refused = self.cancelled = 0
         self.wasted = 0.0
         self.waited = Histogram()
         self.ran = Histogram()
+        self.batches: dict[str, Counter[str]] = {}
 
     def add(self, waited: float, ran: float) -> None:
         """Count how long a request waited and ran; what `Histogram.add` does, for two, at half of the price."""
@@ -57,6 +60,11 @@ class ReplicaCounts:
         self.wasted += other.wasted
         self.waited.merge(other.waited)
         self.ran.merge(other.ran)
+        for method, batches in other.batches.items():
+            # Its update would drop what has counted nothing yet.
+            mine = self.batches.setdefault(method, Counter())
+            for name, number in batches.items():
+                mine[name] += number
 
     def export(self) -> dict[str, Any]:
         """Return plain data."""
@@ -86,36 +94,60 @@ class HttpCounts:
 
     Attributes
     ----------
-    statuses : Counter
+    statuses : dict of int to int
         Answers by HTTP status; 499 where the client went away first.
     took : Histogram
         From the end of a request's head to the end of its answer.
+    waited : Histogram
+        At the proxy, until a replica was found; again for what was sent again.
     """
 
-    __slots__ = ("statuses", "took")
+    __slots__ = ("statuses", "took", "waited")
 
     def __init__(self) -> None:
-        self.statuses: Counter[int] = Counter()
+        # A Counter takes three times as long to add to.
+        self.statuses: defaultdict[int, int] = defaultdict(int)
         self.took = Histogram()
+        self.waited = Histogram()
 
     def add(self, status: int, seconds: float) -> None:
-        """Count one answer."""
+        """Count one answer; what `Histogram.add` does, without a call."""
         self.statuses[status] += 1
-        self.took.add(seconds)
+        histogram = self.took
+        histogram.counts[bisect_left(BOUNDS, seconds)] += 1
+        histogram.seconds += seconds
+
+    def add_statuses(self, statuses: Mapping[int, int]) -> None:
+        """Count answers of which nobody knows how long they took."""
+        for status, number in statuses.items():
+            self.statuses[status] += number
 
     def merge(self, other: HttpCounts) -> None:
         """Count what another has counted."""
-        self.statuses.update(other.statuses)
+        self.add_statuses(other.statuses)
         self.took.merge(other.took)
+        self.waited.merge(other.waited)
+
+    def since(self, earlier: HttpCounts) -> HttpCounts:
+        """Return what was counted after ``earlier``, a state of the same counts."""
+        counts = HttpCounts()
+        news = {status: number - earlier.statuses.get(status, 0) for status, number in self.statuses.items()}
+        counts.add_statuses({status: number for status, number in news.items() if number > 0})
+        counts.took = self.took.since(earlier.took)
+        counts.waited = self.waited.since(earlier.waited)
+        return counts
 
     def export(self) -> dict[str, Any]:
         """Return plain data."""
-        return {"statuses": {str(status): count for status, count in self.statuses.items()}, "took": self.took.export()}
+        statuses = {str(status): count for status, count in self.statuses.items()}
+        return {"statuses": statuses, "took": self.took.export(), "waited": self.waited.export()}
 
     @classmethod
     def read(cls, exported: Mapping[str, Any]) -> HttpCounts:
         """Return what was exported."""
         counts = cls()
-        counts.statuses.update({int(status): count for status, count in exported["statuses"].items()})
+        counts.add_statuses({int(status): count for status, count in exported["statuses"].items()})
         counts.took = Histogram(exported["took"])
+        # Proxies of the version before do not tell it.
+        counts.waited = Histogram(exported.get("waited", ()))
         return counts

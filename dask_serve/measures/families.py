@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .counts import HttpCounts, ReplicaCounts
 from .histogram import BOUNDS, Histogram
 
-__all__ = ["Family", "Sample", "http_families", "names_of", "replica_families"]
+__all__ = ["Family", "Sample", "http_families", "names_of", "replica_families", "router_families"]
 
 Labels = Mapping[str, str]
 
@@ -57,16 +57,20 @@ def names_of(deployment: str) -> dict[str, str]:
 
 def http_families(prefix: str, counts: Mapping[str, HttpCounts]) -> list[Family]:
     """Return what was answered over HTTP, by deployment."""
-    answers, times = [], []
+    answers, times, waits = [], [], []
     for deployment, of in sorted(counts.items()):
         labels = names_of(deployment)
         answers += [Sample({**labels, "status": str(status)}, n) for status, n in sorted(of.statuses.items())]
         times.append(Sample(labels, of.took))
+        if deployment:
+            waits.append(Sample(labels, of.waited))
     status = "HTTP requests answered, by status; 499: its client went away first. Without application: routed to none."
     took = "Seconds from the end of a request's head to the end of its answer."
+    waited = "Seconds that requests waited at proxies before they were sent to a replica, each time that they were."
     return [
         Family(f"{prefix}http_requests", "counter", status, answers),
         Family(f"{prefix}http_request_seconds", "histogram", took, times),
+        Family(f"{prefix}http_wait_seconds", "histogram", waited, waits),
     ]
 
 
@@ -85,8 +89,37 @@ def replica_families(prefix: str, rows: Iterable[tuple[Labels, ReplicaCounts]]) 
     ran = "Seconds from there to its answer, of a streamed one to its end."
     return [
         Family(f"{prefix}replica_requests", "counter", requests, ended),
-        Family(f"{prefix}cancelled", "counter", cancelled, [Sample(labels, c.cancelled) for labels, c in rows]),
-        Family(f"{prefix}wasted_seconds", "counter", wasted, [Sample(labels, c.wasted) for labels, c in rows]),
-        Family(f"{prefix}wait_seconds", "histogram", waited, [Sample(labels, c.waited) for labels, c in rows]),
-        Family(f"{prefix}run_seconds", "histogram", ran, [Sample(labels, c.ran) for labels, c in rows]),
+        Family(f"{prefix}replica_cancelled", "counter", cancelled, [Sample(labels, c.cancelled) for labels, c in rows]),
+        Family(f"{prefix}replica_wasted_seconds", "counter", wasted, [Sample(labels, c.wasted) for labels, c in rows]),
+        Family(f"{prefix}replica_wait_seconds", "histogram", waited, [Sample(labels, c.waited) for labels, c in rows]),
+        Family(f"{prefix}replica_run_seconds", "histogram", ran, [Sample(labels, c.ran) for labels, c in rows]),
     ]
+
+
+#: Of what routers count beside outcomes: the kind of each, and what it is.
+_ROUTERS: dict[str, tuple[Literal["counter", "gauge"], str]] = {
+    "sent": ("counter", "Requests sent to replicas, each time that they were."),
+    "lost": ("counter", "Requests that failed because their replica was lost while it ran them."),
+    "queued": ("gauge", "Requests that wait at routers."),
+    "in_flight": ("gauge", "Requests of routers that are at replicas."),
+    "replicas": ("gauge", "Replicas that routers send requests to."),
+}
+
+
+def router_families(stats: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Family]:
+    """Return what routers did, each with its deployment and what `Router.stats` returns."""
+    rows = [(names_of(deployment), of) for deployment, of in stats]
+    requests = (
+        "Requests that routers took, by outcome; refused ones would have been late, or too many waited; of cancelled "
+        "ones the caller went away."
+    )
+    ended = [
+        Sample({**labels, "outcome": outcome}, of[outcome])
+        for labels, of in rows
+        for outcome in ("answered", "failed", "refused", "cancelled")
+    ]
+    families = [Family("dask_serve_router_requests", "counter", requests, ended)]
+    for name, (kind, text) in _ROUTERS.items():
+        samples = [Sample(labels, of[name]) for labels, of in rows]
+        families.append(Family(f"dask_serve_router_{name}", kind, text, samples))
+    return families

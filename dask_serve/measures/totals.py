@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
 __all__ = ["Totals"]
@@ -35,16 +35,10 @@ class Totals(Generic[C]):
         """Take over the counts of a source by deployment; they replace what it told before."""
         self._told[source] = counts
 
-    def keep(self, sources: Iterable[str]) -> None:
-        """Take all other sources for gone: what they told last is all that they will have counted."""
-        for source in self._told.keys() - set(sources):
-            for deployment, counts in self._told.pop(source).items():
-                self._into(self._gone, deployment, counts)
-
-    def forget(self, deployments: Iterable[str]) -> None:
-        """Drop all deployments but these from what is gone."""
-        for deployment in self._gone.keys() - set(deployments):
-            del self._gone[deployment]
+    def gone(self, source: str) -> None:
+        """A source will not tell anything any more."""
+        for deployment, counts in self._told.pop(source, {}).items():
+            self._into(self._gone, deployment, counts)
 
     def by_deployment(self) -> dict[str, C]:
         """Return the sums."""

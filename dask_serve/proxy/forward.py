@@ -246,6 +246,10 @@ class Forwarder:
         """Return the router of a deployment."""
         return self._fabric.router(deployment)
 
+    def routers(self) -> list[Router]:
+        """Return all routers that there are."""
+        return list(self._fabric.routers.values())
+
     def unknown(self, scope: Scope) -> str:
         said = f"no application answers {scope['path']}"
         # Strangers need not know what else there is.

@@ -67,7 +67,7 @@ def make_own_app(
     async def metrics(request: Request) -> Response:
         check(request)
         state: ProxyState = request.scope[CONNECTION].server_state
-        text = render(proxy_families(forwarder, fabric.routers.values(), state))
+        text = render(proxy_families(forwarder, state))
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def check(request: Request) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,14 @@ class Host:
         """Return what the batched methods have done, by name."""
         batchers = [known() for known in self._batchers]
         return {batcher.name: batcher.counts.as_dict(len(batcher)) for batcher in batchers if batcher is not None}
+
+    def batch_totals(self) -> dict[str, Counter[str]]:
+        """Return what of that only grows."""
+        totals = ("batches", "calls", "reruns")
+        return {
+            method: Counter({name: int(counts[name]) for name in totals})
+            for method, counts in self.batch_counts().items()
+        }
 
     async def close(self) -> None:
         """The replica ends: let models go."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import dask
@@ -9,16 +10,16 @@ import dask
 from ..measures.counts import ReplicaCounts
 from ..measures.families import Family, Sample, names_of, replica_families
 from ..measures.sources import add_source
+from ..routing.callers import caller_families
 from .process import ServeProcess
 
 __all__ = ["tell_metrics"]
 
-#: Of a batcher's counts: the kind of each, and what it is.
+#: What batched methods count: its name, and what it is.
 _BATCHES = {
-    "batches": ("counter", "Batches that batched methods have run."),
-    "calls": ("counter", "Calls in those batches."),
-    "reruns": ("counter", "Parts of failed batches that were run again."),
-    "waiting": ("gauge", "Calls that wait for a batch."),
+    "batches": ("batches", "Batches that batched methods have run."),
+    "calls": ("batch_calls", "Calls in those batches."),
+    "reruns": ("batch_reruns", "Parts of failed batches that were run again."),
 }
 
 
@@ -42,24 +43,38 @@ def worker_families() -> list[Family]:
             ]
         else:
             rows += [(names_of(deployment), counts) for deployment, counts in ledger.by_deployment().items()]
-    families = replica_families("dask_serve_", _added_up(rows))
-    units = [unit for units in ServeProcess.all_units() for unit in units if unit.core is not None]
-    running = "Requests that replicas run, those included that wait there for a slot."
-    levels: dict[str, list[Sample]] = {"running": [], **{name: [] for name in _BATCHES}}
-    models = []
-    for unit in units:
+    levels: dict[str, list[Sample]] = {"running": [], "waiting": [], "models": []}
+    for unit in (unit for units in ServeProcess.all_units() for unit in units if unit.core is not None):
         labels = {**names_of(unit.id.rpartition("/")[0]), **({"replica": unit.id} if apart else {})}
         assert unit.core is not None
         levels["running"].append(Sample(labels, unit.core.admission.running))
+        levels["models"].append(Sample(labels, len(unit.user.host.loaded()[0])))
+        living = ReplicaCounts()
+        living.batches = unit.user.host.batch_totals()
+        rows.append((labels, living))
         for method, counts in unit.user.host.batch_counts().items():
-            for name in _BATCHES:
-                levels[name].append(Sample({**labels, "method": method}, counts[name]))
-        models.append(Sample(labels, len(unit.user.host.loaded()[0])))
-    families.append(Family("dask_serve_running", "gauge", running, _summed(levels["running"])))
-    families.append(Family("dask_serve_models", "gauge", "Multiplexed models that are loaded.", _summed(models)))
-    for name, (kind, text) in _BATCHES.items():
-        families.append(Family(f"dask_serve_batch_{name}", kind, text, _summed(levels[name])))  # type: ignore[arg-type]
-    return families
+            levels["waiting"].append(Sample({**labels, "method": method}, counts["waiting"]))
+    rows = _added_up(rows)
+    running = "Requests that replicas run, those included that wait there for a slot."
+    waiting = "Calls that wait for a batch."
+    return [
+        *replica_families("dask_serve_", rows),
+        *_batch_families(rows),
+        Family("dask_serve_replica_running", "gauge", running, _summed(levels["running"])),
+        Family("dask_serve_replica_models", "gauge", "Multiplexed models that are loaded.", _summed(levels["models"])),
+        Family("dask_serve_batch_waiting", "gauge", waiting, _summed(levels["waiting"])),
+        *caller_families(),
+    ]
+
+
+def _batch_families(rows: list[tuple[dict[str, str], ReplicaCounts]]) -> Iterator[Family]:
+    for name, (told, text) in _BATCHES.items():
+        samples = [
+            Sample({**labels, "method": method}, batches[name])
+            for labels, counts in rows
+            for method, batches in counts.batches.items()
+        ]
+        yield Family(f"dask_serve_{told}", "counter", text, samples)
 
 
 def _added_up(rows: list[tuple[dict[str, str], ReplicaCounts]]) -> list[tuple[dict[str, str], ReplicaCounts]]:

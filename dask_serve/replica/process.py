@@ -15,11 +15,11 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from ..exceptions import ServeError
 from ..logs import join_dask
-from ..measures.ledger import Ledger
 from ..records import keep_records
 from ..wire.memory import limit_idle
 from ..wire.tls import for_callers, for_door, lend_to_client
 from .door import Door
+from .ledger import Ledger
 from .listening import place_of
 from .room import limit_for
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from .unit import ReplicaUnit
 
-__all__ = ["DrainAtClose", "ServeProcess"]
+__all__ = ["COUNTS", "DrainAtClose", "ServeProcess", "source_of"]
 
 logger = logging.getLogger("dask_serve.process")
 
@@ -88,7 +88,8 @@ class ServeProcess:
             units.append(unit)
         if not known:
             loop = worker.loop.asyncio_loop
-            asyncio.run_coroutine_threadsafe(worker.plugin_add(DrainAtClose(), name=DrainAtClose.name), loop).result(10)
+            drain = DrainAtClose(door.process)
+            asyncio.run_coroutine_threadsafe(worker.plugin_add(drain, name=DrainAtClose.name), loop).result(10)
             # Travels with the worker's heartbeats.
             worker.metrics["serve"] = lambda worker: {**door.report(), **_counts(worker)}
             tell_metrics()
@@ -159,6 +160,11 @@ def _counts(worker: Worker) -> dict[str, dict[str, Any]]:
     }
 
 
+def source_of(address: str, process: str) -> str:
+    """Return what names one life of a worker."""
+    return f"{address} {process}"
+
+
 def _exported(ledger: Ledger) -> dict[str, dict[str, Any]]:
     return {deployment: counts.export() for deployment, counts in ledger.by_deployment().items()}
 
@@ -168,8 +174,12 @@ class DrainAtClose(WorkerPlugin):
 
     name = "dask-serve-drain"
 
+    def __init__(self, process: str) -> None:
+        self._process = process
+
     def setup(self, worker: Any) -> None:
         self._within = CLOSE_WITHIN
+        self._told: dict[str, dict[str, Any]] = {}
         close = worker.close
 
         async def close_within(timeout: float = 30, **kwargs: Any) -> Any:
@@ -189,16 +199,22 @@ class DrainAtClose(WorkerPlugin):
             reports = [asyncio.wait_for(unit.report("draining"), 1.0) for unit in units]
             drains = [unit.drain(min(left, unit.options.graceful_shutdown_timeout_s)) for unit in units]
             await asyncio.gather(*reports, *drains, return_exceptions=True)
-            await self._tell_counts(worker)
+        await self._tell_counts(worker)
         # What draining has not taken is for applications that shut down.
         patience = JOIN + max(0.0, ends - time.monotonic())
         await asyncio.get_running_loop().run_in_executor(None, ServeProcess.leave, worker, patience)
+        await self._tell_counts(worker)
 
     async def _tell_counts(self, worker: Any) -> None:
         """There may be no heartbeat any more."""
         counts = _exported(ServeProcess.ledger_of(worker))
+        if counts == self._told:
+            return
+        self._told = counts
+        source = source_of(worker.address, self._process)
+        telling = worker.scheduler.serve_counts(source=source, counts=counts, worker=worker.address)
         with contextlib.suppress(OSError, asyncio.TimeoutError):
-            await asyncio.wait_for(worker.scheduler.serve_counts(source="", counts=counts, worker=worker.address), 1.0)
+            await asyncio.wait_for(telling, 1.0)
 
     async def _be_replaced(self, worker: Any, patience: float) -> None:
         """Go on serving until there are other replicas, for a while."""

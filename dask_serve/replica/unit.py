@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from .. import metrics as user_metrics
 from ..config import DeploymentOptions
 from ..context import ReplicaContext, replica_context
 from ..exceptions import ServeError
+from ..measures.counts import ReplicaCounts
 from .clients import Clients
 from .code import fetch_code
 from .construction import Construction
@@ -29,6 +31,7 @@ from .environment import ProcessEnvironment
 from .errors import ErrorReports
 from .health import Health
 from .hold import Hold
+from .ledger import Ledger
 from .load import LoadReports
 from .user import CLEAN_UP, UserCode
 
@@ -113,14 +116,15 @@ class ReplicaUnit:
                 return
             self.user.open(door)
             ledger = ServeProcess.ledger_of(self._worker)
-            self._on_end.append(lambda: ledger.close(self.id))
+            counts = ledger.open(f"{self._context.app_name}/{self._context.deployment}", self.id)
+            self._on_end.append(lambda: self._close_counts(ledger, counts))
             self.core = ReplicaCore(
                 self.id,
                 self.options.max_ongoing_requests,
                 self.user,
                 door.loop,
                 door.mailbox.drain,
-                ledger.open(f"{self._context.app_name}/{self._context.deployment}", self.id),
+                counts,
             )
             self.door = door
             # Who releases it sets the flag first and then looks for the door: one of the two sees the other.
@@ -275,6 +279,11 @@ class ReplicaUnit:
         self._user_ended.set()
         for tell in self._on_end:
             tell()
+
+    def _close_counts(self, ledger: Ledger, counts: ReplicaCounts) -> None:
+        counts.batches = self.user.host.batch_totals()
+        ledger.close(self.id)
+        user_metrics.forget(self.id)
 
     async def report(self, event: str, **info: str) -> None:
         """Tell the controller; a controller that is gone needs no report."""

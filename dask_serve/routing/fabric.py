@@ -11,6 +11,7 @@ from typing import Any
 
 from ..measures.histogram import Histogram
 from .backlogs import Backlogs
+from .callers import callers
 from .dial import Ways
 from .link import Link
 from .router import Router
@@ -221,6 +222,7 @@ class Fabric:
     async def close(self) -> None:
         """Close all links; what is under way or waits fails."""
         self.closed = True
+        callers.close(self)
         for timer in (self._check, self._redial):
             if timer is not None:
                 timer.cancel()

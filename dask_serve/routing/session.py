@@ -21,6 +21,7 @@ from typing import Any
 from ..exceptions import NotRunningError
 from ..wire.loops import run_on, running_loop
 from ..wire.tls import for_callers, lend_to_client
+from .callers import callers
 from .dial import Ways
 from .engine import Engine
 from .fabric import Fabric
@@ -132,13 +133,13 @@ class Session:
         """Ask for newer tables until the owner closes (on the owner's loop)."""
         epoch, version, absent = "", 0, 0
         try:
-            while str(getattr(self.owner, "status", "")) not in _CLOSED:
+            while not self._is_over():
                 try:
                     reply = await self.owner.scheduler.serve_table(epoch=epoch, since=version, timeout=POLL)
                 except asyncio.CancelledError:
                     raise
                 except Exception as error:  # noqa: BLE001
-                    if str(getattr(self.owner, "status", "")) in _CLOSED:
+                    if self._is_over():
                         return
                     logger.info(
                         "The controller at %s does not answer (%s); going on with the last table", self.owner, error
@@ -158,6 +159,11 @@ class Session:
                     self._publish(table)
         finally:
             self._end()
+
+    def _is_over(self) -> bool:
+        status = str(getattr(self.owner, "status", ""))
+        # Replicas of a worker that closes drain meanwhile, and what they run may call others.
+        return status in _CLOSED and not (self.in_worker and status == "Status.closing")
 
     async def until(self, holds: Callable[[Table], bool], timeout: float) -> bool:
         """Wait until the table is such (on the owner's loop); False after ``timeout`` seconds."""
@@ -198,7 +204,7 @@ class Session:
             if self._engine is None or self._engine_fabric is None or self._engine.pid != os.getpid():
                 self._check_open()
                 engine = Engine.acquire()
-                fabric = Fabric(engine.loop, name="engine", ssl=self._ssl, ways=self._ways, report=self._report)
+                fabric = self._make_fabric(engine.loop, "engine")
                 self._engine, self._engine_fabric = engine, fabric
                 if self.table is not None:
                     engine.put(fabric.apply, self.table)
@@ -214,7 +220,7 @@ class Session:
                 assert self._engine_fabric is not None
                 return self._engine_fabric
             self._check_open()
-            fabric = Fabric(loop, name=f"loop-{id(loop):x}", ssl=self._ssl, ways=self._ways, report=self._report)
+            fabric = self._make_fabric(loop, f"loop-{id(loop):x}")
             with self._lock:
                 self._fabrics[loop] = fabric
                 table, absent = self.table, self.absent
@@ -223,6 +229,14 @@ class Session:
             elif absent:
                 fabric.absent()
             contextvars.Context().run(loop.create_task, self._close_with(loop, fabric))
+        return fabric
+
+    def _make_fabric(self, loop: asyncio.AbstractEventLoop, name: str) -> Fabric:
+        # Only workers have a page to tell of their routers.
+        measured = self.in_worker
+        fabric = Fabric(loop, name=name, ssl=self._ssl, ways=self._ways, report=self._report, measured=measured)
+        if measured:
+            callers.add(fabric)
         return fabric
 
     async def _close_with(self, loop: asyncio.AbstractEventLoop, fabric: Fabric) -> None:
