@@ -239,8 +239,13 @@ async def test_user_config_and_reconfigure(c, s, a):
 
 @gen_cluster(client=True, nthreads=ONE)
 async def test_user_config_without_reconfigure(c, s, a):
+    @serve.deployment(user_config=1)
+    class Lazy:
+        def __getattr__(self, name):
+            raise AttributeError(name)
+
     with pytest.raises(DeploymentFailedError, match="no method reconfigure"):
-        await serve.run(Probe.options(user_config=1).bind(), route_prefix=None, client=c)
+        await serve.run(Lazy.bind(), route_prefix=None, client=c)
 
 
 # -- limits
