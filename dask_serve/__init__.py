@@ -127,11 +127,13 @@ _MODULES = {
     "streaming": ("DeploymentResponseGenerator",),
     "versions": ("history", "rollback", "scale"),
 }
+#: Modules that are part of the API as such: ``serve.metrics.Counter``.
+_PARTS = ("metrics", "testing")
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("metrics", "testing"):
+    if name in _PARTS:
         return importlib.import_module(f".{name}", __name__)
     home = _HOME.get(name)
     if home is None and name in __all__:

@@ -101,6 +101,10 @@ class Service:
         assert result.exit_code == code, result.output
         return result.output
 
+    def versions(self) -> dict[str, int]:
+        found = self.rest.get("/applications").json()["applications"]
+        return {name: application["version"] for name, application in found.items()}
+
     def answer(self, path: str) -> Any:
         return self.http(path).json()
 
@@ -215,11 +219,11 @@ def test_all_or_nothing(service: Service):
     both = SHOP.replace("factor: ${FACTOR:-3}", "factor: 7") + (
         "  - {name: second, import_path: 'documented_shop:app', route_prefix: /first}\n"
     )
-    before = service.rest.get("/applications").json()["applications"]
+    before = service.versions()
     said = service.command("deploy", "-", document=both, code=1)
     assert "nothing of standard input was deployed" in said
     assert "cannot both have route_prefix='/first'" in said
-    assert service.rest.get("/applications").json()["applications"] == before
+    assert service.versions() == before
 
 
 def test_applications_swap_routes_in_one_change(service: Service):

@@ -577,11 +577,13 @@ def test_dask_serve_proxy(service):
 
 def test_dask_serve_proxy_without_a_service(tmp_path):
     code = "import sys; from dask_serve.cli import serve; serve(sys.argv[1:])"
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = sock.getsockname()[1]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, "proxy", "--scheduler", f"tcp://127.0.0.1:{port}", "--port", "0"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    with socket.socket() as sock:
+        # Taken, and nobody listens.
+        sock.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{sock.getsockname()[1]}"
+        command = [sys.executable, "-c", code, "proxy", "--scheduler", address, "--port", "0"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert re.search(r"Error: no scheduler answers at tcp://\S+: \S", done.stderr)
     assert "Traceback" not in done.stderr

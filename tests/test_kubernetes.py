@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import httpx
 import pytest
 import yaml
@@ -100,7 +101,7 @@ def test_commands_and_ports(name):
     known = next(text for text in COMMANDS if args[: len(text.split())] == text.split())
     main, rest = COMMANDS[known], args[len(known.split()) :]
     if known == "dask serve proxy":
-        main = command.commands["proxy"]
+        main = command.get_command(click.Context(command), "proxy")
     # The preload's options belong to another command.
     rest = [arg for arg in rest if not arg.startswith(("--no-serve-http", "--serve-state"))]
     main.make_context(known, list(rest))

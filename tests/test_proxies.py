@@ -555,7 +555,7 @@ def test_the_decorator_is_not_hidden_by_the_submodule_of_its_name():
 
 
 def test_every_public_name_has_a_home():
-    homes = set(dask_serve._HOME) | set(dask_serve.exceptions.__all__) | {"__version__"}
+    homes = {*dask_serve._HOME, *dask_serve._PARTS, *dask_serve.exceptions.__all__, "__version__"}
     assert homes == set(dask_serve.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = dask_serve.nonsense

@@ -11,7 +11,6 @@ from unittest import mock
 
 import pytest
 from distributed import Client, Future, wait
-from distributed.core import Status
 from distributed.utils_test import gen_cluster, inc
 from helpers import stored, until, wait_until
 
@@ -255,7 +254,8 @@ def test_paused_holder(own_client):
     wait(refs)
 
     def pause(dask_worker: Any) -> None:
-        dask_worker.status = Status.paused
+        # For good: the worker looks at its memory again and again.
+        dask_worker.memory_manager.memory_pause_fraction = 1e-6
 
     own_client.run(pause, workers=[holder])
     wait_until(lambda: own_client.scheduler_info(-1)["workers"][holder]["status"] == "paused")

@@ -105,4 +105,4 @@ def test_mistakes(tmp_path):
     options = ["--scheduler", "tcp://127.0.0.1:1", "--service-file", str(tmp_path / "gone" / "f")]
     done = CliRunner().invoke(cli, ["proxy", *options])
     assert done.exit_code == 1
-    assert f"there is no directory {tmp_path / 'gone'}; make it, or name another file" in done.output
+    assert f"there is no directory {tmp_path / 'gone'}\nmake it, or name another file" in done.output

@@ -82,11 +82,21 @@ class Cluster:
         """
         from distributed import Client
 
+        address = self.greet()
+        return Client(address, timeout=CONNECT_WITHIN, security=self.security, set_as_default=False)
+
+    def greet(self) -> str:
+        """Return the address of a scheduler that answers.
+
+        Raises
+        ------
+        Failure
+            None does.
+        """
         address = self.address
-        security = self.security
         _check(address)
-        _greet(address, security)
-        return Client(address, timeout=CONNECT_WITHIN, security=security, set_as_default=False)
+        _greet(address, self.security)
+        return address
 
     @contextlib.contextmanager
     def client(self) -> Iterator[Client]:

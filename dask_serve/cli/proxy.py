@@ -29,6 +29,7 @@ def proxy(cluster: Cluster, http: dict[str, Any], service_file: str | None) -> N
     """
     import asyncio
 
+    cluster.greet()
     asyncio.run(_serve_here(cluster, http, service_file))
 
 

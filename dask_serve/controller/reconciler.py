@@ -283,11 +283,16 @@ class Reconciler:
     def _do_all(self, actions: list[Action]) -> bool:
         """Do what was planned; return whether there was time for all of it."""
         began = time.monotonic()
-        for number, action in enumerate(actions):
+        # The large ones first: the small ones fit into what they leave.
+        for number, action in enumerate(sorted(actions, key=self._threads, reverse=True)):
             if number and time.monotonic() - began > SLICE:
                 return False
             self._do(action, began)
         return True
+
+    def _threads(self, action: Action) -> int:
+        found = self.registry.desired(action.deployment) if isinstance(action, Start) else None
+        return 0 if found is None else found[1].options.threads
 
     def _do(self, action: Action, now: float) -> None:
         if isinstance(action, Start):

@@ -10,9 +10,9 @@ import asyncio
 import concurrent.futures
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from types import SimpleNamespace
 from typing import Any, NoReturn
 
+from distributed.security import Security
 from distributed.utils import sync as run_on_loop
 from tornado.ioloop import IOLoop
 from tornado.platform import asyncio as _platform  # noqa: F401 - else the first start would wait for it
@@ -128,7 +128,7 @@ class _Owner:
     def __init__(self, cluster: Cluster) -> None:
         self.scheduler = cluster
         self.loop = cluster.loop
-        self.security = SimpleNamespace(get_connection_args=lambda role: {}, get_listen_args=lambda role: {})
+        self.security = Security()
 
     @property
     def status(self) -> str:
