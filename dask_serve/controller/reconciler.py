@@ -95,8 +95,14 @@ class Reconciler:
             if timeout is not None and timeout <= 0:
                 await asyncio.sleep(0)
                 continue
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout)
+            # Not `wait_for`: before Python 3.12 it loses a cancellation that comes together with what it waits for.
+            loop = asyncio.get_running_loop()
+            timer = None if timeout is None else loop.call_later(timeout, self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
     def wake(self) -> None:
         """Publish what changed and look for what is to be done."""
