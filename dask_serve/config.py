@@ -450,12 +450,20 @@ def build_options(kind: type[Options], values: dict[str, Any], where: str) -> Op
             raise ConfigError(f"{where}: {text.removesuffix(' - at `$`')}") from None
         name = path.rstrip("`").split("[")[0].split(".")[0]
         got = f" = {given[name]!r}" if name in given else ""
-        repair = described(kind, name) or text[:1].lower() + text[1:]
+        repair = described(kind, name) or _in_python(text[:1].lower() + text[1:])
         raise ConfigError(f"{where}: option {name}{got} is not valid: {repair}") from None
 
 
 #: Options that have options.
 _NESTED: dict[str, type[Struct]] = {"autoscaling_config": AutoscalingConfig, "runtime_env": RuntimeEnv}
+
+
+def _in_python(text: str) -> str:
+    """Return what msgspec says with Python's names of types in place of JSON's."""
+    return re.sub(r"\b(array|object|null)\b", lambda found: _PYTHON[found[1]], text)
+
+
+_PYTHON = {"array": "list", "object": "dict", "null": "None"}
 
 
 def described(kind: type[Struct], name: str) -> str | None:

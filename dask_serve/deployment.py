@@ -99,7 +99,9 @@ class Deployment:
         given = _given(locals())
         chosen = self.name if isinstance(name, UnsetType) else name
         where = f"deployment {chosen!r}"
-        return Deployment(self.func_or_class, chosen, _checked(change_options(self._options, given, where), where))
+        return Deployment(
+            self.func_or_class, chosen, _checked(change_options(self._options, given, where), self.func_or_class, where)
+        )
 
     def bind(self, *args: Any, **kwargs: Any) -> Application:
         """Bind the arguments of the constructor.
@@ -304,7 +306,7 @@ def deployment(
         _check_target(target)
         chosen = target.__name__ if isinstance(name, UnsetType) else name
         where = f"deployment {chosen!r}"
-        options = _checked(build_options(DeploymentOptions, {**_configured(), **given}, where), where)
+        options = _checked(build_options(DeploymentOptions, {**_configured(), **given}, where), target, where)
         return Deployment(target, chosen, options)
 
     if func_or_class is None:
@@ -353,13 +355,22 @@ def _scaled(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _checked(options: DeploymentOptions, where: str) -> DeploymentOptions:
+def _checked(options: DeploymentOptions, target: Any, where: str) -> DeploymentOptions:
     try:
         msgspec.msgpack.encode(options.user_config)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{where}: option 'user_config' must be JSON-able (None, bool, numbers, str, list, dict): {error}"
         ) from None
+    if options.user_config is not None and not isinstance(target, type):
+        raise ConfigError(
+            f"{where}: a function takes no user_config; make it a class with __call__ and reconfigure(user_config)"
+        )
+    if options.user_config is not None and not hasattr(target, "reconfigure") and not hasattr(target, "__getattr__"):
+        raise ConfigError(
+            f"{where} has user_config={options.user_config!r}, but {target.__name__} no method "
+            "reconfigure(user_config); define one"
+        )
     try:
         msgspec.json.encode(options.autoscaling_config)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -194,3 +194,21 @@ def test_memory_of_a_replica():
     each = tracemalloc.get_traced_memory()[0] / 1000
     tracemalloc.stop()
     assert each < 4096
+
+
+def test_what_reconciles_ends_when_it_is_cancelled_as_something_happens():
+    async def scenario() -> None:
+        registry, cluster = Registry(), Cluster()
+        reconciler: Any = Reconciler(cluster, registry, lambda: None)  # type: ignore[arg-type]
+        cluster.reconciler = reconciler
+        stepped = asyncio.Event()
+        reconciler._step = lambda now: stepped.set() or now + 60
+        running = asyncio.ensure_future(reconciler.run(cluster))
+        await stepped.wait()
+        await asyncio.sleep(0.01)
+        reconciler.wake()
+        running.cancel()
+        await asyncio.wait({running}, timeout=1)
+        assert running.cancelled()
+
+    asyncio.run(scenario())

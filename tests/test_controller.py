@@ -21,6 +21,7 @@ from dask_serve.config import DeploymentOptions, HTTPOptions
 from dask_serve.controller import actors
 from dask_serve.controller.plugin import Controller
 from dask_serve.controller.status import ServeStatus, decode_status
+from dask_serve.exceptions import ServeError
 from dask_serve.policy.desired import ApplicationSpec, DeploymentSpec
 from dask_serve.routing.table import Table, decode_table
 
@@ -64,8 +65,11 @@ class FakeReplica:
     async def reconfigure(self, options: bytes) -> None:
         changed = msgspec.msgpack.decode(options, type=DeploymentOptions)
         if changed.user_config == "bad":
-            raise ValueError("cannot take 'bad'")
+            raise ServeError("ValueError: cannot take 'bad'")
+        if gate := FakeReplica.gates.get(str(changed.user_config)):
+            await gate.wait()
         FakeReplica.calls["reconfigure"].append(changed.max_ongoing_requests)
+        FakeReplica.calls["user_config"].append(changed.user_config)
 
 
 class BrokenActor:
@@ -222,9 +226,52 @@ async def test_options_change_in_place(c, s, a, b):
         await asyncio.sleep(0.01)
     assert replicas(await serve.running()) == before
     assert (await serve.table()).deployments["app/d"].max_ongoing_requests == 7
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_a_user_config_that_raises_is_taken_back(c, s, a, b):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2, user_config="good"))
+    before = replicas(await serve.running())
     await serve.deploy(spec(num_replicas=2, user_config="bad"))
-    status = await serve.until(lambda s: all("cannot take 'bad'" in r.message for r in replicas(s)))
-    assert {r.id for r in replicas(status)} == {r.id for r in before}
+    status = await serve.until(lambda s: s.applications["app"].status == "failed")
+    assert "cannot take 'bad'" in status.applications["app"].message
+    # Whoever had taken it over, and whoever raised, gets the one before again.
+    while FakeReplica.calls["user_config"] != ["good", "good"]:
+        await asyncio.sleep(0.01)
+    assert {r.id for r in replicas(await serve.status())} == {r.id for r in before}
+    await serve.deploy(spec(num_replicas=2, user_config="better"))
+    assert {r.id for r in replicas(await serve.running())} == {r.id for r in before}
+    assert FakeReplica.calls["user_config"][2:] == ["better", "better"]
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_a_user_config_is_waited_for_and_the_last_one_holds(c, s, a):
+    serve = await service(c)
+    await serve.deploy(spec(user_config="first"))
+    await serve.running()
+    FakeReplica.gates["slow"] = asyncio.Event()
+    await serve.deploy(spec(user_config="slow"))
+    status = await serve.until(lambda s: "it takes over changed options" in s.applications["app"].message)
+    assert status.applications["app"].status == "deploying"
+    for config in ("skipped", "last"):
+        await serve.deploy(spec(user_config=config))
+    FakeReplica.gates["slow"].set()
+    await serve.running()
+    assert FakeReplica.calls["user_config"] == ["slow", "last"]
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_a_replica_that_takes_no_user_config_is_replaced_where_nothing_is_to_be_gone_back_to(c, s, a):
+    serve = await service(c)
+    await serve.deploy(spec(user_config="first"))
+    [before] = replicas(await serve.running())
+    application = s.plugins["dask-serve"].registry.applications["app"]
+    found = s.plugins["dask-serve"].reconciler
+    found._not_reconfigured(found.registry.replicas[before.id], "ValueError: no")
+    assert application.before is None
+    status = await serve.until(lambda s: [r.id for r in replicas(s)] not in ([before.id], []))
+    assert "could not be reconfigured" in status.applications["app"].deployments["d"].setback
 
 
 @gen_cluster(client=True, nthreads=TWO)

@@ -32,7 +32,7 @@ class Plain:
         return x
 
 
-@deployment(num_replicas=2, name="double", user_config={"a": 1})
+@deployment(num_replicas=2, name="double", max_ongoing_requests=7)
 def twice(x):
     return 2 * x
 
@@ -48,10 +48,22 @@ async def slow(x):
 def test_declarations():
     assert isinstance(Plain, Deployment)
     assert (Plain.name, Plain.num_replicas, Plain.max_ongoing_requests) == ("Plain", 1, 100)
-    assert (twice.name, twice.num_replicas, twice.user_config) == ("double", 2, {"a": 1})
+    assert (twice.name, twice.num_replicas, twice.max_ongoing_requests) == ("double", 2, 7)
     assert slow.func_or_class(1).close() is None
     assert serve.deployment is deployment
     assert repr(twice) == "<Deployment 'double', 2 replicas>"
+
+
+def test_user_config_needs_somebody_who_takes_it():
+    class Tuned:
+        def reconfigure(self, config): ...
+
+    tuned = deployment(user_config={"a": 1})(Tuned)
+    assert (tuned.user_config, tuned.options(user_config=None).user_config) == ({"a": 1}, None)
+    with pytest.raises(ConfigError, match=r"deployment 'Plain' has user_config=1, but Plain no method reconfigure"):
+        Plain.options(user_config=1)
+    with pytest.raises(ConfigError, match=r"deployment 'double': a function takes no user_config"):
+        twice.options(user_config={})
 
 
 @pytest.mark.parametrize("function", [deployment, Deployment.options])
@@ -63,8 +75,8 @@ def test_every_option_is_a_parameter(function):
 
 def test_options_copies():
     other = twice.options(num_replicas=5)
-    assert (other.num_replicas, other.name, other.user_config) == (5, "double", {"a": 1})
-    assert other.options(user_config=None, name="x").user_config is None
+    assert (other.num_replicas, other.name, other.max_ongoing_requests) == (5, "double", 7)
+    assert other.options(max_ongoing_requests=8, name="x").max_ongoing_requests == 8
     assert (twice.num_replicas, twice.name) == (2, "double")
     with pytest.raises(ConfigError, match="num_replicas"):
         twice.options(num_replicas=0)
@@ -103,6 +115,9 @@ def test_options_copies():
         ({"memory": 0}, "memory = 0 is not valid"),
         ({"health_check_period_s": 0}, "health_check_period_s = 0 is not valid"),
         ({"retries_on_loss": -1}, "retries_on_loss = -1 is not valid"),
+        ({"workers": "w1"}, "workers = 'w1' is not valid: expected `list`, got `str`"),
+        ({"resources": None}, "resources = None is not valid: expected `dict`, got `None`"),
+        ({"request_timeout_s": "1 s"}, "request_timeout_s = '1 s' is not valid: expected `float \\| None`, got `str`"),
         ({"user_config": object()}, "'user_config' must be JSON-able"),
         ({"name": ""}, "non-empty str"),
         ({"name": "a/b"}, "a/b"),

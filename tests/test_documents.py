@@ -314,6 +314,9 @@ class Price:
     def __init__(self, factor: int = 1) -> None:
         pass
 
+    def reconfigure(self, config: Any) -> None:
+        pass
+
 
 @serve.deployment
 class Shop:

@@ -18,6 +18,7 @@ import dask_serve as serve
 from dask_serve.controller.status import ServeStatus, decode_status
 from dask_serve.exceptions import (
     DeploymentFailedError,
+    DeploymentUnavailableError,
     ReplicaLostError,
     RequestCancelledError,
     RequestTimeoutError,
@@ -227,27 +228,46 @@ async def test_user_config_and_reconfigure(c, s, a):
     assert await handle.remote() == [1]
     [unit] = units(a)
     await serve.run(Tuned.options(user_config={"threshold": 2}).bind(), route_prefix=None, client=c)
-    await until(lambda: unit.options.user_config == {"threshold": 2})
     assert await handle.remote() == [1, 2]
     assert units(a) == [unit]
-    # One that raises is told, and the replica goes on.
-    await serve.run(Tuned.options(user_config={}).bind(), route_prefix=None, client=c)
-
-    async def message() -> str:
-        status = await status_of(c)
-        return status.applications["default"].deployments["Tuned"].replicas[0].message
-
-    deadline = time.monotonic() + 5
-    while "threshold is missing" not in await message():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
-    assert await handle.remote() == [1, 2]
+    # One that raises is taken back, and the replica goes on with the one before.
+    with pytest.raises(DeploymentFailedError, match=r"(?s)not be reconfigured.*in reconfigure.*threshold is missing"):
+        await serve.run(Tuned.options(user_config={}).bind(), route_prefix=None, client=c)
+    await until(lambda: unit.options.user_config == {"threshold": 2})
+    assert units(a) == [unit]
+    assert (await handle.remote())[:2] == [1, 2]
 
 
 @gen_cluster(client=True, nthreads=ONE)
 async def test_user_config_without_reconfigure(c, s, a):
+    @serve.deployment(user_config=1)
+    class Lazy:
+        def __getattr__(self, name):
+            raise AttributeError(name)
+
     with pytest.raises(DeploymentFailedError, match="no method reconfigure"):
-        await serve.run(Probe.options(user_config=1).bind(), route_prefix=None, client=c)
+        await serve.run(Lazy.bind(), route_prefix=None, client=c)
+
+
+# -- the end
+
+
+@gen_cluster(client=True, nthreads=ONE)
+async def test_what_never_began_is_not_lost_with_its_replica(c, s, a):
+    @serve.deployment(graceful_shutdown_timeout_s=0.2)
+    class Slow:
+        def __call__(self, seconds):
+            time.sleep(seconds)
+            return serve.get_replica_context().replica_id
+
+    handle = await serve.run(Slow.bind(), route_prefix=None, client=c)
+    [unit] = units(a)
+    first, *others = [handle.remote(seconds) for seconds in (3, 0, 0, 0)]
+    await until(lambda: unit.core.admission.running == 4)
+    await serve.run(Slow.options(version="2").bind(), route_prefix=None, client=c)
+    with pytest.raises(ReplicaLostError):
+        await first
+    assert unit.id not in await asyncio.gather(*others)
 
 
 # -- limits
@@ -377,12 +397,16 @@ async def test_what_still_runs_when_the_drain_is_over_is_answered_as_lost(c, s, 
     )
     unit = next(unit for unit in units(a) if unit.id.startswith("app/"))
     probe = unit.user.instance
-    # One that runs and cannot be stopped, one that waits for the only thread, one that runs and can be stopped.
+    # One that runs and cannot be stopped, one that waits for the only thread, one that runs and can be stopped, and
+    # one of that kind which may run twice.
     refs = [handle.hold.remote(), handle.block.remote(), handle.slow.remote(60)]
-    await until(lambda: probe.started == 2 and unit.core.admission.running == 3)
+    refs.append(handle.options(retries_on_loss=1).slow.remote(60))
+    await until(lambda: probe.started == 3 and unit.core.admission.running == 4)
     await serve.delete("app", client=c)
-    for ref in refs:
-        with pytest.raises(ReplicaLostError):
+    # What has not begun, or may be sent again, could go to another replica, but there is none any more.
+    gone, lost = DeploymentUnavailableError, ReplicaLostError
+    for ref, error in zip(refs, (lost, gone, lost, gone), strict=True):
+        with pytest.raises(error):
             await asyncio.wait_for(ref, 5)
     probe.gate.set()
     await until(lambda: not [name for name in ours() if name.startswith("app/")])

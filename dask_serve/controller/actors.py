@@ -65,7 +65,7 @@ class Actors:
             pure=False,
         )
 
-    async def call(self, replica: Replica, method: str, argument: Any, timeout: float) -> None:
+    async def call(self, replica: Replica, method: str, argument: Any, timeout: float | None) -> None:
         """Call a control method of a replica.
 
         This is the operation behind Dask's ``Actor`` proxy. The proxy itself would bind to whatever client or worker it

@@ -15,6 +15,7 @@ from dask.utils import format_bytes
 from distributed import Client
 from msgspec.structs import replace
 
+from ..exceptions import ServeError
 from ..policy.desired import DeploymentSpec
 from ..policy.lifecycle import ENDS
 from ..policy.placement import Need, WorkerView, booking, place, wanted_workers
@@ -42,7 +43,6 @@ SLICE = 0.004
 BATCH = 25
 #: Seconds beyond the graceful time before a replica that does not answer is dropped.
 DRAIN_GRACE = 2.0
-RECONFIGURE_TIMEOUT = 60.0
 
 
 class Reconciler:
@@ -95,8 +95,14 @@ class Reconciler:
             if timeout is not None and timeout <= 0:
                 await asyncio.sleep(0)
                 continue
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout)
+            # Not `wait_for`: before Python 3.12 it loses a cancellation that comes together with what it waits for.
+            loop = asyncio.get_running_loop()
+            timer = None if timeout is None else loop.call_later(timeout, self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                if timer is not None:
+                    timer.cancel()
 
     def wake(self) -> None:
         """Publish what changed and look for what is to be done."""
@@ -447,19 +453,46 @@ class Reconciler:
         found = self.registry.spec_of(replica.deployment, replica.spec.revision)
         if found is not None:
             replica.spec = found[1]
-            # Noted at once: a `reconfigure` of user code that raises is told, not repeated.
+            # Noted at once: what fails is taken back, or the replica replaced, and not sent again.
             replica.settings = settings_of(replica.spec.options)
-            self._spawn(self._send_options(replica))
+            replica.message = "it takes over changed options"
+            if not replica.settling:
+                replica.settling = True
+                self._spawn(self._send_options(replica))
 
     async def _send_options(self, replica: Replica) -> None:
-        options = msgspec.msgpack.encode(replica.spec.options)
-        try:
-            await self.actors.call(replica, "reconfigure", options, timeout=RECONFIGURE_TIMEOUT)
-            replica.message = ""
-        except Exception as error:  # noqa: BLE001 - what user code raises goes into the status
-            logger.warning("replica %s could not be reconfigured: %r", replica.id, error)
-            replica.message = f"its reconfigure failed: {type(error).__name__}: {error}"
+        """Have a replica take over its options, one after the other when they change meanwhile: the last ones hold."""
+        sent, message, failed = None, "", ""
+        while sent != replica.settings and replica.state == "ready":
+            sent = replica.settings
+            options = msgspec.msgpack.encode(replica.spec.options)
+            message = failed = ""
+            try:
+                # `reconfigure` may take as long as a constructor.
+                await self.actors.call(replica, "reconfigure", options, timeout=None)
+            except ServeError as error:
+                failed = str(error)
+            except Exception as error:  # noqa: BLE001 - its worker is about to go, or to be found silent
+                logger.warning("replica %s could not be reached with changed options: %r", replica.id, error)
+                message = f"it could not be reached with changed options: {error!r}"
+        replica.settling = False
+        if replica.state == "ready":
+            replica.message = message
+        if failed and replica.state == "ready":
+            self._not_reconfigured(replica, failed)
         self.wake()
+
+    def _not_reconfigured(self, replica: Replica, error: str) -> None:
+        """User code does not take a new ``user_config``: go back to the one before, or replace the replica."""
+        found = self.registry.spec_of(replica.deployment, replica.spec.revision)
+        if found is None or settings_of(found[1].options) != replica.settings:
+            # Another one of them was faster, or somebody deployed again: it gets other options now.
+            return
+        why = f"replica {replica.id} on worker {replica.worker} could not be reconfigured:\n{error.rstrip()}"
+        if self.registry.take_back(replica.deployment, why):
+            logger.warning("the update of deployment %s failed and is taken back", replica.deployment)
+        else:
+            self.reported_unhealthy(replica, f"it could not be reconfigured:\n{error.rstrip()}")
 
     # -- inside
 

@@ -149,10 +149,11 @@ class Registry:
         self.failed = frozenset(id for id in self.failed if not id.startswith(name + "/"))
         self.touch_application(name)
 
-    def take_back(self, id: str) -> bool:
+    def take_back(self, id: str, why: str = "") -> bool:
         """A deployment cannot be brought to its desired revision: go back to what served before, if anything did.
 
-        The application goes back as a whole, since its deployments fit each other.
+        The application goes back as a whole, since its deployments fit each other. With ``why``, the revision is the
+        same, and its replicas do not take over the options that change in place.
         """
         name, _, deployment = id.partition("/")
         application = self.applications[name]
@@ -160,10 +161,11 @@ class Registry:
         if application.before is None or spec is None:
             return False
         standby = application.standby(deployment)
-        if standby is not None and standby.revision == spec.revision:
+        same = standby is not None and standby.revision == spec.revision
+        if same and not (why and standby is not None and settings_of(standby.options) != settings_of(spec.options)):
             # It is not this update that it suffers from.
             return False
-        why = self.failure(id, spec.revision)
+        why = why or self.failure(id, spec.revision)
         back = Application(application.before)
         back.taken_back = {deployment: why}
         for other in back.spec.deployments:
@@ -315,6 +317,15 @@ class Registry:
         """Return how many replicas of a deployment are ready."""
         return sum(r.state == "ready" and revision in (None, r.spec.revision) for r in self.of(deployment))
 
+    def settled(self, id: str, spec: DeploymentSpec) -> bool:
+        """Tell whether the replicas that stay have taken over the options that change in place."""
+        settings = settings_of(spec.options)
+        return all(
+            r.settings == settings and not r.settling
+            for r in self.of(id)
+            if r.state == "ready" and r.spec.revision == spec.revision and r.worker not in self.leaving
+        )
+
     def count_failure(self, replica: Replica, message: str, now: float) -> None:
         """Count a failed start; replicas that were started before the last failure belong to the same attempt."""
         key = (replica.deployment, replica.spec.revision)
@@ -369,7 +380,10 @@ class Registry:
         name = application.spec.name
         specs = application.spec.deployments
         for spec in specs:
-            if self.ready(deployment_id(name, spec.name), spec.revision) >= self.least(application, spec):
+            id = deployment_id(name, spec.name)
+            if spec.name in application.reached or self.ready(id, spec.revision) < self.least(application, spec):
+                continue
+            if self.settled(id, spec):
                 application.reached.add(spec.name)
         if len(application.reached) < len(specs):
             return
@@ -430,8 +444,10 @@ class Registry:
             after.before = before.before
             return
         # Without requests, none is enough for some.
+        ids = {name: deployment_id(after.spec.name, name) for name in old}
         serves = all(
-            self.ready(deployment_id(after.spec.name, name), spec.revision) or not self.least(before, spec)
+            (self.ready(ids[name], spec.revision) and (name in before.reached or self.settled(ids[name], spec)))
+            or not self.least(before, spec)
             for name, spec in old.items()
         )
         # What never served is nothing to go back to.

@@ -47,6 +47,8 @@ class Replica:
         self.worker = worker
         self.started_at = now
         self.settings = settings_of(spec.options)
+        #: It is taking over the options of `settings`.
+        self.settling = False
         self.state: State = "starting"
         #: Since when it is in that state, in seconds since 1970.
         self.since = time.time()

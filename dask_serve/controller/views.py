@@ -135,7 +135,8 @@ class Views:
         elif id in registry.failed or spec.name in application.taken_back:
             status = "failed"
         elif registry.ready(id, spec.revision) >= registry.least(application, spec):
-            status = "running"
+            if spec.name in application.reached or registry.settled(id, spec):
+                status = "running"
         elif spec.name in application.reached:
             status = "unhealthy"
         config = spec.options.autoscaling_config
@@ -213,7 +214,7 @@ class Views:
         setback = self._setback(id, spec)
         if setback:
             told.append(setback)
-        told += [f"{r.id}: {r.message}" for r in replicas if r.state == "starting" and r.message]
+        told += [f"{r.id}: {r.message}" for r in replicas if (r.state == "starting" or r.settling) and r.message]
         return "\n".join(told)
 
 

@@ -446,16 +446,28 @@ class ReplicaCore:
         self._begin_more()
 
     def close(self, connections: Iterable[Any]) -> None:
-        """Forget everything, and answer what still runs as lost: user code will not any more."""
+        """Forget everything, and answer what still runs as lost; what never began goes back to its router."""
         self.draining = self.closed = True
         self.waiting.clear()
         message = f"replica {self.id} was stopped while it ran the request"
         for connection in connections:
             for execution in [other for other in connection.executions.values() if other.core is self]:
                 del connection.executions[execution.request]
+                if _take_back(execution):
+                    connection.send(Kind.DRAINING, execution.request, encode(Reply()))
+                    continue
                 failure = Failure(0, 0, 0, "ReplicaLostError", message, execution.started)
                 connection.send(Kind.ERROR, execution.request, encode(failure))
         if self._lapse is not None:
             self._lapse.cancel()
             self._lapse = None
         self._tell_idle()
+
+
+def _take_back(execution: Execution) -> bool:
+    """Keep a request from user code, if that has not begun with it and the caller can send all of it again."""
+    if execution.begun or execution.inflow is not None:
+        return False
+    # As in `on_cancel`: first the flag, then the look.
+    execution.cancelled = True
+    return not execution.begun

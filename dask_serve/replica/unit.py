@@ -239,7 +239,7 @@ class ReplicaUnit:
         except Exception as error:
             logger.exception("reconfigure() of replica %s failed", self.id)
             # The scheduler unpickles what an actor raises, and must not be given a class of the user's.
-            raise ServeError(f"{type(error).__name__}: {error}") from None
+            raise ServeError("".join(traceback.format_exception(type(error), error, _user_part(error)))) from None
 
     def release(self) -> None:
         """Take no more requests, and end once what runs has finished. From any thread: it waits for nothing.

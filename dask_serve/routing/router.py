@@ -229,6 +229,7 @@ class Router:
         if failure.error == "ReplicaLostError" and not failure.started and self._may_retry(call):
             call.target = None
             self._dispatcher.put_back(call, monotonic())
+            self._fail_if_gone()
             return
         if failure.error == "RequestTimeoutError":
             self._dispatcher.foresight.late()
@@ -242,6 +243,7 @@ class Router:
         if draining:
             self.forget(target, draining=True)
         self._dispatcher.refused(target, call, reply.running, reply.wanted, monotonic())
+        self._fail_if_gone()
 
     def on_credit(self, target: Target) -> None:
         self._dispatcher.credited(target, monotonic())
@@ -260,6 +262,7 @@ class Router:
         if not executed or self._may_retry(call):
             call.target = None
             self._dispatcher.put_back(call, monotonic())
+            self._fail_if_gone()
             return
         self.lost += 1
         self.failed += 1
@@ -394,6 +397,11 @@ class Router:
     def _fail_all(self, why: str) -> None:
         self._gone_for_good = why
         self._fail_waiting(why)
+
+    def _fail_if_gone(self) -> None:
+        """Something waits again: in vain, if the deployment has gone meanwhile."""
+        if self._gone_for_good is not None:
+            self._fail_waiting(self._gone_for_good)
 
     def _fail_waiting(self, why: str) -> None:
         for call in self._dispatcher.take_all():
