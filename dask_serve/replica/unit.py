@@ -24,6 +24,7 @@ from .clients import Clients
 from .code import fetch_code
 from .construction import Construction
 from .core import ReplicaCore
+from .datasets import DataSets
 from .door import Door
 from .environment import ProcessEnvironment
 from .errors import ErrorReports
@@ -79,6 +80,7 @@ class ReplicaUnit:
         self.user.debug = self.options.debug
         self.user.clients = Clients(worker, self.user.loop)
         self.user.clients.enter(context)
+        self.user.host.data_sets = DataSets(self.user, lambda: self.options.datasets)
         self.user.on_end = self._on_user_end
         self.user.on_error = ErrorReports(self.id, worker).note
         self._user_ended = threading.Event()
