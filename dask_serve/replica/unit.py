@@ -231,9 +231,9 @@ class ReplicaUnit:
             # While it is constructed, `_construct` comes to it.
             return
         try:
-            await asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(self._construction.reconfigure(options.user_config), self.user.loop)
-            )
+            # In the context that user code has everywhere: this one is of the worker's loop.
+            reconfiguring = self.user.spawn(self._construction.reconfigure(options.user_config))
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(reconfiguring, self.user.loop))
         except Exception as error:
             logger.exception("reconfigure() of replica %s failed", self.id)
             # The scheduler unpickles what an actor raises, and must not be given a class of the user's.
