@@ -1,7 +1,7 @@
 """Endpoints that compute: a request runs a Dask computation on the cluster, and tells how far it is.
 
-The answer is a stream of server-sent events: one for each part that is done, and the result. When the client leaves, the
-request ends where it waits, its futures go, and Dask forgets the tasks that have not begun.
+The answer is a stream of server-sent events: one for each part that is done, and the result. When the client leaves,
+the request ends where it waits, its futures go, and Dask forgets the tasks that have not begun.
 
 Run it alone, 10 s with its own cluster, or serve it until Ctrl-C and ask it::
 

@@ -1,7 +1,7 @@
 """Boosted trees, trained on the cluster with xgboost's own Dask interface, and served from where they were trained.
 
-``xgboost.dask.train`` gives its booster to whoever calls it. Called from a Dask task, that is a worker: the session gets
-a future, binds it, and replicas fetch the booster from that worker.
+``xgboost.dask.train`` gives its booster to whoever calls it. Called from a Dask task, that is a worker: the session
+gets a future, binds it, and replicas fetch the booster from that worker.
 
 Needs xgboost: ``pip install xgboost``, or the small ``xgboost-cpu``. Run it alone, 15 s with its own cluster::
 
