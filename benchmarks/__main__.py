@@ -15,6 +15,7 @@ from . import (
     batching,
     chain,
     control,
+    data,
     door,
     dropped,
     handle_calls,
@@ -43,7 +44,9 @@ SHARED = {
     "streams": streams,
     "batching": batching,
 }
-PARTS = (*SHARED, "proxies", "refs", "memory", "door", "overload", "control", "soak")
+#: Those that have two workers.
+PAIRS = {"refs": [chain, arrays, dropped], "data": [data]}
+PARTS = (*SHARED, "proxies", *PAIRS, "memory", "door", "overload", "control", "soak")
 PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
 
@@ -59,11 +62,7 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
                     yield from part.rows(running, client, pairs, seconds)
     if "proxies" in parts:
         yield from proxies.rows(pairs, seconds)
-    if "refs" in parts:
-        with cluster(workers=2) as running, Client(running.address, set_as_default=False) as client:
-            client.wait_for_workers(2, timeout=DEADLINE)
-            for part in [chain, arrays, dropped]:
-                yield from part.rows(running, client, pairs, seconds)
+    yield from measure_pairs(parts, pairs, seconds)
     if "memory" in parts:
         yield from memory.rows(pairs)
     if "door" in parts:
@@ -75,6 +74,16 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
         yield from control.rows()
     if "soak" in parts:
         yield from soak.rows()
+
+
+def measure_pairs(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
+    """Measure the parts that have two workers."""
+    for name, modules in PAIRS.items():
+        if name in parts:
+            with cluster(workers=2) as running, Client(running.address, set_as_default=False) as client:
+                client.wait_for_workers(2, timeout=DEADLINE)
+                for part in modules:
+                    yield from part.rows(running, client, pairs, seconds)
 
 
 def render(rows: list[Row], how: str) -> str:

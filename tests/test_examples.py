@@ -71,6 +71,9 @@ def test_a_bound_model_does_not_pass_through_the_session(client):
         handle = serve.run(app, route_prefix=None, client=client)
         assert serve.gather([handle.size.remote() for _ in range(10)]) == [20_000_000] * 10
     assert 1000 < sum(moved) < 1_000_000
+    with counted() as moved:
+        client.gather(model)
+    assert sum(moved) > 20_000_000
     serve.shutdown(client=client)
 
 
