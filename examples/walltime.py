@@ -124,9 +124,7 @@ def main(generations: int = 2, lifetime: float = 6.0, patience: float = 50.0) ->
     answers = sum((load.answers for load in loads), Counter())
     failures = [error for load in loads for error in load.failures]
     slowest = max(load.slowest for load in loads)
-    print(
-        f"{joined} workers joined in {time.monotonic() - begun:.0f} s, of {WORKERS} at a time; {len(answers)} answered"
-    )
+    print(f"{len(joined)} workers have joined, {WORKERS} at a time, and {len(answers)} of them have answered")
     print(f"{answers.total()} requests, {len(failures)} failed, the slowest took {slowest:.2f} s")
     return {"joined": len(joined), "answers": answers, "failures": failures, "slowest": slowest}
 
