@@ -96,7 +96,7 @@ def present(dask_scheduler: Any) -> list[str]:
     return [worker.server_id for worker in dask_scheduler.workers.values()]
 
 
-def main(generations: int = 2, lifetime: float = 6.0, patience: float = 50.0) -> dict[str, Any]:
+def main(generations: int = 1, lifetime: float = 6.0, patience: float = 50.0) -> dict[str, Any]:
     """Call until all workers have been replaced so often; what was seen."""
     with cluster(lifetime) as file, Client(scheduler_file=file) as client:
         client.wait_for_workers(WORKERS, timeout=30)
