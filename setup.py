@@ -33,7 +33,7 @@ INSTALL = [
 
 EXTRAS = {
     "dashboard": ["bokeh>=3.1"],
-    "examples": ["scikit-learn>=1.4", "bokeh>=3.1", "fastapi>=0.115.8"],
+    "examples": ["scikit-learn>=1.4", "bokeh>=3.1", "fastapi>=0.115.8", "httpx>=0.27"],
     "fastapi": ["fastapi>=0.115.8"],
     "metrics": ["prometheus-client>=0.20"],
     "docs": ["mkdocs>=1.6"],
@@ -54,6 +54,8 @@ EXTRAS = {
         # dask.dataframe needs both.
         "pandas>=2.1",
         "pyarrow>=16",
+        # examples/train_xgboost.py. Not among the extra examples: it would write over an xgboost that is there.
+        'xgboost-cpu>=2.1; sys_platform == "linux"',
         # Applications that people serve: tests/test_ingress.py.
         "fastapi>=0.115.8",
         "litestar>=2.12",

@@ -16,6 +16,7 @@ from . import (
     chain,
     control,
     counting,
+    data,
     door,
     dropped,
     handle_calls,
@@ -46,9 +47,11 @@ SHARED = {
 }
 #: Those that have their own clusters.
 ALONE = {"counting": counting, "proxies": proxies}
+#: Those that have two workers.
+PAIRS = {"refs": [chain, arrays, dropped], "data": [data]}
 #: Those that take as long as they take.
 LONG = {"control": control, "soak": soak}
-PARTS = (*SHARED, *ALONE, "refs", "memory", "door", "overload", *LONG)
+PARTS = (*SHARED, *ALONE, *PAIRS, "memory", "door", "overload", *LONG)
 PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
 
@@ -70,11 +73,7 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
     for name, part in ALONE.items():
         if name in parts:
             yield from part.rows(pairs, seconds)
-    if "refs" in parts:
-        with cluster(workers=2) as running, Client(running.address, set_as_default=False) as client:
-            client.wait_for_workers(2, timeout=DEADLINE)
-            for part in [chain, arrays, dropped]:
-                yield from part.rows(running, client, pairs, seconds)
+    yield from measure_pairs(parts, pairs, seconds)
     if "memory" in parts:
         yield from memory.rows(pairs)
     if "door" in parts:
@@ -85,6 +84,16 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
     for name, long in LONG.items():
         if name in parts:
             yield from long.rows()
+
+
+def measure_pairs(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
+    """Measure the parts that have two workers."""
+    for name, modules in PAIRS.items():
+        if name in parts:
+            with cluster(workers=2) as running, Client(running.address, set_as_default=False) as client:
+                client.wait_for_workers(2, timeout=DEADLINE)
+                for part in modules:
+                    yield from part.rows(running, client, pairs, seconds)
 
 
 def render(rows: list[Row], how: str) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from .batching import batch, method
     from .context import get_multiplexed_model_id, get_replica_context, get_request_context
+    from .data import resolve
     from .deployment import Application, Deployment, deployment
     from .exceptions import (
         ApplicationNotFoundError,
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
         BatchError,
         ConfigError,
         ConflictError,
+        DataNotFoundError,
+        DataReferenceError,
         DeploymentFailedError,
         DeploymentUnavailableError,
         MethodNotFoundError,
@@ -64,6 +67,8 @@ __all__ = [
     "BatchError",
     "ConfigError",
     "ConflictError",
+    "DataNotFoundError",
+    "DataReferenceError",
     "Deployment",
     "DeploymentFailedError",
     "DeploymentHandle",
@@ -95,6 +100,7 @@ __all__ = [
     "method",
     "metrics",
     "multiplexed",
+    "resolve",
     "rollback",
     "run",
     "scale",
@@ -118,6 +124,7 @@ _MODULES = {
     ),
     "batching": ("batch", "method"),
     "context": ("get_multiplexed_model_id", "get_replica_context", "get_request_context"),
+    "data": ("resolve",),
     "deployment": ("Application", "Deployment", "deployment"),
     "gathering": ("gather",),
     "handle": ("DeploymentHandle",),

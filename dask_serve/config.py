@@ -196,6 +196,8 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
         they are fetched, passed to another call, or needed by Dask; smaller ones travel in the answer.
     body_limit : int or None, default None
         Bytes the body of an HTTP request may have; over it 413. None: what ``serve.start`` says.
+    datasets : list of str, default []
+        Published data sets that requests may refer to, see `resolve`; empty: none.
     version : str or None, default None
         Replaces the code's part of the revision: replicas restart only when it changes.
     debug : bool, default False
@@ -227,6 +229,10 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     retries_on_loss: Annotated[int, Meta(ge=0)] | None = None
     inline_result_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024
     body_limit: Annotated[int, Meta(ge=0)] | None = None
+    datasets: Annotated[
+        list[Annotated[str, Meta(min_length=1)]],
+        Meta(description='it is a list of the names that data sets are published under: ["features"]'),
+    ] = []
     version: str | None = None
     debug: bool = False
 

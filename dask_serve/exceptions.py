@@ -12,6 +12,8 @@
     └── RequestError                               one request failed, and not by user code
         ├── MethodNotFoundError    (AttributeError)
         ├── ArgumentsError         (TypeError)     the method does not take these arguments
+        ├── DataReferenceError     (ValueError)    what a request refers to data with is no reference
+        ├── DataNotFoundError      (KeyError)      there is no such data set for requests, or no such part of it
         ├── BatchError             (ValueError)    a batched method did not return one result for each call
         ├── PayloadError           (TypeError)     an argument or a result cannot be sent
         ├── DeploymentUnavailableError             nothing is there that could answer
@@ -33,6 +35,8 @@ __all__ = [
     "BatchError",
     "ConfigError",
     "ConflictError",
+    "DataNotFoundError",
+    "DataReferenceError",
     "DeploymentFailedError",
     "DeploymentUnavailableError",
     "MethodNotFoundError",
@@ -114,6 +118,18 @@ class MethodNotFoundError(RequestError, AttributeError):
 
 class ArgumentsError(RequestError, TypeError):
     """The method does not take the arguments of the call; the message tells which, and its signature."""
+
+
+class DataReferenceError(RequestError, ValueError):
+    """What a request refers to data with is no reference; the message says what is wrong with it."""
+
+    status = 400
+
+
+class DataNotFoundError(RequestError, KeyError):
+    """Requests may not refer to a data set of that name, or there is none, or it has no such part."""
+
+    status = 404
 
 
 class BatchError(RequestError, ValueError):

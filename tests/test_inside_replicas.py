@@ -196,6 +196,17 @@ class AsyncConstructor:
 
 
 @serve.deployment(user_config={"x": 1})
+class AsyncReconfigured:
+    async def reconfigure(self, config):
+        self.replica = serve.get_replica_context().replica_id
+        self.asynchronous = get_client().asynchronous
+        self.value = await get_client().submit(inc, config["x"], pure=False)
+
+    async def __call__(self):
+        return self.value, self.asynchronous, self.replica == serve.get_replica_context().replica_id
+
+
+@serve.deployment(user_config={"x": 1})
 class Reconfigured:
     def reconfigure(self, config):
         self.value = get_client().submit(inc, config["x"], pure=False).result(20)
@@ -257,6 +268,13 @@ def test_other_constructors(client):
     assert other.values.remote().result(30) == (2, 2, [2])
     other = serve.run(Reconfigured.bind(), name="reconfigured", route_prefix=None, client=client)
     assert other.remote().result(30) == 2
+    # The same when they change in place.
+    for deployment, expected in [(Reconfigured, 6), (AsyncReconfigured, (6, True, True))]:
+        other = serve.run(deployment.bind(), name="reconfigured", route_prefix=None, client=client)
+        other.remote().result(30)
+        changed = deployment.options(user_config={"x": 5}).bind()
+        other = serve.run(changed, name="reconfigured", route_prefix=None, client=client)
+        poll(lambda other=other, expected=expected: other.remote().result(30) == expected)
     # The clients of a replica go with it.
     before = {name for name in client.run_on_scheduler(_clients) if "replica" in name}
     assert before
@@ -307,6 +325,10 @@ class Works:
             elif how == "wait":
                 persisted = client.persist([dask.delayed(slow)(i, 1.0, dask_key_name=f"work-{i}") for i in range(6)])
                 await distributed.wait(persisted)
+            elif how in ("as_completed", "with_results"):
+                futures = [client.submit(slow_coroutine, i, key=f"work-as-completed-{i}") for i in range(3)]
+                async for _ in distributed.as_completed(futures, with_results=how == "with_results"):
+                    pass
             elif how == "thread":
                 await asyncio.to_thread(self.blocks, "result")
 
@@ -323,6 +345,10 @@ class Works:
                 client.submit(slow_coroutine, 1, key="work-timeout").result(timeout=50)
             elif how == "wait":
                 distributed.wait(client.map(slow_coroutine, range(3), key="work-wait"))
+            elif how == "as_completed":
+                futures = client.map(slow_coroutine, range(3), key="work-as-completed")
+                for _ in distributed.as_completed(futures):
+                    pass
             elif how == "variable":
                 future = client.submit(slow_coroutine, 1, key="work-variable")
                 Variable("never").get()
@@ -386,8 +412,8 @@ def works(client):
     serve.delete("works", client=client)
 
 
-BLOCKS = ["result", "gather", "compute", "timeout", "wait", "variable", "wrapped"]
-AWAITS = ["future", "gather", "compute", "wait", "thread"]
+BLOCKS = ["result", "gather", "compute", "timeout", "wait", "as_completed", "variable", "wrapped"]
+AWAITS = ["future", "gather", "compute", "wait", "as_completed", "with_results", "thread"]
 
 
 @pytest.mark.parametrize(

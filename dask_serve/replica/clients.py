@@ -28,6 +28,7 @@ from distributed import Client
 from ..context import request_context
 from ..exceptions import RequestCancelledError
 from ..wire.loops import running_loop
+from .completed import follow_requests
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -70,6 +71,7 @@ class Clients:
         """Let code that runs in ``context`` get its clients here."""
         context.run(_clients.set, self)
         _intercept(self._worker)
+        follow_requests()
 
     def get(self, of_worker: Callable[..., Client], timeout: float | None, asker: str) -> Client:
         """Return the client for the code that runs.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batcher import Batcher
+    from .datasets import DataSets
     from .models import Models
     from .pool import Pool
 
@@ -35,6 +36,8 @@ class Host:
         self.pool = pool
         self._batchers: list[weakref.ref[Batcher]] = []
         self._models: list[weakref.ref[Models]] = []
+        #: Published data sets that requests may refer to.
+        self.data_sets: DataSets | None = None
         self.on_models: Callable[[], object] = lambda: None
 
     def add_batcher(self, batcher: Batcher) -> None:

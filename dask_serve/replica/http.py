@@ -117,7 +117,8 @@ class HttpAdapter:
 
     def _answer_for(self, execution: Execution, error: BaseException, started: bool) -> Answer:
         user = self._user
-        if isinstance(error, HTTPException) and not started:
+        # References to data that cannot be had are both; the proxy writes their answers.
+        if isinstance(error, HTTPException) and not isinstance(error, RequestError) and not started:
             try:
                 return plain(of_exception(error))
             except (TypeError, ValueError) as other:

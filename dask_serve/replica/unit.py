@@ -26,6 +26,7 @@ from .clients import Clients
 from .code import fetch_code
 from .construction import Construction
 from .core import ReplicaCore
+from .datasets import DataSets
 from .door import Door
 from .environment import ProcessEnvironment
 from .errors import ErrorReports
@@ -82,6 +83,7 @@ class ReplicaUnit:
         self.user.debug = self.options.debug
         self.user.clients = Clients(worker, self.user.loop)
         self.user.clients.enter(context)
+        self.user.host.data_sets = DataSets(self.user, lambda: self.options.datasets)
         self.user.on_end = self._on_user_end
         self.user.on_error = ErrorReports(self.id, worker).note
         self._user_ended = threading.Event()
@@ -233,9 +235,9 @@ class ReplicaUnit:
             # While it is constructed, `_construct` comes to it.
             return
         try:
-            await asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(self._construction.reconfigure(options.user_config), self.user.loop)
-            )
+            # In the context that user code has everywhere: this one is of the worker's loop.
+            reconfiguring = self.user.spawn(self._construction.reconfigure(options.user_config))
+            await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(reconfiguring, self.user.loop))
         except Exception as error:
             logger.exception("reconfigure() of replica %s failed", self.id)
             # The scheduler unpickles what an actor raises, and must not be given a class of the user's.
