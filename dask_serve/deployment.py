@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from .batching import BatchedFunction
-from .config import AutoscalingConfig, DeploymentOptions, RuntimeEnv, build_options, change_options
+from .config import AutoscalingConfig, DeploymentOptions, Level, RuntimeEnv, build_options, change_options
 from .defaults import checked, configured
 from .exceptions import ConfigError, ServeError
 from .ingress import ingress_of
@@ -93,6 +93,8 @@ class Deployment:
         body_limit: int | UnsetType | None = UNSET,
         version: str | UnsetType | None = UNSET,
         debug: bool | UnsetType = UNSET,
+        log_level: Level | UnsetType | None = UNSET,
+        tracing: bool | UnsetType = UNSET,
         **unknown: Any,
     ) -> Deployment:
         """Return a copy with some options changed; see `DeploymentOptions` for their meaning."""
@@ -241,6 +243,8 @@ def deployment(
     body_limit: int | UnsetType | None = UNSET,
     version: str | UnsetType | None = UNSET,
     debug: bool | UnsetType = UNSET,
+    log_level: Level | UnsetType | None = UNSET,
+    tracing: bool | UnsetType = UNSET,
     **unknown: Any,
 ) -> Callable[[Callable[..., Any]], Deployment]: ...
 
@@ -274,6 +278,8 @@ def deployment(
     body_limit: int | UnsetType | None = UNSET,
     version: str | UnsetType | None = UNSET,
     debug: bool | UnsetType = UNSET,
+    log_level: Level | UnsetType | None = UNSET,
+    tracing: bool | UnsetType = UNSET,
     **unknown: Any,
 ) -> Deployment | Callable[[Callable[..., Any]], Deployment]:
     """Declare a class or a function as a deployment.
