@@ -95,6 +95,8 @@ class UserCode:
         self.methods = Methods(self)
         #: Results of at least this many bytes stay in the process's store.
         self.inline_below = inline_below
+        #: Names of the loggers of its code.
+        self.loggers: tuple[str, ...] = ()
         #: Clients are shown the tracebacks of user code.
         self.debug = False
         #: What the names of its own modules mean in the arguments of calls.
