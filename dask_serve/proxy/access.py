@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -132,8 +131,6 @@ def _json(told: dict[str, Any]) -> str:
 
 
 def _text(told: dict[str, Any]) -> str:
-    when = logging.Formatter.default_msec_format % (
-        time.strftime(logging.Formatter.default_time_format, time.localtime(told["time"])),
-        told["time"] % 1 * 1e3,
-    )
-    return f"{when} - {ACCESS} - INFO - {told['message']}\n"
+    # As the lines of all other loggers look.
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(told["time"]))
+    return f"{when},{int(told['time'] % 1 * 1e3):03d} - {ACCESS} - INFO - {told['message']}\n"

@@ -190,6 +190,9 @@ class Batch:
         _inside.set(self.inside)
         if self.context.requests:
             request_context.set(self.context)
+            spans = self.context.requests[0].spans
+            if spans is not None:
+                spans.begin_batch(self, self.context.batcher.name)
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..context import ReplicaContext
     from .user import UserCode
 
-__all__ = ["Construction", "set_level"]
+__all__ = ["Construction", "observe"]
 
 
 class Construction:
@@ -79,7 +79,7 @@ class Construction:
         """Do all of that with a class or function and its arguments that are here."""
         target, args, kwargs = code
         self._user.loggers = loggers_of(target)
-        set_level(self._user, replica, options())
+        await self._user.in_pool(lambda: observe(self._user, replica, options()))
         await self._user.construct(target, args, kwargs)
         if options().user_config is not None:
             await self.reconfigure(options().user_config)
@@ -122,6 +122,19 @@ class Construction:
         return values
 
 
-def set_level(user: UserCode, replica: ReplicaContext, options: DeploymentOptions) -> None:
-    """Let a replica's code log from its level on. From any thread."""
+def observe(user: UserCode, replica: ReplicaContext, options: DeploymentOptions) -> None:
+    """Let a replica's code log from its level on, and make spans or none. From any thread.
+
+    Raises
+    ------
+    ConfigError
+        Spans are asked for, and OpenTelemetry is not installed here.
+    """
+    if not options.tracing:
+        user.traces = None
+    elif user.traces is None:
+        # What nobody asks for is not loaded.
+        from .tracing import ReplicaTraces
+
+        user.traces = ReplicaTraces(replica.replica_id)
     LEVELS.set(replica.replica_id, (replica.app_name, replica.deployment), options.log_level, user.loggers)

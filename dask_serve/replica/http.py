@@ -95,7 +95,10 @@ class HttpAdapter:
 
                 result = await user.in_pool(run)
                 # What is left of it runs here.
-                request_context.set(execution.context())
+                context = execution.context()
+                request_context.set(context)
+                if user.traces is not None:
+                    user.traces.enter(execution, context)
                 if inspect.iscoroutine(result):
                     # An async method behind a plain decorator.
                     result = await result

@@ -25,7 +25,7 @@ from ..levels import LEVELS
 from ..measures.counts import ReplicaCounts
 from .clients import Clients
 from .code import fetch_code
-from .construction import Construction, set_level
+from .construction import Construction, observe
 from .core import ReplicaCore
 from .door import Door
 from .environment import ProcessEnvironment
@@ -228,7 +228,7 @@ class ReplicaUnit:
         changed = options.user_config != self.options.user_config
         self.options = options
         self.user.inline_below = options.inline_result_bytes
-        set_level(self.user, self._context, options)
+        await asyncio.get_running_loop().run_in_executor(None, observe, self.user, self._context, options)
         if door is not None and core is not None:
             door.call(lambda: self._settle_options(door, core))
         if not changed or self.user.instance is None:
