@@ -21,6 +21,7 @@ from ..wire.tls import for_callers, for_door, lend_to_client
 from .door import Door
 from .ledger import Ledger
 from .listening import place_of
+from .profiling import join_profile
 from .room import limit_for
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ class ServeProcess:
             # Travels with the worker's heartbeats.
             worker.metrics["serve"] = lambda worker: {**door.report(), **_counts(worker)}
             tell_metrics()
+            join_profile(worker)
             worker.metrics[COUNTS] = lambda worker: _exported(cls.ledger_of(worker))
             if worker.status in _LEAVING:
                 # It may have looked for plugins to tear down before ours was there.
