@@ -34,10 +34,8 @@ Delay = Annotated[float, Meta(ge=0)]
 #: A number of replicas, or a fraction of them.
 Share = Annotated[int, Meta(ge=0)] | Annotated[float, Meta(ge=0, le=1)]
 #: A level of Python's logging.
-Level = Annotated[
-    Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
-    Meta(description='it is "DEBUG", "INFO", "WARNING", "ERROR" or "CRITICAL"'),
-]
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+_LEVEL = Meta(description='it is "DEBUG", "INFO", "WARNING", "ERROR" or "CRITICAL"')
 #: An import path, alone or with keyword arguments.
 Middleware = str | tuple[str, dict[str, Any]]
 
@@ -240,7 +238,7 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     body_limit: Annotated[int, Meta(ge=0)] | None = None
     version: str | None = None
     debug: bool = False
-    log_level: Level | None = None
+    log_level: Annotated[Level | None, _LEVEL] = None
     tracing: bool = False
 
     def __post_init__(self) -> None:
@@ -376,7 +374,7 @@ class HTTPOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     access_log: bool = False
     access_log_limit: Count = 100
     log_format: Literal["text", "json"] = "text"
-    log_level: Level = "WARNING"
+    log_level: Annotated[Level, _LEVEL] = "WARNING"
     server_timing: bool = False
     tracing: bool = False
 

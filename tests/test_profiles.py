@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 from distributed.utils_test import gen_cluster
+from helpers import until
 
 import dask_serve as serve
-from tests.helpers import until
 
 
 def grind_in_a_thread(seconds: float) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,10 +12,10 @@ from typing import Any
 
 import pytest
 from distributed import Client
+from helpers import http_client, wait_until
 
 import dask_serve as serve
 from dask_serve.embedded import EmbeddedCluster
-from tests.helpers import http_client, wait_until
 
 pytest.importorskip("opentelemetry.sdk")
 trace_service = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
@@ -164,6 +166,36 @@ def test_a_client_without_a_trace_begins_one(service, collector):
     assert set(trace) != {"0"}
     spans = wait_until(lambda: (found := collector.of(trace)) and len(found) >= 18 and found)
     assert [span.name for span in spans.values() if not span.parent_span_id] == ["POST /"]
+
+
+def test_who_makes_no_spans_does_not_load_opentelemetry():
+    code = (
+        "import sys, dask_serve.proxy.__main__, dask_serve.proxy.app, dask_serve.replica.unit, dask_serve.replica.http"
+    )
+    check = "print([name for name in sys.modules if name.startswith('opentelemetry')])"
+    done = subprocess.run([sys.executable, "-c", f"{code}; {check}"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_without_opentelemetry_it_says_what_to_install():
+    code = """
+import sys
+sys.modules["opentelemetry"] = None
+from dask_serve.config import HTTPOptions
+from dask_serve.proxy.observed import make_forwarder
+from dask_serve.exceptions import ConfigError
+from types import SimpleNamespace
+import asyncio
+async def main():
+    try:
+        make_forwarder(None, HTTPOptions(tracing=True))
+    except ConfigError as error:
+        print(error)
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("tracing=True needs OpenTelemetry")
+    assert "install dask-serve[otel]" in done.stdout
 
 
 def test_who_decided_against_a_trace_gets_none(service, collector):

@@ -99,8 +99,8 @@ def _spread(indices: Sequence[int], most: int) -> list[int]:
 
 
 def _told(access: Access) -> dict[str, Any]:
-    """Return a record. Bytes that are no plain text are escaped: a path must not look like another line."""
-    path = access.path.decode("ascii", "backslashreplace")
+    """Return a record. What is no plain text is escaped: a path must not look like another line."""
+    path = access.path.decode("latin-1").encode("unicode_escape").decode()
     client = "-" if access.client is None else f"{access.client[0]}:{access.client[1]}"
     line = f'"{access.method} {path} HTTP/{access.version}" {access.status} {1e3 * access.seconds:.3f}ms'
     application, _, deployment = access.deployment.partition("/")

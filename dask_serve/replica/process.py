@@ -15,6 +15,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from ..exceptions import ServeError
 from ..logs import join_dask
+from ..printed import keep_printed
 from ..records import keep_records
 from ..wire.memory import limit_idle
 from ..wire.tls import for_callers, for_door, lend_to_client
@@ -75,7 +76,7 @@ class ServeProcess:
             door = cls._doors.get(secret)
             if door is None or door.closed:
                 join_dask()
-                keep_records()
+                keep_printed(keep_records())
                 lend_to_client(worker.security, "worker")
                 listen, dial = for_door(worker.security, worker.address), for_callers(worker.security)
                 door = Door(secret, place_of(worker), listen, dial, limit_for(worker))

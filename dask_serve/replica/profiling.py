@@ -1,8 +1,8 @@
 """User code of replicas in Dask's own profiles: the dashboard's page, ``client.profile()``.
 
-Dask looks every few milliseconds at what the threads of its executor do. It is done with the same timer here, and at the
-same distances, so that the times of both compare. Threads are looked at only while requests run; one that waits for
-something to do is left out.
+Dask looks every few milliseconds at what the threads of its executor do. It is done with the same timer here, and at
+the same distances, so that the times of both compare. Threads are looked at only while requests run; one that waits
+for something to do is left out.
 """
 
 from __future__ import annotations
