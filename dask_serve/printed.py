@@ -57,7 +57,7 @@ class Printed:
 
 def keep_printed(kept: Records) -> None:
     """Note what code in replicas prints from now on. Programs that have replaced ``sys.stdout`` keep theirs."""
-    stream: Any = sys.stdout
-    if stream is not None and stream is sys.__stdout__:
+    if sys.stdout is not None and sys.stdout is sys.__stdout__:
+        stream: Any = sys.stdout
         stand_in: Any = Printed(stream, kept)
         sys.stdout = stand_in

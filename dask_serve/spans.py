@@ -31,7 +31,7 @@ except ImportError as error:
         "install dask-serve[otel] where proxies and replicas run, or leave tracing out"
     ) from None
 
-__all__ = ["attach", "child", "current", "link", "set_failed", "start", "trace_of"]
+__all__ = ["attach", "child", "current", "end", "link", "set_failed", "start", "trace_of"]
 
 logger = logging.getLogger("dask_serve.spans")
 
@@ -83,7 +83,12 @@ def start(
 def child(name: str, parent: Any, since: float, until: float) -> None:
     """Tell of a part of a span that has ended."""
     if parent.is_recording():
-        start(name, INTERNAL, parent, since=since).end(epoch(max(since, until)))
+        end(start(name, INTERNAL, parent, since=since), until)
+
+
+def end(span: Any, until: float) -> None:
+    """End a span at a monotonic time. Both clocks are read anew each time, and not at the same moment."""
+    span.end(max(epoch(until), getattr(span, "start_time", None) or 0))
 
 
 def link(span: Any, other: Any) -> None:

@@ -114,10 +114,10 @@ class RequestSpans:
     def end(self) -> None:
         """It has been answered."""
         execution, self._execution = self._execution, None
-        ended = spans.epoch(execution.ended or time.monotonic()) if execution is not None else None
-        self.user.end(ended)
+        ended = (0.0 if execution is None else execution.ended) or time.monotonic()
+        spans.end(self.user, ended)
         if self._server is not self.user:
-            self._server.end(ended)
+            spans.end(self._server, ended)
 
 
 class BatchSpans(RequestSpans):
