@@ -136,18 +136,18 @@ def _noting(make: Factory, kept: Records) -> Factory:
     def make_and_note(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
         # For the formats of handlers: `%(request_id)s`.
-        record.application, record.deployment, record.replica, record.request_id = place()
+        record.application, record.deployment, record.replica, record.request_id = where = place()
         # Whatever is wrong with a record, its handlers tell; user code goes on.
         with contextlib.suppress(Exception):
             told = record.levelno >= logging.WARNING or record.name.partition(".")[0] not in QUIET
             if told and LEVELS.filter(record):
-                kept.add(_told(record))
+                kept.add(_told(record, where))
         return record
 
     return make_and_note
 
 
-def _told(record: logging.LogRecord) -> dict[str, Any]:
+def _told(record: logging.LogRecord, where: tuple[str, str, str, str]) -> dict[str, Any]:
     text = record.getMessage().rstrip()
     if record.exc_info and record.exc_info[1] is not None:
         text = "\n".join((text, *_lines(traceback.format_exception(*record.exc_info))))
@@ -157,7 +157,7 @@ def _told(record: logging.LogRecord) -> dict[str, Any]:
         "logger": record.name,
         "message": text if len(text) <= LONGEST else f"{text[:LONGEST]} ... ({len(text)} characters)",
     }
-    application, deployment, replica, request = place()
+    application, deployment, replica, request = where
     if replica:
         told.update(application=application, deployment=deployment, replica=replica)
     if request:
