@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
+import itertools
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from distributed import Client
@@ -68,7 +70,7 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def service(collector) -> Iterator[str]:
+def service(collector) -> Iterator[Service]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "100")
@@ -78,7 +80,12 @@ def service(collector) -> Iterator[str]:
                 client.wait_for_workers(2, timeout=30)
                 serve.start(port=0, tracing=True, client=client)
                 serve.run(Front.bind(Model.bind()), name="shop", client=client)
-                yield serve.url(client=client)
+                yield Service(client, serve.url(client=client))
+
+
+class Service(NamedTuple):
+    client: Client
+    url: str
 
 
 @serve.deployment(tracing=True)
@@ -105,7 +112,7 @@ class Front:
 
 
 def test_one_trace_from_http_to_the_batch(service, collector):
-    with http_client(service) as http:
+    with http_client(service.url) as http:
         answer = http.post("/", content=SECRET, headers={"traceparent": PARENT})
     assert answer.json()[:2] == [len(SECRET), 2 * len(SECRET)]
     assert answer.json()[2].split("-")[1] == TRACE
@@ -149,7 +156,7 @@ def test_one_trace_from_http_to_the_batch(service, collector):
 
 def test_failures_are_marked_and_say_nothing_of_the_payload(service, collector):
     trace = "1af7651916cd43dd8448eb211c80319c"
-    with http_client(service) as http:
+    with http_client(service.url) as http:
         headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01", "x-private": SECRET}
         assert http.post(f"/?fail={SECRET}", content=SECRET, headers=headers).status_code == 500
     spans = wait_until(lambda: (found := collector.of(trace)) and len(found) >= 5 and found)
@@ -161,7 +168,7 @@ def test_failures_are_marked_and_say_nothing_of_the_payload(service, collector):
 
 
 def test_a_client_without_a_trace_begins_one(service, collector):
-    with http_client(service) as http:
+    with http_client(service.url) as http:
         trace = http.post("/", content="x").json()[2].split("-")[1]
     assert set(trace) != {"0"}
     spans = wait_until(lambda: (found := collector.of(trace)) and len(found) >= 18 and found)
@@ -200,9 +207,35 @@ asyncio.run(main())
 
 def test_who_decided_against_a_trace_gets_none(service, collector):
     trace = "2af7651916cd43dd8448eb211c80319c"
-    with http_client(service) as http:
+    with http_client(service.url) as http:
         headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-00"}
         assert http.post("/", content="x", headers=headers).json()[2].split("-")[1::2] == [trace, "00"]
         later = http.post("/", content="x").json()[2].split("-")[1]
     wait_until(lambda: len(collector.of(later)) >= 18)
     assert collector.of(trace) == {}
+
+
+def test_it_is_switched_in_place(service, collector):
+    def traced(number: int) -> bool:
+        trace = f"{number:032x}"
+        with http_client(service.url) as http:
+            headers = {"traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+            seen = http.get("/echo", headers=headers).text.split("-")
+        assert seen[1] == trace
+        of_proxy = wait_until(lambda: [id for id, span in collector.of(trace).items() if span.name == "GET /echo"])
+        # Without spans of its own the replica sees the proxy's.
+        return seen[2] not in of_proxy
+
+    replicas, numbers = set(), itertools.count(1)
+    for on in (False, True, False):
+        serve.run(Echo.options(tracing=on).bind(), name="echo", route_prefix="/echo", client=service.client)
+        status = serve.status(client=service.client)
+        replicas |= {replica.id for replica in status.applications["echo"].deployments["Echo"].replicas}
+        wait_until(functools.partial(lambda on: traced(next(numbers)) == on, on))
+    assert len(replicas) == 1
+
+
+@serve.deployment
+class Echo:
+    def __call__(self):
+        return serve.get_request_context().traceparent
