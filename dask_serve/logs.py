@@ -12,6 +12,7 @@ __all__ = ["JSONFormatter", "TextFormatter", "join_dask", "write_as"]
 
 #: What a record says of where it was made, by its attribute.
 _PLACES = ("application", "deployment", "replica", "request_id")
+_PREFIX = "serve_"
 
 
 class JSONFormatter(logging.Formatter):
@@ -33,7 +34,7 @@ class JSONFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        told.update({name: value for name in _PLACES if (value := getattr(record, name, ""))})
+        told.update({name: value for name in _PLACES if (value := getattr(record, _PREFIX + name, ""))})
         if record.exc_info and record.exc_info[1] is not None:
             told["exception"] = self.formatException(record.exc_info)
         return json.dumps(told, ensure_ascii=False, default=str)
@@ -47,7 +48,7 @@ class TextFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the standard library's name
         """Return the first line."""
-        known = [value for name in ("replica", "request_id") if (value := getattr(record, name, ""))]
+        known = [value for name in ("replica", "request_id") if (value := getattr(record, _PREFIX + name, ""))]
         line = super().formatMessage(record)
         return f"{line} [{' '.join(known)}]" if known else line
 

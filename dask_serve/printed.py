@@ -13,6 +13,8 @@ __all__ = ["Printed", "keep_printed"]
 
 #: The name of the logger that stands in such records.
 LOGGER = "print"
+#: Lines that may have begun and not ended; older ones are forgotten.
+BEGUN = 100
 
 
 class Printed:
@@ -46,6 +48,8 @@ class Printed:
         *lines, rest = (self._begun.pop(where, "") + text).split("\n")
         if rest:
             self._begun[where] = rest[-LONGEST:]
+            while len(self._begun) > BEGUN:
+                del self._begun[next(iter(self._begun))]
         for line in lines:
             told = {"time": time.time(), "level": "INFO", "logger": LOGGER, "message": line[:LONGEST]}
             told.update(application=application, deployment=deployment, replica=replica)

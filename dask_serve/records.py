@@ -19,7 +19,7 @@ from typing import Any
 from .context import replica_context, request_context
 from .levels import LEVELS
 
-__all__ = ["ACCESS", "Records", "keep_records", "place", "records", "told_since"]
+__all__ = ["ACCESS", "PLACES", "Records", "keep_records", "place", "records", "told_since"]
 
 #: The logger of the access log.
 ACCESS = "dask_serve.access"
@@ -27,6 +27,8 @@ ACCESS = "dask_serve.access"
 MOST, MOST_BYTES = 2000, 4 << 20
 #: Characters that a message may have.
 LONGEST = 16_384
+#: Attributes of all records: where they were made.
+PLACES = ("serve_application", "serve_deployment", "serve_replica", "serve_request_id")
 #: Ids of a batch's requests that a record names.
 IDS = 8
 #: Loggers whose records say more of the cluster than of the service: from warnings on.
@@ -135,8 +137,9 @@ def told_since(known: Mapping[str, int]) -> dict[str, Any]:
 def _noting(make: Factory, kept: Records) -> Factory:
     def make_and_note(*args: Any, **kwargs: Any) -> logging.LogRecord:
         record = make(*args, **kwargs)
-        # For the formats of handlers: `%(request_id)s`.
-        record.application, record.deployment, record.replica, record.request_id = where = place()
+        where = place()
+        # For the formats of handlers. By names of our own: what user code gives in `extra` must not be there yet.
+        record.__dict__.update(zip(PLACES, where, strict=True))
         # Whatever is wrong with a record, its handlers tell; user code goes on.
         with contextlib.suppress(Exception):
             told = record.levelno >= logging.WARNING or record.name.partition(".")[0] not in QUIET

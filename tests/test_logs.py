@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -12,6 +13,7 @@ from dask_serve import records
 from dask_serve.context import BatchContext, ReplicaContext, RequestContext, replica_context, request_context
 from dask_serve.levels import Levels, loggers_of
 from dask_serve.logs import JSONFormatter, TextFormatter
+from dask_serve.printed import BEGUN, Printed
 from dask_serve.records import ACCESS, IDS, MOST, Records, keep_records
 
 
@@ -43,18 +45,45 @@ def record_of(text: str, *args: object) -> logging.LogRecord:
 
 
 def test_every_record_says_where_it_was_made(kept, in_replica):
-    assert record_of("outside").replica == ""
+    assert record_of("outside").serve_replica == ""
     in_replica(request=RequestContext("r-1"))
     record = record_of("inside")
-    place = record.application, record.deployment, record.replica, record.request_id
+    place = record.serve_application, record.serve_deployment, record.serve_replica, record.serve_request_id
     assert place == ("shop", "Model", "shop/Model/1", "r-1")
+
+
+def test_code_may_have_such_fields_of_its_own(kept, in_replica):
+    in_replica(request=RequestContext("r-1"))
+    own = {"request_id": "mine", "application": "mine", "deployment": "mine", "replica": "mine"}
+    logging.getLogger("test_logs").warning("well", extra=own)
+    assert [record["request"] for record in kept.since(0)] == ["r-1"]
+
+
+def test_what_is_printed(in_replica):
+    kept, out = Records(), io.StringIO()
+    printed = Printed(out, kept)
+    print("outside", file=printed)
+    in_replica(request=RequestContext("r-1"))
+    print("one", 2, sep=", ", file=printed)
+    print("begun", end=" ", file=printed)
+    print("and ended\nanother", file=printed)
+    told = kept.since(0)
+    assert [record["message"] for record in told] == ["one, 2", "begun and ended", "another"]
+    assert {(record["replica"], record["request"], record["logger"]) for record in told} == {
+        ("shop/Model/1", "r-1", "print")
+    }
+    assert out.getvalue() == "outside\none, 2\nbegun and ended\nanother\n"
+    for number in range(BEGUN + 10):
+        in_replica(request=RequestContext(str(number)))
+        print("never ended", end="", file=printed)
+    assert len(printed._begun) == BEGUN
 
 
 def test_a_batch_names_its_requests(kept, in_replica):
     in_replica(request=BatchContext([RequestContext("a"), RequestContext("b")], None))
-    assert record_of("two").request_id == "a,b"
+    assert record_of("two").serve_request_id == "a,b"
     in_replica(request=BatchContext([RequestContext(str(n)) for n in range(IDS + 3)], None))
-    assert record_of("many").request_id == "0,1,2,3,4,5,6,7,+3"
+    assert record_of("many").serve_request_id == "0,1,2,3,4,5,6,7,+3"
 
 
 def test_forms_of_a_line(kept, in_replica):
