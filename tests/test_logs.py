@@ -80,9 +80,9 @@ def test_what_is_printed(in_replica):
 
 
 def test_a_batch_names_its_requests(kept, in_replica):
-    in_replica(request=BatchContext([RequestContext("a"), RequestContext("b")], None))
+    in_replica(request=BatchContext([RequestContext("a"), RequestContext("b")]))
     assert record_of("two").serve_request_id == "a,b"
-    in_replica(request=BatchContext([RequestContext(str(n)) for n in range(IDS + 3)], None))
+    in_replica(request=BatchContext([RequestContext(str(n)) for n in range(IDS + 3)]))
     assert record_of("many").serve_request_id == "0,1,2,3,4,5,6,7,+3"
 
 

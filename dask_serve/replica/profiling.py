@@ -22,7 +22,7 @@ _STOP: Any = tuple(
     for name in ("user", "http", "conversation", "websocket", "streams", "batcher", "batch_streams", "construction")
 )
 #: Innermost functions of threads that wait: of the pool, of event loops in Python and in C.
-_WAITING = {("replica/pool.py", "_work"), ("replica/user.py", "_run"), ("selectors.py", "select")}
+_WAITING = {("replica/pool.py", "_work"), ("replica/user.py", "_run_until_stopped"), ("selectors.py", "select")}
 
 
 def join_profile(worker: Any) -> None:

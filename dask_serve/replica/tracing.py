@@ -88,7 +88,7 @@ class RequestSpans:
             spans.set_failed(span, work.status)
         span.end()
 
-    def begin_batch(self, batch: Batch, name: str) -> None:
+    def begin_batch(self, batch: Batch) -> None:
         """A batch begins whose first request this is, or another part of it."""
         context = batch.context
         if context.spans is None:
@@ -99,7 +99,7 @@ class RequestSpans:
                     spans.child("wait for batch", item.request.spans.user, item.since, now)
             links = [other.user for other in others[1:]]
             attributes = {"dask_serve.batch_size": len(batch.items)}
-            span = spans.start(f"batch {name}", spans.INTERNAL, self.user, attributes=attributes, links=links)
+            span = spans.start(f"batch {batch.name}", spans.INTERNAL, self.user, attributes=attributes, links=links)
             for other in links:
                 spans.link(other, span)
             context.spans = BatchSpans(span, span)
