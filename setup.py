@@ -36,6 +36,8 @@ EXTRAS = {
     "examples": ["scikit-learn>=1.4", "bokeh>=3.1", "fastapi>=0.115.8", "httpx>=0.27"],
     "fastapi": ["fastapi>=0.115.8"],
     "metrics": ["prometheus-client>=0.20"],
+    # What makes spans, and one way to export them.
+    "otel": ["opentelemetry-sdk>=1.27", "opentelemetry-exporter-otlp-proto-http>=1.27"],
     "docs": ["mkdocs>=1.6"],
     "test": [
         "pytest>=8",
@@ -62,6 +64,9 @@ EXTRAS = {
         "quart>=0.20",
         "cryptography>=42",  # temporary certificates
         "prometheus-client>=0.20",
+        # Spans: tests/test_traces.py.
+        "opentelemetry-sdk>=1.27",
+        "opentelemetry-exporter-otlp-proto-http>=1.27",
         # The manifests of examples/kubernetes: tests/test_kubernetes.py.
         "kubernetes-validate>=1.31",
         "pyyaml>=6",

@@ -33,6 +33,9 @@ Path = Annotated[str, Meta(min_length=1)]
 Delay = Annotated[float, Meta(ge=0)]
 #: A number of replicas, or a fraction of them.
 Share = Annotated[int, Meta(ge=0)] | Annotated[float, Meta(ge=0, le=1)]
+#: A level of Python's logging.
+Level = Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+_LEVEL = Meta(description='it is "DEBUG", "INFO", "WARNING", "ERROR" or "CRITICAL"')
 #: An import path, alone or with keyword arguments.
 Middleware = str | tuple[str, dict[str, Any]]
 
@@ -203,6 +206,12 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     debug : bool, default False
         True: the answer to an HTTP request whose code raised has the traceback (``__call__`` only; applications under
         ``@serve.ingress`` have a setting of their own). It shows source code: not for the public.
+    log_level : "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL" or None, default None
+        From which level on the deployment's code logs: the loggers of its package, and ours where they tell of its
+        replicas. None: as those loggers are set.
+    tracing : bool, default False
+        Whether replicas make OpenTelemetry spans of requests, batches and the calls that they make, exported as the
+        environment variables ``OTEL_*`` of the workers say. Needs ``dask-serve[otel]`` there.
     """
 
     num_replicas: Annotated[
@@ -235,6 +244,8 @@ class DeploymentOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ] = []
     version: str | None = None
     debug: bool = False
+    log_level: Annotated[Level | None, _LEVEL] = None
+    tracing: bool = False
 
     def __post_init__(self) -> None:
         if self.gpus > 1 and self.gpus % 1:
@@ -321,6 +332,21 @@ class HTTPOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         (``["starlette.middleware.cors:CORSMiddleware", {"allow_origins": ["*"]}]``).
     drain_timeout_s : float, default 20.0
         Seconds a stopping proxy gives to requests in flight.
+    access_log : bool, default False
+        Whether each request is logged when it has been answered: method, path, status, time, deployment, request id.
+        Never its query, headers or body.
+    access_log_limit : int, default 100
+        Requests that a proxy logs a second. Of more a sample is logged, errors first, and how many were left out.
+    log_format : "text" or "json", default "text"
+        How the proxies write their log to stderr: lines of text, or one JSON object a line.
+    log_level : "DEBUG", "INFO", "WARNING", "ERROR" or "CRITICAL", default "WARNING"
+        From which level on the proxies write.
+    server_timing : bool, default False
+        Whether all answers have the header ``Server-Timing``. Without it those have it whose requests have a header
+        ``X-Request-Server-Timing``.
+    tracing : bool, default False
+        Whether the proxies make OpenTelemetry spans, exported as the environment variables ``OTEL_*`` of the
+        scheduler's process say. Needs ``dask-serve[otel]`` there. Deployments have an option of the same name.
     """
 
     host: str = "127.0.0.1"
@@ -351,6 +377,12 @@ class HTTPOptions(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     application_tokens: dict[str, Path | None] = {}
     middleware: list[Middleware] = []
     drain_timeout_s: Annotated[float, Meta(ge=0)] = 20.0
+    access_log: bool = False
+    access_log_limit: Count = 100
+    log_format: Literal["text", "json"] = "text"
+    log_level: Annotated[Level, _LEVEL] = "WARNING"
+    server_timing: bool = False
+    tracing: bool = False
 
     def __post_init__(self) -> None:
         if (self.tls_certificate is None) != (self.tls_key is None):

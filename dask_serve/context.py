@@ -79,6 +79,7 @@ class RequestContext:
         "leases",
         "multiplexed_model_id",
         "request_id",
+        "spans",
         "trace",
     )
 
@@ -96,8 +97,10 @@ class RequestContext:
         self.background = background
         self.trace = trace
         self.cancelled = False
-        #: What gives back at its end what the request has the use of: models.
+        #: What gives back at its end what the request has the use of: models. Not None where something is to end.
         self.leases: dict[Any, Callable[[RequestContext], object]] | None = None
+        #: Its OpenTelemetry spans, where the deployment has ``tracing``.
+        self.spans: Any = None
         self._refuses = False
         #: By what is under way: how it is cancelled. Made with the first call, since most requests make none.
         self._under_way: dict[Any, Callable[[], object]] | None = None
@@ -130,6 +133,14 @@ class RequestContext:
         """It begins nothing any more: the code that it runs cannot be told otherwise that it was cancelled."""
         return self._refuses
 
+    def refuses_call(self, call: Any, id: str) -> bool:
+        """Whether it begins no call any more; one that it begins belongs to its spans, if it has any."""
+        if self.spans is not None:
+            # It hears of the call's end, whatever that is.
+            call.request = self
+            self.spans.call(id, call)
+        return self._refuses
+
     def note(self, work: Any, cancel: Callable[[], object]) -> None:
         """Cancel ``work`` with the request, until `forget` is called. From any thread.
 
@@ -149,6 +160,8 @@ class RequestContext:
 
     def forget(self, work: Any) -> None:
         """Its end: ``work`` is not under way any more. From any thread; takes no lock."""
+        if self.spans is not None:
+            self.spans.forget(work)
         if self._under_way is not None:
             self._under_way.pop(work, None)
 
@@ -157,6 +170,8 @@ class RequestContext:
         leases, self.leases = self.leases, None
         for give_back in list((leases or {}).values()):
             give_back(self)
+        if self.spans is not None:
+            self.spans.end()
 
     def cancel(self, refuse: bool) -> None:
         """Cancel what is under way.
@@ -191,7 +206,8 @@ class BatchContext(RequestContext):
         deadlines = [request.deadline for request in requests]
         latest = None if not deadlines or None in deadlines else max(filter(None, deadlines))
         background = bool(requests) and all(request.background for request in requests)
-        super().__init__(first.request_id, latest, first.multiplexed_model_id, background)
+        trace = first.trace if len(requests) == 1 else None
+        super().__init__(first.request_id, latest, first.multiplexed_model_id, background, trace)
         self.requests = tuple(requests)
 
     @property

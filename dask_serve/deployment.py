@@ -10,7 +10,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from .batching import BatchedFunction
-from .config import AutoscalingConfig, DeploymentOptions, RuntimeEnv, build_options, change_options
+from .config import AutoscalingConfig, DeploymentOptions, Level, RuntimeEnv, build_options, change_options
 from .defaults import checked, configured
 from .exceptions import ConfigError, ServeError
 from .ingress import ingress_of
@@ -94,6 +94,8 @@ class Deployment:
         datasets: list[str] | UnsetType = UNSET,
         version: str | UnsetType | None = UNSET,
         debug: bool | UnsetType = UNSET,
+        log_level: Level | UnsetType | None = UNSET,
+        tracing: bool | UnsetType = UNSET,
         **unknown: Any,
     ) -> Deployment:
         """Return a copy with some options changed; see `DeploymentOptions` for their meaning."""
@@ -243,6 +245,8 @@ def deployment(
     datasets: list[str] | UnsetType = UNSET,
     version: str | UnsetType | None = UNSET,
     debug: bool | UnsetType = UNSET,
+    log_level: Level | UnsetType | None = UNSET,
+    tracing: bool | UnsetType = UNSET,
     **unknown: Any,
 ) -> Callable[[Callable[..., Any]], Deployment]: ...
 
@@ -277,6 +281,8 @@ def deployment(
     datasets: list[str] | UnsetType = UNSET,
     version: str | UnsetType | None = UNSET,
     debug: bool | UnsetType = UNSET,
+    log_level: Level | UnsetType | None = UNSET,
+    tracing: bool | UnsetType = UNSET,
     **unknown: Any,
 ) -> Deployment | Callable[[Callable[..., Any]], Deployment]:
     """Declare a class or a function as a deployment.

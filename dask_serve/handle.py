@@ -282,7 +282,7 @@ class DeploymentHandle:
         # needs none.
         state.urgent = context is not None or state.stream
         ref = make_ref(session, state, _why_not_to_block)
-        if context is not None and context.refuses:
+        if context is not None and context.refuses_call(state, self._id):
             state.fail(RequestCancelledError(f"request {request_id} was cancelled: it makes no more calls"))
             return ref if self._sync else assigned(ref)
         arguments: Arguments | None = None

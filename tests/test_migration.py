@@ -60,7 +60,7 @@ DEPLOYMENT: dict[str, list[tuple[Any, dict[str, Any] | None]]] = {
     "placement_group_strategy": [("PACK", None)],
     "backpressure_config": [({"status_code": 429}, None)],
     "graceful_shutdown_wait_loop_s": [(2, None)],
-    "logging_config": [({"log_level": "DEBUG"}, None)],
+    "logging_config": [({"log_level": "DEBUG"}, {"log_level": "DEBUG"})],
     "request_router_config": [({"initial_backoff_s": 1}, None)],
     "max_constructor_retry_count": [(3, None)],
     "gang_scheduling_config": [({"gang_size": 2}, None)],

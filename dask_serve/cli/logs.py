@@ -45,7 +45,8 @@ def logs(  # noqa: PLR0917 - click passes them by name
     """Show the last log records of replicas, of the proxies and of the controller.
 
     Each process keeps its last 2000 in memory, at the levels that its loggers have. Those of a process that ended are
-    gone; what user code prints, and what processes log before they have a replica, is in the workers' own output.
+    gone, and what processes log before they have a replica is in the workers' own output. What replicas print is there
+    too, and the lines of the access log, where that is on (`access_log` of the proxies).
     """
     with contextlib.suppress(KeyboardInterrupt) if follow else contextlib.nullcontext(), cluster.client() as client:
         source = Source(client)

@@ -20,6 +20,7 @@ import msgspec
 
 from ..config import HTTPOptions
 from ..exceptions import ConfigError
+from ..logs import write_as
 from ..records import keep_records
 from . import lifeline as wire
 from .doors import Material, make_context
@@ -47,6 +48,8 @@ class Service(NamedTuple):
     close: Callable[[], Awaitable[None]]
     #: Whether requests can still be answered, though the controller is gone.
     alive: Callable[[], bool] = lambda: False
+    #: Writes the access log.
+    flush: Callable[[], None] = lambda: None
 
 
 #: Makes the service of options, and of what is known of the controller and of the doors' TLS.
@@ -75,7 +78,9 @@ def build(options: HTTPOptions, presence: Presence, doors: ssl.SSLContext | None
     def alive() -> bool:
         return any(router.ready for router in fabric.routers.values())
 
-    return Service(ProxyApp(fabric, options, presence), apply, fabric.close, alive)
+    write_as(options.log_format, options.log_level)
+    app = ProxyApp(fabric, options, presence)
+    return Service(app, apply, fabric.close, alive, app.flush)
 
 
 class Process:
@@ -133,6 +138,7 @@ class Process:
             await self._server.serve(sockets=[listener])
         finally:
             self._send_stats()
+            self._service.flush()
             await self._service.close()
             self._send_records()
 
@@ -209,6 +215,8 @@ class Process:
 
     def _report(self) -> None:
         self._send_stats()
+        if self._service is not None:
+            self._service.flush()
         self._send_records()
         for watched in self._watched:
             watched.check()

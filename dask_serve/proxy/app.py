@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from time import monotonic
 from typing import Any
 
 from starlette.applications import Starlette
@@ -12,10 +13,10 @@ from ..config import HTTPOptions
 from ..routing.fabric import Fabric
 from .errors import Refusal, error_answer, request_id_in
 from .files import Watched
-from .forward import Forwarder
 from .forwarded import TrustedProxies
 from .metrics import all_counts
-from .middleware import wrap
+from .middleware import identified, wrap
+from .observed import NOTED, ObservedForwarder, make_forwarder
 from .own import make_own_app
 from .presence import Presence
 from .protocol import ProxyState
@@ -26,6 +27,8 @@ __all__ = ["ProxyApp"]
 
 logger = logging.getLogger("dask_serve.proxy")
 
+#: How uvicorn's complaint about it begins.
+_WRONG_LENGTH = "Response content "
 #: Routes that need no token: those who ask have none, and learn no names.
 _OPEN = ("/-/healthz", "/-/readyz")
 
@@ -48,7 +51,7 @@ class ProxyApp:
 
     def __init__(self, fabric: Fabric, options: HTTPOptions, presence: Presence) -> None:
         self.watched: list[Watched] = []
-        self._forwarder = Forwarder(fabric, options)
+        self._forwarder = make_forwarder(fabric, options)
         self._own = make_own_app(fabric, self._forwarder, presence, listing=options.admin_port is None)
         self.admin: Starlette = make_own_app(fabric, self._forwarder, presence, listing=True, public=False)
         self._own_prefix = options.root_path + "/-/"
@@ -62,7 +65,7 @@ class ProxyApp:
             self._forward = self._websocket = self._forward_allowed
         if options.middleware:
             inner = self._forward_allowed if self._tokens is not None else self._forward_either
-            self._forward = self._websocket = wrap(inner, options)
+            self._forward = self._websocket = identified(wrap(inner, options), self._note)
         self._trusted: TrustedProxies | None = None
         if options.trusted_proxies:
             self._trusted = TrustedProxies(options.trusted_proxies)
@@ -88,9 +91,14 @@ class ProxyApp:
     async def _failed(self, scope: Scope, send: Send, error: Exception) -> bool:
         """Answer when a middleware, or the proxy itself, has raised; False where an answer has begun already."""
         cycle: Any = getattr(send, "__self__", None)
+        request_id = request_id_in(scope["headers"])
+        if cycle is not None and isinstance(error, RuntimeError) and str(error).startswith(_WRONG_LENGTH):
+            # Its head is out.
+            logger.error("Request %s: the answer's Content-Length is not that of its body; cut off", request_id)
+            cycle.transport.close()
+            return True
         if cycle is None or cycle.response_started:
             return False
-        request_id = request_id_in(scope["headers"])
         logger.error("Request %s failed in the proxy", request_id, exc_info=error)
         text = "the proxy failed; its log, on the scheduler's node, tells more"
         await self._refuse(scope, send, (500, "InternalServerError", text), request_id)
@@ -137,9 +145,20 @@ class ProxyApp:
     async def _refuse(self, scope: Scope, send: Send, error: Refusal, request_id: str | None = None) -> None:
         status = error[0]
         self._forwarder.counts[""].statuses[status] += 1
+        self._note(scope, status)
         headers, body = error_answer(error, request_id or request_id_in(scope["headers"]), scope["headers"])
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+
+    def _note(self, scope: Scope, status: int, began: float | None = None) -> None:
+        """Let the access log have what the proxy, or a middleware, has answered by itself."""
+        if isinstance(self._forwarder, ObservedForwarder) and not scope.get(NOTED):
+            self._forwarder.note(status, monotonic() if began is None else began, "", scope)
+
+    def flush(self) -> None:
+        """Write what has been noted; called once a second."""
+        if isinstance(self._forwarder, ObservedForwarder) and self._forwarder.access is not None:
+            self._forwarder.access.flush()
 
     def stats(self, state: ProxyState) -> dict[str, Any]:
         """Return counts for the controller; called once a second."""

@@ -130,7 +130,7 @@ class FollowedCall(HttpCall):
     def on_window(self, nbytes: int) -> None:
         self.accepted = True
         # How long it takes is its client's doing.
-        self.sent = 0.0
+        self.sent = -abs(self.sent)
         self.parts = ()
         if self._by is not self.target:
             self._by = self.target

@@ -30,6 +30,7 @@ from .errors import ID_HEADER, Refusal, error_answer, make_id, valid_id
 from .forwarded import is_local
 from .protocol import CONNECTION, ProxyProtocol
 from .stream import cut_off, pass_on
+from .timing import TOLD, add_total, asks, with_timing
 from .upload import UploadCall, begin, refuse_rest, too_large
 
 __all__ = ["Forwarder"]
@@ -101,7 +102,7 @@ class Forwarder:
             call.retries = ONCE
         connection: ProxyProtocol = scope[CONNECTION]
         connection.on_disconnect = lambda: router.cancel(call)
-        self.submit(router, call, timeout)
+        self.submit(router, call, timeout, scope)
         if not call.waiter.done():
             try:
                 await call.waiter
@@ -122,7 +123,7 @@ class Forwarder:
         limit = self._body_limit(router)
         body, more, refusal = await begin(cycle, receive, limit)
         if body is None:
-            self.count(499, began, router.id)
+            self.count(499, began, router.id, scope)
             return
         if refusal is not None:
             refuse_rest(scope[CONNECTION])
@@ -134,7 +135,7 @@ class Forwarder:
             call.retries = ONCE
         connection: ProxyProtocol = scope[CONNECTION]
         connection.on_disconnect = lambda: router.cancel(call)
-        self.submit(router, call, timeout)
+        self.submit(router, call, timeout, scope)
         if isinstance(call, UploadCall):
             call.start(router, receive, limit)
         try:
@@ -155,15 +156,18 @@ class Forwarder:
             await self._refuse(scope, send, began, call.request_id, call.error, router.id, call.retry_after)
             return
         headers = call.head
-        if ID_HEADER not in [name for name, _ in headers]:
+        names = [name for name, _ in headers]
+        if ID_HEADER not in names:
             headers.append((ID_HEADER, call.request_id.encode()))
+        if TOLD in names:
+            headers = with_timing(call, headers, began)
         if call.ended:
             chunks = call.chunks
             # A short stream may have come as a whole.
             body = chunks[0] if len(chunks) == 1 else b"".join(chunks)
             if not write_whole(send.__self__, call.status, headers, body):  # type: ignore[attr-defined]
                 await respond(send, call.status, headers, body)
-            self.count(call.status, began, router.id)
+            self.count(call.status, began, router.id, scope)
         else:
             await send({"type": "http.response.start", "status": call.status, "headers": headers})
             await self._stream(call, router, scope, send, began)
@@ -186,7 +190,8 @@ class Forwarder:
             request_id = make_id()
         return request_id, timeout, refusal
 
-    def submit(self, router: Router, call: HttpCall, timeout: float | None) -> None:
+    def submit(self, router: Router, call: HttpCall, timeout: float | None, scope: Scope) -> None:
+        """Put a request to its router."""
         if router.knows_models and call.http is not None:
             call.model_id = model_id_of(call.http.headers)
         entry = router.entry
@@ -216,7 +221,7 @@ class Forwarder:
                     call.stop(connection)
                 await send({"type": "http.response.body", "body": b""})
         finally:
-            self.count(status, began, router.id)
+            self.count(status, began, router.id, scope)
             # When the body is whole its background tasks go on.
             if not call.whole:
                 router.cancel(call)
@@ -237,8 +242,10 @@ class Forwarder:
     ) -> None:
         """Answer with an error of ours."""
         status = refusal[0]
-        self.count(status, began, deployment)
+        self.count(status, began, deployment, scope)
         headers, body = error_answer(refusal, request_id, scope["headers"], retry_after)
+        if asks(scope["headers"]):
+            add_total(headers, began)
         if not write_whole(send.__self__, status, headers, body):  # type: ignore[attr-defined]
             await respond(send, status, headers, body)
 
@@ -258,7 +265,7 @@ class Forwarder:
         known = ", ".join(sorted(entry.prefix for entry in self.routes.entries)) or "none yet"
         return f"{said}; known route prefixes: {known}"
 
-    def count(self, status: int, began: float, deployment: str) -> None:
+    def count(self, status: int, began: float, deployment: str, scope: Scope) -> None:
         """Count an answer; "" is the deployment of requests that are of none."""
         self.counts[deployment].add(status, monotonic() - began)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..config import HTTPOptions
 from ..exceptions import ConfigError
+from .errors import ID_HEADER, request_id_in
+from .observed import ID, NOTED
 
-__all__ = ["Innermost", "wrap"]
+__all__ = ["Innermost", "identified", "wrap"]
 
 
 class _Request:
@@ -70,6 +74,43 @@ class Innermost:
         request = _Request(scope, receive, send)
         await request.begin()
         await self._app(scope, request.receive, request.send)
+
+
+def identified(app: ASGIApp, note: Callable[[Scope, int, float], None]) -> ASGIApp:
+    """Return ``app`` with a request id on all its answers, those that a middleware gives by itself included.
+
+    Parameters
+    ----------
+    app : ASGIApp
+    note : callable
+        Called with scope, status and the time of the beginning for each answer over HTTP.
+    """
+
+    async def identify(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        began = monotonic()
+        # One list for all copies of the scope.
+        scope[NOTED] = []
+
+        status = 0
+
+        async def send_identified(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = list(message.get("headers", ()))
+                if not any(name.lower() == ID_HEADER for name, _ in headers):
+                    scope[ID] = request_id_in(scope["headers"])
+                    message = {**message, "headers": [*headers, (ID_HEADER, scope[ID].encode())]}
+            await send(message)
+
+        await app(scope, receive, send_identified)
+        if status:
+            note(scope, status, began)
+
+    return identify
 
 
 def wrap(app: ASGIApp, options: HTTPOptions) -> ASGIApp:

@@ -92,14 +92,14 @@ class WebSockets:
             refusal = (404, "NotFound", forwarder.unknown(scope))
         if refusal is not None:
             await _send_all(send, _refusal(scope["headers"], request_id, refusal))
-            forwarder.count(refusal[0], began, "" if route is None else route.deployment)
+            forwarder.count(refusal[0], began, "" if route is None else route.deployment, scope)
             return
         assert route is not None
         loop = asyncio.get_running_loop()
         call = SocketCall((), request_id, http_head({**scope, "method": "GET"}, route.prefix), loop)
         call.retries = 1
         router = forwarder.router(route.deployment)
-        forwarder.submit(router, call, timeout)
+        forwarder.submit(router, call, timeout, scope)
         carrying = loop.create_task(_carry(call, router, receive))
         conversation = _Conversation(call, send, scope["headers"])
         try:
@@ -108,7 +108,7 @@ class WebSockets:
             carrying.cancel()
             if not call.ended:
                 router.cancel(call)
-            forwarder.count(conversation.status, began, router.id)
+            forwarder.count(conversation.status, began, router.id, scope)
 
 
 class _Conversation:

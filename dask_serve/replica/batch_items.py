@@ -175,13 +175,14 @@ def _set_all(futures: Sequence[asyncio.Future[None]]) -> None:
 class Batch:
     """Calls that run together."""
 
-    __slots__ = ("began", "context", "inside", "items", "live", "task")
+    __slots__ = ("began", "context", "inside", "items", "live", "name", "task")
 
     def __init__(self, items: list[Item], owner: Batcher) -> None:
         self.items = items
         self.live = len(items)
         self.began = time.monotonic()
         self.context = BatchContext([item.request for item in items if item.request is not None])
+        self.name = owner.name
         self.inside = frozenset[Any]((owner,)).union(*(item.inside for item in items))
         self.task: asyncio.Task[None] | None = None
 
@@ -190,6 +191,9 @@ class Batch:
         _inside.set(self.inside)
         if self.context.requests:
             request_context.set(self.context)
+            spans = self.context.requests[0].spans
+            if spans is not None:
+                spans.begin_batch(self)
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ServeError
+from ..levels import LEVELS, loggers_of
 from .dask_keys import gather_keys
 from .environment import ProcessEnvironment
 from .hooks import Check, warm_up
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..context import ReplicaContext
     from .user import UserCode
 
-__all__ = ["Construction"]
+__all__ = ["Construction", "observe"]
 
 
 class Construction:
@@ -77,6 +78,8 @@ class Construction:
     ) -> None:
         """Do all of that with a class or function and its arguments that are here."""
         target, args, kwargs = code
+        self._user.loggers = loggers_of(target)
+        await self._user.in_pool(lambda: observe(self._user, replica, options()))
         await self._user.construct(target, args, kwargs)
         if options().user_config is not None:
             await self.reconfigure(options().user_config)
@@ -117,3 +120,21 @@ class Construction:
         except KeyError as error:
             raise ServeError(f"bound Dask values are no longer on the cluster: {error.args[0]}; deploy again") from None
         return values
+
+
+def observe(user: UserCode, replica: ReplicaContext, options: DeploymentOptions) -> None:
+    """Let a replica's code log from its level on, and make spans or none. From any thread.
+
+    Raises
+    ------
+    ConfigError
+        Spans are asked for, and OpenTelemetry is not installed here.
+    """
+    if not options.tracing:
+        user.traces = None
+    elif user.traces is None:
+        # What nobody asks for is not loaded.
+        from .tracing import ReplicaTraces
+
+        user.traces = ReplicaTraces(replica.replica_id)
+    LEVELS.set(replica.replica_id, (replica.app_name, replica.deployment), options.log_level, user.loggers)

@@ -200,7 +200,7 @@ class ReplicaCore:
         if execution.outflow is not None:
             execution.outflow.drain()
         context = execution.user_context
-        if context is not None and context.leases:
+        if context is not None and context.leases is not None:
             context.end()
         now = time.monotonic()
         if not execution.succeeded:

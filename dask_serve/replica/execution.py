@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
 from ..context import RequestContext
+from ..policy.timing import ASKS, told
 from ..policy.tracing import Trace, read_trace
 from ..wire.frames import Buffer
 from ..wire.messages import MODEL_ID_HEADERS, Call, model_id_of
@@ -70,6 +72,7 @@ class Execution:
         "started",
         "succeeded",
         "task",
+        "timed",
         "user_context",
     )
 
@@ -101,6 +104,8 @@ class Execution:
         self.left = False
         #: User code runs in a thread of the pool, where nothing can interrupt it.
         self.blocking = False
+        #: The answer is to tell how long it waited and ran.
+        self.timed = False
         #: What user code sees of it.
         self.user_context: RequestContext | None = None
         #: The answer is written already; only the books are left to be kept.
@@ -119,18 +124,25 @@ class Execution:
         context = self.user_context
         if context is None:
             call = self.call
-            model_id, trace = (call.model_id, call.trace) if call.http is None else _asked(call.http.headers)
+            if call.http is None:
+                model_id, trace = call.model_id, call.trace
+            else:
+                model_id, trace, self.timed = _asked(call.http.headers)
             context = RequestContext(call.request_id, self.deadline, model_id, call.background, trace)
             self.user_context = context
         return context
 
+    def timing(self) -> tuple[bytes, bytes]:
+        """Return the header that tells the proxy how long it waited here and ran."""
+        return told(self.entered - self.came, time.monotonic() - self.entered)
 
-def _asked(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, Trace | None]:
-    """Return the model that an HTTP request is for, and the trace it belongs to."""
+
+def _asked(headers: Sequence[tuple[bytes, bytes]]) -> tuple[str, Trace | None, bool]:
+    """Return the model that an HTTP request is for, the trace it belongs to, and whether it asks for times."""
     for name, _ in headers:
         if name in _ASKED:
-            return model_id_of(headers), _trace(headers)
-    return "", None
+            return model_id_of(headers), _trace(headers), any(name == ASKS for name, _ in headers)
+    return "", None, False
 
 
 def _trace(headers: Sequence[tuple[bytes, bytes]]) -> Trace | None:
@@ -138,4 +150,4 @@ def _trace(headers: Sequence[tuple[bytes, bytes]]) -> Trace | None:
     return read_trace(parents, [value for name, value in headers if name == b"tracestate"])
 
 
-_ASKED = frozenset({*MODEL_ID_HEADERS, b"traceparent", b"tracestate"})
+_ASKED = frozenset({*MODEL_ID_HEADERS, b"traceparent", b"tracestate", ASKS})

@@ -45,6 +45,8 @@ def answer_for(execution: Execution, error: BaseException) -> Answer:
     if isinstance(error, RequestError) and not _from_user_code(error):
         return _failure(error)
     user = execution.core.user
+    if execution.user_context is not None and execution.user_context.spans is not None:
+        execution.user_context.spans.failed(error)
     if isinstance(error, TypeError) and _is_of_the_call(error):
         return _failure(_misfit(user, execution.call.method, error))
     text, parts = payloads.dump_exception(error)

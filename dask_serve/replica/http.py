@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp
@@ -73,7 +74,8 @@ class HttpAdapter:
         try:
             if self._app is not None:
                 user.enter(execution)
-                user.send(execution, await conversation.run(self._app))
+                answer = await conversation.run(self._app)
+                user.send(execution, answer if not execution.timed else _timed(execution, answer))
                 return
             if self._function is None:
                 raise self._error
@@ -93,7 +95,10 @@ class HttpAdapter:
 
                 result = await user.in_pool(run)
                 # What is left of it runs here.
-                request_context.set(execution.context())
+                context = execution.context()
+                request_context.set(context)
+                if user.traces is not None:
+                    user.traces.enter(execution, context)
                 if inspect.iscoroutine(result):
                     # An async method behind a plain decorator.
                     result = await result
@@ -103,7 +108,7 @@ class HttpAdapter:
                 answer = await conversation.finish(response_of(result))
         except BaseException as error:  # noqa: BLE001 - whatever it is, the client gets an answer
             answer = self._answer_for(execution, error, conversation.started)
-        user.send(execution, answer)
+        user.send(execution, answer if not execution.timed else _timed(execution, answer))
 
     async def _websocket(self, execution: Execution, head: HttpHead) -> Answer:
         user = self._user
@@ -127,6 +132,13 @@ class HttpAdapter:
         if user.debug and not started and not answer.error:
             return plain(of_error(error, execution.call.request_id, answer.message))
         return answer
+
+
+def _timed(execution: Execution, answer: Answer) -> Answer:
+    """Let a whole answer tell how long it took; of a stream the head has done so."""
+    if not answer.status:
+        return answer
+    return msgspec.structs.replace(answer, headers=[*answer.headers, execution.timing()])
 
 
 def _is_asgi(function: Callable[..., Any]) -> bool:

@@ -164,6 +164,8 @@ class BodyFlow(Outflow):
 
     def head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """Send the head, first of all."""
+        if self._execution.timed:
+            headers = [*headers, self._execution.timing()]
         self._append(Chunk(status, headers), 0)
 
     def put(self, body: bytes) -> None:

@@ -15,12 +15,14 @@ from distributed.diagnostics.plugin import WorkerPlugin
 
 from ..exceptions import ServeError
 from ..logs import join_dask
+from ..printed import keep_printed
 from ..records import keep_records
 from ..wire.memory import limit_idle
 from ..wire.tls import for_callers, for_door, lend_to_client
 from .door import Door
 from .ledger import Ledger
 from .listening import place_of
+from .profiling import join_profile
 from .room import limit_for
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class ServeProcess:
             door = cls._doors.get(secret)
             if door is None or door.closed:
                 join_dask()
-                keep_records()
+                keep_printed(keep_records())
                 lend_to_client(worker.security, "worker")
                 listen, dial = for_door(worker.security, worker.address), for_callers(worker.security)
                 door = Door(secret, place_of(worker), listen, dial, limit_for(worker))
@@ -93,6 +95,7 @@ class ServeProcess:
             # Travels with the worker's heartbeats.
             worker.metrics["serve"] = lambda worker: {**door.report(), **_counts(worker)}
             tell_metrics()
+            join_profile(worker)
             worker.metrics[COUNTS] = lambda worker: _exported(cls.ledger_of(worker))
             if worker.status in _LEAVING:
                 # It may have looked for plugins to tear down before ours was there.

@@ -21,10 +21,11 @@ from .. import metrics as user_metrics
 from ..config import DeploymentOptions
 from ..context import ReplicaContext, replica_context
 from ..exceptions import ServeError
+from ..levels import LEVELS
 from ..measures.counts import ReplicaCounts
 from .clients import Clients
 from .code import fetch_code
-from .construction import Construction
+from .construction import Construction, observe
 from .core import ReplicaCore
 from .datasets import DataSets
 from .door import Door
@@ -229,6 +230,7 @@ class ReplicaUnit:
         changed = options.user_config != self.options.user_config
         self.options = options
         self.user.inline_below = options.inline_result_bytes
+        await asyncio.get_running_loop().run_in_executor(None, observe, self.user, self._context, options)
         if door is not None and core is not None:
             door.call(lambda: self._settle_options(door, core))
         if not changed or self.user.instance is None:
@@ -276,6 +278,7 @@ class ReplicaUnit:
         self.user.stop(max(patience, CLEAN_UP))
 
     def _on_user_end(self) -> None:
+        LEVELS.set(self.id, ("", ""), None, ())
         if self._hold is not None:
             self._hold.give_back()
         self._user_ended.set()

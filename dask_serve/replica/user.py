@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp
 
@@ -44,6 +44,9 @@ from .native import NativeThreads
 from .pool import Pool
 from .results import dump_result
 from .streams import serve_stream
+
+if TYPE_CHECKING:
+    from .tracing import ReplicaTraces
 
 __all__ = ["UserCode"]
 
@@ -95,6 +98,10 @@ class UserCode:
         self.methods = Methods(self)
         #: Results of at least this many bytes stay in the process's store.
         self.inline_below = inline_below
+        #: Makes spans of requests, where the deployment has ``tracing``.
+        self.traces: ReplicaTraces | None = None
+        #: Names of the loggers of its code.
+        self.loggers: tuple[str, ...] = ()
         #: Clients are shown the tracebacks of user code.
         self.debug = False
         #: What the names of its own modules mean in the arguments of calls.
@@ -401,6 +408,8 @@ class UserCode:
                 f"({execution.deadline - now:.2g} s of at least {execution.least:.2g} s); it was not executed"
             )
         request_context.set(context)
+        if self.traces is not None:
+            self.traces.enter(execution, context)
 
     async def in_pool(self, function: Callable[[], Any]) -> Any:
         """Run a function on the pool, in a copy of the present context."""

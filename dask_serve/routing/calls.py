@@ -88,7 +88,7 @@ class Outgoing:
         #: Admitted even where results have no room. What comes over HTTP leaves none.
         self.urgent = http is not None
         self.since = 0.0
-        #: When it was sent, and how many others were at its replica; 0.0: not, or what it took is noted already.
+        #: When it was sent, negative once what it took is noted, and how many others were at its replica; 0.0: not yet.
         self.sent = 0.0
         self.found = 0
         #: Monotonic time; None: no deadline.

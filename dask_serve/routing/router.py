@@ -203,7 +203,7 @@ class Router:
 
     def on_result(self, target: Target, call: Outgoing, reply: Reply, parts: Sequence[Buffer]) -> None:
         now = monotonic()
-        if call.sent and now - target.forecast.sampled > APART:
+        if call.sent > 0 and now - target.forecast.sampled > APART:
             self._dispatcher.foresight.learn(target, call, now)
         self._dispatcher.answered(target, reply.running, reply.wanted, reply.credits, now)
         if call.dropped:
@@ -215,10 +215,10 @@ class Router:
         call.on_result(reply, parts)
 
     def on_chunk(self, call: Outgoing, chunk: Chunk, parts: Sequence[Buffer]) -> None:
-        if call.sent:
+        if call.sent > 0:
             # From here on it takes as long as it likes.
             self._dispatcher.foresight.learn(call.target[1], call, monotonic())
-            call.sent = 0.0
+            call.sent = -call.sent
         if not call.dropped:
             call.on_chunk(chunk, parts)
 

@@ -19,7 +19,6 @@ from .rays_keys import (
     DEFAULT_POLICY,
     HTTP,
     HTTP_ELSEWHERE,
-    LOGGING,
     OLDER,
     PACKAGES,
     RUNTIME,
@@ -27,7 +26,7 @@ from .rays_keys import (
     SCALING,
     TOP,
 )
-from .spellings import advice, translate
+from .spellings import LOGGING, advice, translate
 
 __all__ = ["Migrated", "Note", "migrate"]
 
@@ -412,6 +411,14 @@ def _other_defaults(given: dict[str, Any]) -> str:
     return f"other defaults: {', '.join(missing)}; loads are known at once here" if missing else ""
 
 
+def _logging(migration: _Migration, made: dict[str, Any], value: Any, where: str) -> None:
+    level = value.get("log_level") if isinstance(value, dict) else None
+    if isinstance(level, str):
+        made["log_level"] = level.upper()
+    if not isinstance(level, str) or len(value) > 1:
+        migration.dropped(where, LOGGING)
+
+
 #: Options that mean something a little different.
 _OPTIONS: dict[str, Callable[[_Migration, dict[str, Any], Any, str], None]] = {
     "num_replicas": _Migration._num_replicas,
@@ -421,5 +428,5 @@ _OPTIONS: dict[str, Callable[[_Migration, dict[str, Any], Any, str], None]] = {
     "max_concurrent_queries": _Migration._concurrent,
     "max_surge_percent": _Migration._surge,
     "rolling_update_percentage": _Migration._rolling,
-    "logging_config": lambda migration, made, value, where: migration.dropped(where, LOGGING),
+    "logging_config": _logging,
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from .spellings import LOGGING
+
 __all__ = [
     "APPLICATION",
     "APPLICATION_ELSEWHERE",
     "DEFAULT_POLICY",
     "HTTP",
     "HTTP_ELSEWHERE",
-    "LOGGING",
     "OLDER",
     "PACKAGES",
     "RUNTIME",
@@ -20,16 +21,12 @@ __all__ = [
 #: Keys of the top, with what to do instead.
 TOP = {
     "grpc_options": "there is no gRPC here; the methods are called over HTTP, or from Python by handles",
-    "tracing_config": "a request's traceparent is passed on to the calls that it makes; export spans in your own code, "
-    "from serve.get_request_context().traceparent",
+    "tracing_config": "set the option tracing of http and of deployments; the environment variables OTEL_* of the "
+    "processes say where spans go, and OTEL_TRACES_SAMPLER how many",
     "controller_options": "the controller runs in the Dask scheduler: set variables in the environment of that",
     "target_capacity": "set num_replicas, min_replicas and max_replicas to what they are to be, or use "
     "`dask serve scale`",
 }
-LOGGING = (
-    "logs are Python's: configure the loggers `dask_serve` and your own, in Dask's logging configuration; "
-    "`dask serve logs` reads them"
-)
 RUNTIME = {
     "working_dir": "modules of the directory where `dask serve deploy` runs travel with the application; a remote "
     "archive is to be unpacked there",

@@ -11,7 +11,7 @@ from dask.utils import parse_bytes
 
 from ..exceptions import ConfigError
 
-__all__ = ["HOOKS", "advice", "check_hooks", "translate"]
+__all__ = ["HOOKS", "LOGGING", "advice", "check_hooks", "translate"]
 
 #: Methods of the user's class that the replica calls by itself, without arguments.
 HOOKS = {
@@ -33,7 +33,6 @@ _ELSEWHERE = {
     "error",
     "graceful_shutdown_wait_loop_s": "leave it out: a replica ends as soon as nothing runs on it",
     "backpressure_config": "use max_queued_requests=; the Retry-After of refused requests is computed",
-    "logging_config": "replicas log where their worker does: use Dask's logging configuration",
     "request_router_config": "leave it out: routers choose the less loaded of two replicas",
     "rolling_update_percentage": "leave it out: new replicas start before old ones stop",
     "max_surge_percent": "leave it out: new replicas start before old ones stop",
@@ -44,6 +43,12 @@ _ELSEWHERE = {
     "init_kwargs": "give arguments to .bind()",
     "route_prefix": "give it to serve.run(app, route_prefix=...)",
 }
+
+#: What there is of Ray's ``logging_config``.
+LOGGING = (
+    "log_level is an option of deployments; access_log, log_format and log_level of the proxies are of serve.start; "
+    "where replicas write is Dask's logging configuration"
+)
 
 
 def _threads(value: Any, where: str) -> int:
@@ -70,6 +75,8 @@ def advice(name: str) -> str | None:
     """Return what to write instead of an option of Ray Serve; None where nothing is known of it."""
     if name in _RENAMED:
         return f"it is called {_RENAMED[name][0]} here"
+    if name == "logging_config":
+        return LOGGING
     if name == "ray_actor_options":
         return "write threads, gpus, memory and resources as options of their own"
     return _ELSEWHERE.get(name)
@@ -96,6 +103,8 @@ def translate(given: dict[str, Any], unknown: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError(f"@serve.deployment has no option {name!r}: {_ELSEWHERE[name]}")
         if name == "ray_actor_options":
             _put_actor_options(options, value)
+        elif name == "logging_config":
+            _put_logging(options, value)
         elif name in _RENAMED:
             _put(options, *_renamed(name, value, name), name)
         else:
@@ -122,6 +131,17 @@ def _put_actor_options(options: dict[str, Any], value: Any) -> None:
         else:
             known = ", ".join(map(repr, ("num_cpus", "num_gpus", *_SHARED)))
             raise ConfigError(f"{where} is not known; known keys: {known}")
+
+
+def _put_logging(options: dict[str, Any], value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, dict):
+        raise ConfigError("option logging_config is not valid: give log_level=, e.g. log_level='DEBUG'")
+    for key, chosen in value.items():
+        if key != "log_level":
+            raise ConfigError(f"logging_config[{key!r}] has no counterpart in deployments: {LOGGING}")
+        _put(options, "log_level", chosen, "logging_config['log_level']")
 
 
 def _renamed(name: str, value: Any, where: str) -> tuple[str, Any]:
