@@ -38,13 +38,14 @@ from .child import Deployer
 from .desired import DESIRED_OPERATIONS, Desired
 from .editor import Editor
 from .errors import Errors
-from .events import Events
+from .events import Events, brief
 from .front import Front, first_options
 from .history import History, encode_history
 from .leaving import Leaving
 from .live import filled_in
 from .measures import Measures
 from .metrics import controller_families
+from .notes import Notes
 from .operations import operation
 from .pieces import Uploads, parts_of
 from .promises import Promises
@@ -120,11 +121,13 @@ class Controller(SchedulerPlugin):
         self.registry = Registry(History(history_length()))
         self.views = Views(self.registry)
         self._publish_soon = Throttle(self._publish)
-        self.reconciler = Reconciler(scheduler, self.registry, self._publish_soon)
-        self.leaving = Leaving(scheduler, self.registry, self.reconciler)
-        self.editor = Editor(self.registry, self.reconciler.wake)
-        self.registry.on_taken_back = self.editor.taken_back
         self.events = Events(scheduler)
+        self.reconciler = Reconciler(
+            scheduler, self.registry, self._publish_soon, Notes(self.registry, self.events.add)
+        )
+        self.leaving = Leaving(scheduler, self.registry, self.reconciler)
+        self.editor = Editor(self.registry, self.reconciler.wake, self.events.add)
+        self.registry.on_taken_back = self.editor.taken_back
         self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
         self.errors = Errors(self.registry)
         self.promises = Promises()
@@ -133,7 +136,9 @@ class Controller(SchedulerPlugin):
         self.measures = Measures()
         for worker in scheduler.workers.values():
             self.measures.joined(worker)
-        self.front = Front(scheduler.security, self.editor, self._publish, self.scaling.waits, self.measures)
+        self.front = Front(
+            scheduler.security, self.editor, self._publish, self.scaling.waits, self.measures, note=self.events.add
+        )
         add_source(
             "dask-serve-controller", lambda: controller_families(lambda: self._status, self.measures, self.events)
         )
@@ -503,6 +508,7 @@ class Controller(SchedulerPlugin):
         """Make table and status anew, and tell those who wait when they changed."""
         self.editor.flush()
         registry = self.registry
+        self._note_statuses()
         table = Table(
             epoch=self.epoch,
             version=self._table.version,
@@ -537,6 +543,18 @@ class Controller(SchedulerPlugin):
         elif not registry.applications and self._not_idle.is_running():
             self._not_idle.stop()
         self.scaling.look()
+
+    def _note_statuses(self) -> None:
+        """Tell of applications that have become something else, and why."""
+        before, after = self._status.applications, self.views.statuses()
+        if after is before:
+            return
+        for name, application in after.items():
+            was = before[name].status if name in before else "new"
+            # One that was deployed again before anybody looked is no news.
+            if application.status != was:
+                why = f": {brief(application.message)}" if application.message else ""
+                self.events.add("status", name, f"{was} → {application.status}{why}")
 
     def present_status(self) -> ServeStatus:
         """Return the status, with all that has happened."""

@@ -34,7 +34,7 @@ REAP_INTERVAL = 0.01
 
 _NODE = socket.gethostname()
 
-#: Called with the slot, what happened ("ready", "stats", "counts", "backlogs", "exited") and details.
+#: Called with the slot, what happened ("ready", "stats", "counts", "backlogs", "died", "exited") and details.
 OnEvent = Callable[[int, str, dict[str, Any]], None]
 
 
