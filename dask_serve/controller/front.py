@@ -205,6 +205,10 @@ class Front:
         rows = [{name: value for name, value in row.items() if name != "stats"} for row in rows]
         return rows + self.elsewhere.rows
 
+    def queued(self) -> dict[str, float]:
+        """Return how many requests wait at the proxies of this node, by deployment."""
+        return {} if self._proxies is None else dict(self._proxies.queued())
+
     def _on_event(self, slot: int, event: str, details: dict[str, Any]) -> None:
         if event == "backlogs":
             self._on_backlogs(**details)

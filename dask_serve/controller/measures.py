@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..measures.counts import HttpCounts, ReplicaCounts
@@ -30,12 +30,16 @@ class Measures:
         #: Exported counts that came since somebody asked, by source.
         self._proxies: dict[str, Mapping[str, Any]] = {}
         self._last: dict[str, Mapping[str, Any]] = {}
+        #: Told of what comes outside of heartbeats: name of the source, and its counts by deployment.
+        self.on_proxy: Callable[[str, Mapping[str, Any]], None] = lambda source, counts: None
+        self.on_worker: Callable[[str, Mapping[str, Any]], None] = lambda source, counts: None
 
     # ------------------------------------------------------------------ what comes
 
     def proxy_told(self, source: str, counts: Mapping[str, Any]) -> None:
         """Take over the counts of a proxy process by deployment; "" stands for requests of none."""
         self._proxies[source] = counts
+        self.on_proxy(source, counts)
 
     def joined(self, worker: WorkerState) -> None:
         """A worker has come; its heartbeats bring its counts."""
@@ -45,12 +49,14 @@ class Measures:
         """A worker has gone; what its last heartbeat brought stays."""
         worker = self._workers.pop(address, None)
         if worker is not None and worker.metrics.get(COUNTS):
-            self._last.setdefault(_source(worker), worker.metrics[COUNTS])
+            last = self._last.setdefault(_source(worker), worker.metrics[COUNTS])
+            self.on_worker(_source(worker), last)
 
     def worker_told(self, worker: str, counts: Mapping[str, Any]) -> None:
         """Take over the last counts of a worker that is about to go."""
         if worker in self._workers:
             self._last[_source(self._workers[worker])] = counts
+            self.on_worker(_source(self._workers[worker]), counts)
 
     # ------------------------------------------------------------------ what is known
 
@@ -68,6 +74,14 @@ class Measures:
         # Who has left tells no more.
         self._replicas.keep(present)
         return self._replicas.by_deployment()
+
+    def heartbeats(self) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
+        """Return the source, when it told last (seconds since 1970) and its counts, of each worker with any."""
+        for worker in self._workers.values():
+            counts = worker.metrics.get(COUNTS)
+            # Who is about to go has told more than its last heartbeat.
+            if counts and (source := _source(worker)) not in self._last:
+                yield source, worker.last_seen, counts
 
     @staticmethod
     def _read(exported: Mapping[str, Mapping[str, Any]], totals: Totals[Any], read: Callable[[Any], Any]) -> None:

@@ -17,6 +17,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from ..config import HTTPOptions
+from ..dashboard.attach import Dashboard
 from ..defaults import overlaid
 from ..exceptions import (
     ApplicationNotFoundError,
@@ -55,6 +56,7 @@ from .registry import Registry
 from .rest import Rest
 from .scaling import Scaling
 from .service_file import ServiceFile
+from .shown import Shown
 from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, encode_status
 from .store import Store
@@ -147,6 +149,11 @@ class Controller(SchedulerPlugin):
         self.boot = None if self._document is None else Boot(self._document, self.deployer, self._publish)
         self._booting: asyncio.Task[None] | None = None
         Rest(self).install()
+        self._shown = Shown(
+            scheduler, status=self._with_workers, queued=self._queued, measures=self.measures, events=self.events
+        )
+        self.dashboard = Dashboard(scheduler, self._shown)
+        self.measures.on_proxy, self.measures.on_worker = self.dashboard.proxy_told, self.dashboard.replicas_told
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
         self._tables = Changes()
@@ -172,6 +179,7 @@ class Controller(SchedulerPlugin):
         http = self.editor.open(Store(self._state.path)) if self._state.path is not None else None
         self._http_at_start, self._explicit = first_options(self._http_at_start, self._explicit, http)
         self._publish()
+        self.dashboard.start()
         self._main = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
@@ -200,12 +208,15 @@ class Controller(SchedulerPlugin):
                 pulse.cancel()
         except Exception as error:
             logger.exception("the controller of dask_serve ended")
+            self._shown.ended = f"{type(error).__name__}: {error}"
             self._ended = f"the controller of dask_serve ended, see the scheduler's log: {error!r}"
             self._publish()
             raise
 
     async def before_close(self) -> None:
         """End with the scheduler."""
+        self._shown.ended = "its scheduler closes"
+        self.dashboard.close()
         self._not_idle.stop()
         drop_source("dask-serve-controller")
         self._main.cancel()
@@ -563,6 +574,10 @@ class Controller(SchedulerPlugin):
 
     def _with_workers(self) -> ServeStatus:
         return filled_in(self._status, self.scheduler.workers, self.scaling.loads(), self.errors.of)
+
+    def _queued(self) -> dict[str, float]:
+        # Of deployments that follow their load, handles tell too.
+        return {**self.front.queued(), **self.scaling.queued()}
 
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.
