@@ -73,11 +73,12 @@ class Times:
     def __init__(self, source: ColumnDataSource) -> None:
         self.source = source
         self.range = Range1d(0, 1)
+        self._told: list[tuple[Any, str, tuple[str, ...]]] = []
         self._crosshair = CrosshairTool(dimensions="height", line_alpha=0.3)
 
     def statuses(self) -> Any:
         """HTTP answers per second, by class of status."""
-        plot = self._new("HTTP answers per second, by status")
+        plot = self._new("HTTP answers per second, by status", STATUSES)
         names = list(STATUSES)
         areas = plot.varea_stack(names, x="time", source=self.source, color=[_STATUS_COLORS[name] for name in names])
         # Told by more than their colours.
@@ -135,9 +136,19 @@ class Times:
         words = {"batch_size": "mean", "batches": "batches per second"}
         return self._lines("Requests in a batch, on average", lines, words, told=("batches",))
 
+    def tell_empty(self) -> None:
+        """Say in the titles of which plots there is nothing to see."""
+        data = self.source.data
+        for plot, title, names in self._told:
+            # Not a number, or zero.
+            empty = not any(value == value and value for name in names for value in data[name])  # noqa: PLR0124
+            text = f"{title}: none yet" if empty else title
+            if plot.title.text != text:
+                plot.title.text = text
+
     # -- parts
 
-    def _new(self, title: str) -> Any:
+    def _new(self, title: str, names: tuple[str, ...]) -> Any:
         plot = new_figure(title, x_axis_type="datetime", x_range=self.range)
         plot.y_range.start = 0
         plot.y_range.range_padding = 0.15
@@ -145,6 +156,9 @@ class Times:
         plot.xaxis.formatter = DatetimeTickFormatter(seconds="%H:%M:%S", minsec="%H:%M:%S", minutes="%H:%M")
         plot.yaxis.ticker.desired_num_ticks = 4
         plot.add_tools(self._crosshair)
+        # Bokeh draws no axes of nothing.
+        plot.line("time", "zero", source=self.source, line_alpha=0)
+        self._told.append((plot, title, names))
         return plot
 
     def _lines(
@@ -156,7 +170,7 @@ class Times:
         step: bool = False,
         told: tuple[str, ...] = (),
     ) -> Any:
-        plot = self._new(title)
+        plot = self._new(title, tuple(lines))
         words = words or {}
         drawn = []
         for name, (color, dash) in lines.items():

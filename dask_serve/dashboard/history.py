@@ -16,6 +16,9 @@ KEPT = 300
 #: The most that is kept of all deployments and seconds; with many busy deployments that is less than `KEPT` seconds.
 ROWS = 40_000
 
+#: Seconds for which levels are taken to stay as they were.
+HELD = 7
+
 #: What was counted, by name and number: a status, a bucket of a histogram, or 0.
 Amounts = dict[tuple[str, int], float]
 
@@ -107,11 +110,12 @@ class History:
         return {} if second is None else second.amounts.get(deployment, {})
 
     def levels(self, number: int, deployment: str) -> Levels | None:
-        """Return the levels in a second; None: nobody looked."""
-        second = self._seconds.get(number)
-        if second is None or not second.levels:
-            return None
-        return second.levels.get(deployment, Levels())
+        """Return the levels in a second, or the last ones before that; None: nobody looked for `HELD` seconds."""
+        for known in range(number, number - HELD, -1):
+            second = self._seconds.get(known)
+            if second is not None and second.levels:
+                return second.levels.get(deployment, Levels())
+        return None
 
     @property
     def rows(self) -> int:

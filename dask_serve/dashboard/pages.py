@@ -126,6 +126,7 @@ class Page:
         else:
             self.source.data = new
         self._shown = until
+        self.times.tell_empty()
 
 
 def _serve_doc(sampler: Sampler, scheduler: Scheduler, extra: dict[str, Any], doc: Any) -> None:

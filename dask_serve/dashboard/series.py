@@ -30,6 +30,7 @@ COLUMNS = (
     *LEVELS,
     "batches",
     "batch_size",
+    "zero",
 )
 
 
@@ -65,6 +66,7 @@ def columns(history: History, deployment: str, numbers: Iterable[int], offset: f
         batches = recent.get(("batches", 0), 0.0)
         made["batches"].append(row.get(("batches", 0), 0.0))
         made["batch_size"].append(recent.get(("batched", 0), 0.0) / batches if batches else nan)
+        made["zero"].append(0.0)
         levels = history.levels(number, deployment)
         for name in LEVELS:
             made[name].append(nan if levels is None else getattr(levels, name))
