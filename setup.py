@@ -69,6 +69,7 @@ EXTRAS = {
         "dask-jobqueue>=0.9",
         'dask-gateway>=2025.4; sys_platform == "linux"',
         'dask-gateway-server[local]>=2025.4; sys_platform == "linux"',
+        "bokeh>=3.1",  # the page in Dask's dashboard
         # A real Jupyter kernel: tests/test_notebook.py.
         "ipykernel>=6.29",
         "nbclient>=0.10",

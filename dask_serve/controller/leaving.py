@@ -197,7 +197,8 @@ class Leaving:
         for worker in sorted(workers - registry.leaving if leaving else workers & registry.leaving):
             held = len(registry.on_worker(worker))
             if leaving:
-                note("leaving", worker, f"it leaves, and its {held} replicas are replaced elsewhere first")
+                replaced = "1 replica is" if held == 1 else f"{held} replicas are"
+                note("leaving", worker, f"it leaves: {replaced} replaced elsewhere first")
             else:
                 note("stays", worker, "it does not leave after all, and may hold replicas again")
         registry.leaving = registry.leaving | workers if leaving else registry.leaving - workers

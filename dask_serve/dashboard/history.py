@@ -71,6 +71,8 @@ class History:
         self._seconds: dict[int, _Second] = {}
         self._rows = 0
         self._newest = 0
+        #: Whether seconds may be too old now.
+        self._advanced = False
 
     def add(self, begin: float, end: float, deployment: str, amounts: Mapping[tuple[str, int], float]) -> None:
         """Count what happened between two moments, as if evenly spread.
@@ -134,12 +136,14 @@ class History:
                 self._seconds.clear()
                 self._rows = 0
             self._newest = number
+            self._advanced = True
         if number <= self._newest - self._kept:
             return None
         return self._seconds.setdefault(number, _Second())
 
     def _trim(self) -> None:
-        if len(self._seconds) > self._kept or self._rows > self._limit:
+        if self._advanced or self._rows > self._limit:
+            self._advanced = False
             for number in sorted(self._seconds):
                 if number > self._newest - self._kept and (self._rows <= self._limit or number >= self._newest):
                     break

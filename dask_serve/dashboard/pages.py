@@ -196,7 +196,7 @@ def connect(scheduler: Scheduler, sampler: Sampler, prefix: str) -> None:
         pages.insert(pages.index("info") if "info" in pages else len(pages), "serve")
         plots += [{"url": path.strip("/"), "name": _named(path)} for path in INDIVIDUAL]
         plots.sort(key=lambda plot: plot["name"])
-        http.add_handlers(".*", [(f"{prefix}individual-plots.json", _Individual, {"dask_server": scheduler})])
+        http.add_handlers(".*", [(f"{prefix}/individual-plots.json", _Individual, {"dask_server": scheduler})])
     application = BokehApplication(docs, scheduler, prefix=prefix.strip("/"), template_variables=variables)
     http.add_application(application)
     application.initialize(IOLoop.current())
