@@ -60,6 +60,7 @@ EXTRAS = {
         "quart>=0.20",
         "cryptography>=42",  # temporary certificates
         "prometheus-client>=0.20",
+        "bokeh>=3.1",  # the page in Dask's dashboard
         # The manifests of examples/kubernetes: tests/test_kubernetes.py.
         "kubernetes-validate>=1.31",
         "pyyaml>=6",
@@ -69,7 +70,6 @@ EXTRAS = {
         "dask-jobqueue>=0.9",
         'dask-gateway>=2025.4; sys_platform == "linux"',
         'dask-gateway-server[local]>=2025.4; sys_platform == "linux"',
-        "bokeh>=3.1",  # the page in Dask's dashboard
         # A real Jupyter kernel: tests/test_notebook.py.
         "ipykernel>=6.29",
         "nbclient>=0.10",
