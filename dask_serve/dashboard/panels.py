@@ -134,7 +134,7 @@ class Workers:
 
     def __init__(self) -> None:
         self.source = ColumnDataSource({name: [] for name in ("worker", "escaped", "address", *STATES)})
-        self.root = new_figure("Replicas by worker (click: the worker's page)", x_range=FactorRange())
+        self.root = new_figure("", x_range=FactorRange())
         self.root.vbar_stack(
             list(STATES),
             x="worker",
@@ -155,6 +155,7 @@ class Workers:
     def update(self, view: View) -> None:
         workers = by_worker(view.rows("replicas"))
         names = _unique([row["worker"] for row in workers.values()], list(workers))
+        _titled(self.root, "Replicas by worker (click: the worker's page)", names, "none yet")
         data: dict[str, list[Any]] = {"worker": names, "address": list(workers)}
         for name in ("escaped", *STATES):
             data[name] = [row[name] for row in workers.values()]
