@@ -70,7 +70,7 @@ class Cluster:
             controller.measures.joined(worker)
             replica = Replica("app", specs[number % DEPLOYMENTS], address, time.monotonic())
             controller.registry.add(replica)
-            replica.process, replica.door, replica.submitted = f"p{number}", "tcp://127.0.0.1:1", True
+            replica.process, replica.door, replica.submitted = f"p{number}", "", True
             replica.move("ready")
             self._counts[address] = {replica.deployment: ReplicaCounts()}
             self.workers.append((worker, replica))
