@@ -67,6 +67,7 @@ EXTRAS = {
         # Spans: tests/test_traces.py.
         "opentelemetry-sdk>=1.27",
         "opentelemetry-exporter-otlp-proto-http>=1.27",
+        "bokeh>=3.1",  # the page in Dask's dashboard
         # The manifests of examples/kubernetes: tests/test_kubernetes.py.
         "kubernetes-validate>=1.31",
         "pyyaml>=6",

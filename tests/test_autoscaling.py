@@ -80,6 +80,10 @@ def until_zero(client: Client, name: str = "Model") -> None:
 # -- up and down
 
 
+def scalings(client) -> list[str]:
+    return [event.text for event in serve.status(client=client).events if event.kind == "scaled"]
+
+
 def test_up_at_once_and_down_after_the_delay(client, run):
     handle = run(scaled(downscale_delay_s=1.0).bind())
     first = ids(client)
@@ -94,7 +98,7 @@ def test_up_at_once_and_down_after_the_delay(client, run):
     assert (grown.target, grown.autoscaling.min_replicas, grown.autoscaling.max_replicas) == (4, 1, 4)
     assert "20 requests run and 0 wait; 2 to each replica makes 10, but max_replicas=4" in grown.autoscaling.why
     assert status.loads["app/Model"].needed == 4
-    assert [event.text for event in status.events][-1].startswith("1 → 4 replicas, because 20 requests run")
+    assert scalings(client)[-1].startswith("1 → 4 replicas, because 20 requests run")
     for ref in refs:
         ref.result(20)
     ended = time.monotonic()
@@ -136,13 +140,13 @@ def test_constant_load_moves_nothing(client, run):
     for thread in threads:
         thread.start()
     until(lambda: deployment(client).target == 2)
-    number = len(serve.status(client=client).events)
+    number = len(scalings(client))
     until(lambda: time.monotonic() > stop - 0.3)
-    events = serve.status(client=client).events
+    events = scalings(client)
     for thread in threads:
         thread.join()
     # A thread that comes late is a call less, for a moment.
-    assert len(events) <= number + 1, [event.text for event in events]
+    assert len(events) <= number + 1, events
 
 
 # -- zero

@@ -19,6 +19,7 @@ from distributed.core import Status
 
 from dask_serve.config import DeploymentOptions
 from dask_serve.controller.changes import Throttle
+from dask_serve.controller.notes import Notes
 from dask_serve.controller.reconciler import Reconciler
 from dask_serve.controller.registry import Registry
 from dask_serve.controller.replica import Replica
@@ -127,7 +128,7 @@ async def scenario() -> Stopwatch:
             last[1] = msgspec.structs.replace(status, version=last[1].version + 1)
 
     throttle = Throttle(watch.watch("publish", publish))
-    reconciler: Any = Reconciler(cluster, registry, throttle)  # type: ignore[arg-type]
+    reconciler: Any = Reconciler(cluster, registry, throttle, Notes(registry, lambda *_: None))  # type: ignore[arg-type]
     cluster.reconciler = reconciler
     reconciler.workers.equipped |= set(cluster.workers)
     reconciler._step = watch.watch("step", reconciler._step)

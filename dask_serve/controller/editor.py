@@ -15,6 +15,7 @@ from ..exceptions import ApplicationNotFoundError, ConfigError
 from ..policy.desired import ApplicationSpec, deployment_id, with_replicas
 from ..policy.history import By, Entry, earlier
 from ..policy.reconcile import ATTEMPTS, Attempts
+from .events import brief
 from .history import signed
 from .pieces import Parts
 from .registry import Registry
@@ -37,10 +38,15 @@ class Editor:
         What is desired.
     wake : callable
         Called after each change.
+    note : callable
+        Told of each change: kind, subject and text, as `Events.add`.
     """
 
-    def __init__(self, registry: Registry, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, registry: Registry, wake: Callable[[], None], note: Callable[[str, str, str], None] = lambda *_: None
+    ) -> None:
         self.registry = registry
+        self._note = note
         self.history = registry.history
         #: What is wrong with the state file, for the status.
         self.trouble: list[str] = []
@@ -200,7 +206,14 @@ class Editor:
             self.registry.check(spec, code, routes)
 
     async def _replace(
-        self, specs: Sequence[ApplicationSpec], code: Mapping[str, Any], by: By, reason: str, gone: Sequence[str] = ()
+        self,
+        specs: Sequence[ApplicationSpec],
+        code: Mapping[str, Any],
+        by: By,
+        reason: str,
+        gone: Sequence[str] = (),
+        *,
+        kind: str = "deployed",
     ) -> dict[str, int]:
         self.check(specs, code, gone)
         while True:
@@ -221,10 +234,14 @@ class Editor:
             if name in self.registry.applications:
                 self.registry.delete(name)
             self.history.remove(name, by)
+            self._note("deleted", name, f"deleted by {by.owner or 'unknown'}")
         # Whoever takes over a route comes after those that had it.
         for spec in specs:
             self.history.put(spec.name, after[spec.name])
             self.registry.replace(spec, code)
+            if spec.name in new:
+                text = f"version {new[spec.name][-1].version}, {reason} by {by.owner or 'unknown'}"
+                self._note(kind, spec.name, text)
         self._wake()
         return {name: entries[-1].version for name, entries in after.items()}
 
@@ -251,7 +268,9 @@ class Editor:
                     f"version {entry.version} of application {app!r} cannot come back: its code was dropped to save "
                     "memory; with a state file all of it is kept"
                 )
-            return (await self._replace([entry.spec], {}, by, f"rolled back to {entry.version}"))[app]
+            return (await self._replace([entry.spec], {}, by, f"rolled back to {entry.version}", kind="rolled_back"))[
+                app
+            ]
 
     async def scale(self, app: str, deployment: str, number: int, by: By) -> int:
         """Change how many replicas a deployment has; return the number of the version that this is.
@@ -271,7 +290,9 @@ class Editor:
             spec, before = with_replicas(application.spec, deployment, number)
             # It stays the application of the session that deployed it, and ends with that.
             by = By(by.owner, current.by.client)
-            return (await self._replace([spec], {}, by, f"scaled {deployment} from {before} to {number}"))[app]
+            return (
+                await self._replace([spec], {}, by, f"scaled {deployment} from {before} to {number}", kind="scaled")
+            )[app]
 
     def _earlier(self, app: str, version: int | None) -> Entry:
         entries = self.history.of(app)
@@ -318,6 +339,7 @@ class Editor:
             await self._save(app, ())
             replicas = self.registry.delete(app)
             self.history.remove(app, by)
+            self._note("deleted", app, f"deleted by {by.owner or 'unknown'}")
             self._wake()
         replaced = asyncio.ensure_future(application.replaced.wait())
         try:
@@ -350,6 +372,7 @@ class Editor:
         """Note that the controller gave up ``spec``, and that the application is again what the registry has now."""
         if self.history.current(app) is not None:
             self.history.note(self.registry.applications[app].spec, f"automatic rollback: {why}")
+        self._note("taken_back", app, f"the update failed and is taken back: {brief(why)}")
 
     # -- code
 

@@ -15,6 +15,7 @@ from ..exceptions import ConfigError
 from ..records import keep_records
 from .editor import Editor
 from .elsewhere import Elsewhere
+from .events import brief
 from .measures import Measures
 from .store import HTTP
 
@@ -60,6 +61,8 @@ class Front:
         Called with what a proxy tells of the requests that wait there, the arguments of `Scaling.waits`.
     measures : Measures
         Where the counts of the proxies go.
+    note : callable
+        Told of each decision: kind, subject and text, as `Events.add`.
     """
 
     def __init__(
@@ -69,6 +72,8 @@ class Front:
         on_change: Callable[[], None],
         on_backlogs: Callable[..., None],
         measures: Measures,
+        *,
+        note: Callable[[str, str, str], None],
     ) -> None:
         #: Where HTTP is served; empty while it is not.
         self.url = ""
@@ -81,6 +86,7 @@ class Front:
         self._on_change = on_change
         self._on_backlogs = on_backlogs
         self._measures = measures
+        self._note = note
         self._proxies: Any = None
         self._table = b""
         self._starting = asyncio.Lock()
@@ -129,8 +135,11 @@ class Front:
                 await self._proxies.start(options, explicit, retry=retry)
             except Exception as error:
                 self.message = f"the proxies could not be started: {error}"
+                self._note("proxies", "proxies", brief(self.message))
                 raise
             finally:
+                if self._proxies.url and self._proxies.url != self.url:
+                    self._note("proxies", "proxies", f"HTTP is served at {self._proxies.url}")
                 self.url = self._proxies.url
                 await self._tell_users()
                 self._on_change()
@@ -141,6 +150,8 @@ class Front:
     async def stop(self) -> None:
         """Drain and end the proxies."""
         async with self._starting:
+            if self.url:
+                self._note("proxies", "proxies", f"HTTP is no longer served at {self.url}")
             self.url = self.message = ""
             self._on_change()
             if self._proxies is not None:
@@ -194,6 +205,10 @@ class Front:
         rows = [{name: value for name, value in row.items() if name != "stats"} for row in rows]
         return rows + self.elsewhere.rows
 
+    def queued(self) -> dict[str, float]:
+        """Return how many requests wait at the proxies of this node, by deployment."""
+        return {} if self._proxies is None else dict(self._proxies.queued())
+
     def _on_event(self, slot: int, event: str, details: dict[str, Any]) -> None:
         if event == "backlogs":
             self._on_backlogs(**details)
@@ -204,5 +219,7 @@ class Front:
         elif event == "logs":
             for record in details["records"]:
                 keep_records().add({**record, "source": f"proxy {slot}"})
+        elif event == "died":
+            self._note("proxy_died", "proxies", f"proxy {details['pid']} {brief(details['why'])}; it is started again")
         elif event != "stats":
             self._on_change()

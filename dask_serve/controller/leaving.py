@@ -151,6 +151,8 @@ class Leaving:
         for replica in left:
             if replica.state in ("starting", "ready"):
                 logger.warning("replica %s ends without a replacement: its worker leaves", replica.id)
+                why = f"replica {replica.id} drained without a replacement: its worker {replica.worker} leaves"
+                self._reconciler.notes.add("stopped", replica.deployment, why)
                 self._reconciler.stop(replica)
         self._reconciler.wake()
         await asyncio.gather(*(replica.ended.wait() for replica in left))
@@ -191,7 +193,14 @@ class Leaving:
             self._reconciler.wake()
 
     def _note(self, workers: set[str], leaving: bool) -> None:
-        registry = self._registry
+        registry, note = self._registry, self._reconciler.notes.add
+        for worker in sorted(workers - registry.leaving if leaving else workers & registry.leaving):
+            held = len(registry.on_worker(worker))
+            if leaving:
+                replaced = "1 replica is" if held == 1 else f"{held} replicas are"
+                note("leaving", worker, f"it leaves: {replaced} replaced elsewhere first")
+            else:
+                note("stays", worker, "it does not leave after all, and may hold replicas again")
         registry.leaving = registry.leaving | workers if leaving else registry.leaving - workers
         registry.touch(*registry.unplaced)
         for worker in workers:

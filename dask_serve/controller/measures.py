@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..measures.counts import HttpCounts, ReplicaCounts
@@ -38,6 +38,9 @@ class Measures:
         self._ended: set[str] = set()
         #: Workers that have left, and when: one that is retired leaves first, and drains then.
         self._left: dict[str, float] = {}
+        #: Told of what comes outside of heartbeats: name of the source, and its counts by deployment.
+        self.on_proxy: Callable[[str, Mapping[str, Any]], None] = lambda source, counts: None
+        self.on_worker: Callable[[str, Mapping[str, Any]], None] = lambda source, counts: None
 
     # ------------------------------------------------------------------ what comes
 
@@ -46,6 +49,7 @@ class Measures:
         # Who had no answer to its last report sends it again.
         if source not in self._ended:
             self._proxies[source] = counts
+            self.on_proxy(source, counts)
 
     def proxy_ended(self, source: str) -> None:
         """A proxy process has ended; what it told last stays."""
@@ -61,9 +65,11 @@ class Measures:
         """A worker has gone; what its last heartbeat brought stays."""
         worker = self._workers.pop(address, None)
         if worker is not None:
-            self._left[_source(worker)] = time.monotonic()
+            source = _source(worker)
+            self._left[source] = time.monotonic()
             if worker.metrics.get(COUNTS):
-                self._last.setdefault(_source(worker), worker.metrics[COUNTS])
+                last = self._last.setdefault(source, worker.metrics[COUNTS])
+                self.on_worker(source, last)
 
     def worker_told(self, source: str, counts: Mapping[str, Any]) -> None:
         """Take over the last counts of a worker that is about to go, or has left just now."""
@@ -71,6 +77,7 @@ class Measures:
         # It may never have come to a heartbeat that named its process.
         if address in self._workers or source in self._left or source_of(address, "") in self._left:
             self._last[source] = counts
+            self.on_worker(source, counts)
 
     # ------------------------------------------------------------------ what is known
 
@@ -91,6 +98,14 @@ class Measures:
             del self._left[source]
             self._replicas.gone(source)
         return self._replicas.by_deployment()
+
+    def heartbeats(self) -> Iterator[tuple[str, float, Mapping[str, Any]]]:
+        """Return the source, when it told last (seconds since 1970) and its counts, of each worker with any."""
+        for worker in self._workers.values():
+            counts = worker.metrics.get(COUNTS)
+            # Who is about to go has told more than its last heartbeat.
+            if counts and (source := _source(worker)) not in self._last:
+                yield source, worker.last_seen, counts
 
     @staticmethod
     def _read(exported: Mapping[str, Mapping[str, Any]], totals: Totals[Any], read: Callable[[Any], Any]) -> None:

@@ -17,6 +17,7 @@ from distributed.diagnostics.plugin import SchedulerPlugin
 from tornado.ioloop import PeriodicCallback
 
 from ..config import HTTPOptions
+from ..dashboard.attach import Dashboard
 from ..defaults import overlaid
 from ..exceptions import (
     ApplicationNotFoundError,
@@ -38,13 +39,14 @@ from .child import Deployer
 from .desired import DESIRED_OPERATIONS, Desired
 from .editor import Editor
 from .errors import Errors
-from .events import Events
+from .events import Events, brief
 from .front import Front, first_options
 from .history import History, encode_history
 from .leaving import Leaving
 from .live import filled_in
 from .measures import Measures
 from .metrics import controller_families
+from .notes import Notes
 from .operations import operation
 from .pieces import Uploads, parts_of
 from .promises import Promises
@@ -54,6 +56,7 @@ from .registry import Registry
 from .rest import Rest
 from .scaling import Scaling
 from .service_file import ServiceFile
+from .shown import Shown
 from .state_file import StateFile, configured, history_length
 from .status import ServeStatus, encode_status
 from .store import Store
@@ -120,11 +123,13 @@ class Controller(SchedulerPlugin):
         self.registry = Registry(History(history_length()))
         self.views = Views(self.registry)
         self._publish_soon = Throttle(self._publish)
-        self.reconciler = Reconciler(scheduler, self.registry, self._publish_soon)
-        self.leaving = Leaving(scheduler, self.registry, self.reconciler)
-        self.editor = Editor(self.registry, self.reconciler.wake)
-        self.registry.on_taken_back = self.editor.taken_back
         self.events = Events(scheduler)
+        self.reconciler = Reconciler(
+            scheduler, self.registry, self._publish_soon, Notes(self.registry, self.events.add)
+        )
+        self.leaving = Leaving(scheduler, self.registry, self.reconciler)
+        self.editor = Editor(self.registry, self.reconciler.wake, self.events.add)
+        self.registry.on_taken_back = self.editor.taken_back
         self.scaling = Scaling(self.registry, self.events, self.reconciler.wake)
         self.errors = Errors(self.registry)
         self.promises = Promises()
@@ -133,7 +138,9 @@ class Controller(SchedulerPlugin):
         self.measures = Measures()
         for worker in scheduler.workers.values():
             self.measures.joined(worker)
-        self.front = Front(scheduler.security, self.editor, self._publish, self.scaling.waits, self.measures)
+        self.front = Front(
+            scheduler.security, self.editor, self._publish, self.scaling.waits, self.measures, note=self.events.add
+        )
         add_source(
             "dask-serve-controller", lambda: controller_families(lambda: self._status, self.measures, self.events)
         )
@@ -142,6 +149,11 @@ class Controller(SchedulerPlugin):
         self.boot = None if self._document is None else Boot(self._document, self.deployer, self._publish)
         self._booting: asyncio.Task[None] | None = None
         Rest(self).install()
+        self._shown = Shown(
+            scheduler, status=self._with_workers, queued=self._queued, measures=self.measures, events=self.events
+        )
+        self.dashboard = Dashboard(scheduler, self._shown)
+        self.measures.on_proxy, self.measures.on_worker = self.dashboard.proxy_told, self.dashboard.replicas_told
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
         self._table_bytes = encode_table(self._table)
         self._tables = Changes()
@@ -167,6 +179,7 @@ class Controller(SchedulerPlugin):
         http = self.editor.open(Store(self._state.path)) if self._state.path is not None else None
         self._http_at_start, self._explicit = first_options(self._http_at_start, self._explicit, http)
         self._publish()
+        self.dashboard.start()
         self._main = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
@@ -195,12 +208,15 @@ class Controller(SchedulerPlugin):
                 pulse.cancel()
         except Exception as error:
             logger.exception("the controller of dask_serve ended")
+            self._shown.ended = f"{type(error).__name__}: {error}"
             self._ended = f"the controller of dask_serve ended, see the scheduler's log: {error!r}"
             self._publish()
             raise
 
     async def before_close(self) -> None:
         """End with the scheduler."""
+        self._shown.ended = "its scheduler closes"
+        self.dashboard.close()
         self._not_idle.stop()
         drop_source("dask-serve-controller")
         self._main.cancel()
@@ -510,6 +526,7 @@ class Controller(SchedulerPlugin):
         """Make table and status anew, and tell those who wait when they changed."""
         self.editor.flush()
         registry = self.registry
+        self._note_statuses()
         table = Table(
             epoch=self.epoch,
             version=self._table.version,
@@ -545,6 +562,18 @@ class Controller(SchedulerPlugin):
             self._not_idle.stop()
         self.scaling.look()
 
+    def _note_statuses(self) -> None:
+        """Tell of applications that have become something else, and why."""
+        before, after = self._status.applications, self.views.statuses()
+        if after is before:
+            return
+        for name, application in after.items():
+            was = before[name].status if name in before else "new"
+            # One that was deployed again before anybody looked is no news.
+            if application.status != was:
+                why = f": {brief(application.message)}" if application.message else ""
+                self.events.add("status", name, f"{was} → {application.status}{why}")
+
     def present_status(self) -> ServeStatus:
         """Return the status, with all that has happened."""
         self._publish_soon.flush()
@@ -552,6 +581,10 @@ class Controller(SchedulerPlugin):
 
     def _with_workers(self) -> ServeStatus:
         return filled_in(self._status, self.scheduler.workers, self.scaling.loads(), self.errors.of)
+
+    def _queued(self) -> dict[str, float]:
+        # Of deployments that follow their load, handles tell too.
+        return {**self.front.queued(), **self.scaling.queued()}
 
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.

@@ -35,7 +35,7 @@ REAP_INTERVAL = 0.01
 
 _NODE = socket.gethostname()
 
-#: Called with the slot, what happened ("ready", "stats", "counts", "counted", "backlogs", "exited"), details.
+#: Called with the slot, what happened ("ready", "stats", "counts", "counted", "backlogs", "died", "exited"), details.
 OnEvent = Callable[[int, str, dict[str, Any]], None]
 
 

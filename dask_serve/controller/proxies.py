@@ -7,6 +7,7 @@ import logging
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -137,6 +138,14 @@ class Proxies:
     def describe(self) -> list[dict[str, Any]]:
         """Return one dictionary per process: slot, pid, state, restarts and its latest statistics."""
         return [row for slot in self._slots for row in slot.describe()]
+
+    def queued(self) -> Counter[str]:
+        """Return how many requests wait, by deployment, as the processes told last."""
+        waiting: Counter[str] = Counter()
+        for slot in self._slots:
+            for row in slot.describe():
+                waiting.update(row.get("stats", {}).get("queued", {}))
+        return waiting
 
     def tell(self, slot: int, event: str, details: dict[str, Any]) -> None:
         """Pass on what happened in a slot."""

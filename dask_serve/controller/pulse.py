@@ -134,9 +134,11 @@ class Pulse:
             return
         if silent:
             logger.warning("Worker %s does not answer: no new requests go there", worker)
+            self._reconciler.notes.add("silent", worker, "it does not answer: no new requests go there")
             registry.silent.add(worker)
         else:
             logger.warning("Worker %s answers again", worker)
+            self._reconciler.notes.add("answers", worker, "it answers again, and gets requests")
             registry.silent.discard(worker)
         registry.touch_worker(worker)
         self._reconciler.wake()
@@ -157,7 +159,7 @@ class Pulse:
             why = f"its worker did not answer for {silence:.0f} s (health_check_timeout_s) while it was constructed"
             self._reconciler.reported_failed(replica, why)
         else:
-            self._reconciler.lose([replica], f"is given up after {silence:.0f} s of silence of its worker")
+            self._reconciler.lose([replica], f"given up after {silence:.0f} s of silence of worker")
 
     def _look_at_door(self, worker: str, told: dict[str, Any]) -> None:
         process, shut = told.get("process"), told.get("shut", 0.0)

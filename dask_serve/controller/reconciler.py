@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from itertools import islice
@@ -23,7 +24,9 @@ from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
 from .actors import QUEUED_AFTER, Actors, explain, replica_class
 from .balance import Balance
 from .environments import describe
+from .events import brief
 from .held import HeldKeys
+from .notes import Notes
 from .registry import Registry
 from .replica import Replica, settings_of
 from .workers import WorkerViews, what_is_missing
@@ -56,10 +59,13 @@ class Reconciler:
         What is desired and observed.
     on_change : callable
         Called after each change of the registry.
+    notes : Notes
+        Told of each decision.
     """
 
-    def __init__(self, scheduler: Scheduler, registry: Registry, on_change: Callable[[], None]) -> None:
+    def __init__(self, scheduler: Scheduler, registry: Registry, on_change: Callable[[], None], notes: Notes) -> None:
         self.scheduler = scheduler
+        self.notes = notes
         self.registry = registry
         self.workers = WorkerViews(scheduler, registry)
         self.actors = Actors(scheduler)
@@ -149,6 +155,7 @@ class Reconciler:
             # The worker's log has the traceback already.
             logger.warning("replica %s on %s failed: %s", replica.id, replica.worker, error.strip().splitlines()[-1:])
             self.registry.count_failure(replica, message, time.monotonic())
+            self.notes.failed(replica, error)
             self.workers.note_failure(replica)
             self._release(replica)
         self.wake()
@@ -158,6 +165,7 @@ class Reconciler:
         if replica.state == "ready":
             message = f"replica {replica.id} on worker {replica.worker} was unhealthy: {reason}"
             logger.warning("%s; it is replaced", message)
+            self.notes.add("unhealthy", replica.deployment, f"{brief(message)}; it is replaced")
             self.registry.count_setback(replica, message, time.monotonic())
             self.workers.note_failure(replica)
             self.stop(replica)
@@ -182,6 +190,7 @@ class Reconciler:
                     f"{format_bytes(used)}{limit}"
                 )
                 logger.warning("%s", message)
+                self.notes.add("out_of_memory", replica.deployment, f"{message}; it is replaced")
                 if replica.move("out_of_memory") == "out_of_memory":
                     self.registry.count_setback(replica, message, time.monotonic())
                 self._release(replica)
@@ -192,6 +201,8 @@ class Reconciler:
         if replica.state in ("starting", "ready"):
             self.workers.doom(replica.worker)
             replica.message = "its worker is closing"
+            why = f"replica {replica.id} drains: its worker {replica.worker} closes"
+            self.notes.add("stopped", replica.deployment, why)
             replica.move("drain")
         self.wake()
 
@@ -224,13 +235,14 @@ class Reconciler:
         self.registry.touch(*self.registry.unplaced)
         self.wake()
 
-    def lose(self, replicas: list[Replica], why: str = "is lost with its worker") -> None:
+    def lose(self, replicas: list[Replica], why: str = "lost with worker") -> None:
         """Some replicas are no more, or no more to be reckoned with."""
-        for replica in replicas:
-            if replica.state not in ENDS:
-                logger.warning("replica %s %s %s", replica.id, why, replica.worker)
-                replica.move("lost")
-                self._release(replica)
+        living = [replica for replica in replicas if replica.state not in ENDS]
+        self.notes.lost(living, why)
+        for replica in living:
+            logger.warning("replica %s is %s %s", replica.id, why, replica.worker)
+            replica.move("lost")
+            self._release(replica)
         self.wake()
 
     # -- one round
@@ -256,6 +268,7 @@ class Reconciler:
         for id, what in before.items():
             if what != registry.unplaced.get(id) or (id in crowded) != (id in registry.crowded):
                 registry.touch(id)
+            self.notes.placed(id, what)
             if id in registry.unplaced:
                 self._again[id] = now + RECHECK
         pending = [r for r in registry.replicas.values() if r.state == "starting" and not r.submitted]
@@ -289,12 +302,21 @@ class Reconciler:
     def _do_all(self, actions: list[Action]) -> bool:
         """Do what was planned; return whether there was time for all of it."""
         began = time.monotonic()
+        stopped: Counter[str] = Counter()
+        placed = len(self.registry.replicas)
+        done = True
         # The large ones first: the small ones fit into what they leave.
         for number, action in enumerate(sorted(actions, key=self._threads, reverse=True)):
             if number and time.monotonic() - began > SLICE:
-                return False
+                done = False
+                break
+            if isinstance(action, Stop):
+                stopped[self.registry.replicas[action.replica].deployment] += 1
             self._do(action, began)
-        return True
+        # All that was started is at the end; one that failed at once is told of elsewhere.
+        started = Counter(r.deployment for r in islice(self.registry.replicas.values(), placed, None))
+        self.notes.done(started, stopped)
+        return done
 
     def _threads(self, action: Action) -> int:
         found = self.registry.desired(action.deployment) if isinstance(action, Start) else None

@@ -109,6 +109,7 @@ class Slot:
         if process.exited.done():
             why = process.refused or f"exited with code {process.exited.result()}"
             logger.warning("Proxy %d: %s; restarting it", process.pid, why)
+            self._owner.tell(self.number, "died", {"pid": process.pid, "why": why})
             if not process.ready.is_set():
                 self._failed_start()
         else:

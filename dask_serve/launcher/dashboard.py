@@ -33,6 +33,10 @@ def load_on_demand(scheduler: Scheduler) -> None:
                 # In a thread, so that the scheduler goes on meanwhile.
                 dashboard = await asyncio.to_thread(importlib.import_module, "distributed.dashboard.scheduler")
                 dashboard.connect(application, scheduler.http_server, scheduler, prefix="/")
+                # The controller's pages wait for one to be added to.
+                controller = scheduler.plugins.get("dask-serve")
+                if controller is not None and hasattr(controller, "dashboard"):
+                    controller.dashboard.attach()
                 del application.find_handler
 
     def find_or_load(request: Any, **kwargs: Any) -> Any:

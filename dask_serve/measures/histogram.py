@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 
-__all__ = ["BOUNDS", "Histogram"]
+__all__ = ["BOUNDS", "Histogram", "quantile"]
 
 #: Upper bounds of the buckets in seconds, each within it; one more bucket is above all of them.
 BOUNDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -54,19 +54,24 @@ class Histogram:
         Within a bucket durations count as evenly spread, as in Prometheus's ``histogram_quantile``; those above all
         bounds as the last bound.
         """
-        rank = share * self.total
-        if not self.total:
-            return None
-        below = 0
-        for number, count in enumerate(self.counts):
-            if count and below + count >= rank:
-                if number == len(BOUNDS):
-                    return BOUNDS[-1]
-                low = BOUNDS[number - 1] if number else 0.0
-                return low + (BOUNDS[number] - low) * max(rank - below, 0.0) / count
-            below += count
-        return BOUNDS[-1]
+        return quantile(self.counts, share)
 
     def export(self) -> list[float]:
         """Return the sum and the counts, which make the same histogram again."""
         return [self.seconds, *self.counts]
+
+
+def quantile(counts: Sequence[float], share: float) -> float | None:
+    """Return what `Histogram.quantile` does for the counts by bucket, which need not be whole numbers."""
+    total = sum(counts)
+    if not total:
+        return None
+    rank, below, value = share * total, 0.0, 0.0
+    for number, count in enumerate(counts):
+        if count:
+            low, high = BOUNDS[number - 1] if number else 0.0, BOUNDS[min(number, len(BOUNDS) - 1)]
+            value = low + (high - low) * min(max(rank - below, 0.0) / count, 1.0)
+            if below + count >= rank:
+                break
+            below += count
+    return value

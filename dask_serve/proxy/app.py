@@ -51,6 +51,7 @@ class ProxyApp:
 
     def __init__(self, fabric: Fabric, options: HTTPOptions, presence: Presence) -> None:
         self.watched: list[Watched] = []
+        self._fabric = fabric
         self._forwarder = make_forwarder(fabric, options)
         self._own = make_own_app(fabric, self._forwarder, presence, listing=options.admin_port is None)
         self.admin: Starlette = make_own_app(fabric, self._forwarder, presence, listing=True, public=False)
@@ -161,5 +162,8 @@ class ProxyApp:
             self._forwarder.access.flush()
 
     def stats(self, state: ProxyState) -> dict[str, Any]:
-        """Return counts for the controller; called once a second."""
-        return {"counts": {name: counts.export() for name, counts in all_counts(self._forwarder, state).items()}}
+        """Return counts, and how many requests wait, for the controller; called once a second."""
+        return {
+            "counts": {name: counts.export() for name, counts in all_counts(self._forwarder, state).items()},
+            "queued": {router.id: router.queued for router in self._fabric.routers.values() if router.queued},
+        }
