@@ -24,7 +24,7 @@ from .session.waiting import patiently, until_cancelled
 if TYPE_CHECKING:
     from .handle import DeploymentHandle
 
-__all__ = ["RefMap", "patient"]
+__all__ = ["RefMap", "patient", "refuse_streams"]
 
 #: So many calls are made and not handed out, unless told otherwise.
 WINDOW = 1000
@@ -42,11 +42,8 @@ def patient(handle: DeploymentHandle, places: frozenset[str] | None = None) -> D
     places : frozenset of str, optional
         Workers to whose replicas calls go where there is a choice.
     """
+    refuse_streams(handle)
     options = handle._options
-    if options.stream:
-        raise ConfigError(
-            f"{handle!r} was made with stream=True, and a stream is not one result: call remote() for each item"
-        )
     patient = handle._with(
         msgspec.structs.replace(
             options,
@@ -56,6 +53,14 @@ def patient(handle: DeploymentHandle, places: frozenset[str] | None = None) -> D
     )
     patient._kinds = functools.partial(_make_state, places), DeploymentResponse, Assigned
     return patient
+
+
+def refuse_streams(handle: DeploymentHandle) -> None:
+    """Raise `ConfigError` for a handle whose calls return streams."""
+    if handle._options.stream:
+        raise ConfigError(
+            f"{handle!r} was made with stream=True, and a stream is not one result: call remote() for each item"
+        )
 
 
 def _make_state(places: frozenset[str] | None, method: str, parts: Any, request_id: str) -> PatientState:

@@ -9,6 +9,7 @@ import numpy as np
 from dask.base import is_dask_collection
 
 from .exceptions import ConfigError
+from .mapping import refuse_streams
 from .session.pieces import Lane, Where, Work
 from .session.rows import cut, join, like
 
@@ -84,6 +85,7 @@ def score_bag(handle: DeploymentHandle, bag: Any, kwargs: dict[str, Any]) -> Any
     """Make the bag that `DeploymentHandle.map_bag` returns."""
     import dask.bag as db
 
+    refuse_streams(handle)
     if not isinstance(bag, db.Bag):
         raise ConfigError(f"{handle!r}.map_bag takes a Dask bag, not {_kind(bag)}")
     # A bag does not tell its partitions their numbers.
@@ -186,6 +188,7 @@ class ItemScorer(Scorer):
 
 
 def _check_size(handle: DeploymentHandle, function: str, size: Any) -> Any:
+    refuse_streams(handle)
     if size is None or size == "auto" or (isinstance(size, int) and not isinstance(size, bool) and size >= 1):
         return size
     raise ConfigError(

@@ -145,6 +145,7 @@ class Lane:
         self._pending: deque[_Piece] = deque()
         self._worker = worker
         self._stack = contextlib.ExitStack()
+        self._threads = 1 if worker is None else worker.state.nthreads
         self._seceded = False
 
     def run(self, work: Work, place: str) -> list[Any]:
@@ -194,9 +195,10 @@ class Lane:
         if not in_dask_task():
             ref._wait_in_thread(None)
             return
+        self._look_for_cancel()
         while not state.wait_in_thread(PATIENCE):
             self._look_for_cancel()
-            if not self._seceded and progress.is_slow():
+            if not self._seceded and progress.is_slow(self._threads):
                 # What is waited for may need the thread.
                 self._seceded = True
                 self._stack.enter_context(progress.seceded())
@@ -230,8 +232,8 @@ class _Progress:
     def answered(self) -> None:
         self._last = time.monotonic()
 
-    def is_slow(self) -> bool:
-        return time.monotonic() - self._last > PATIENCE * (1 + self._away) ** 2
+    def is_slow(self, threads: int) -> bool:
+        return time.monotonic() - self._last > PATIENCE * (1 + self._away // threads) ** 2
 
     @contextlib.contextmanager
     def seceded(self) -> Iterator[None]:
