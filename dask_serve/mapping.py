@@ -173,9 +173,13 @@ class RefMap:
             if ref._local.status == "pending":
                 self._refuse_to_block(ref)
                 ref._wait_in_thread(None)
+            if not self._out:  # closed meanwhile
+                raise StopIteration
             return self._hand_out(self._made.popleft())
         while not self._done:
             self._arrived.clear()
+            if not self._out:
+                raise StopIteration
             if not self._done:
                 self._refuse_to_block(self._last)
                 with until_cancelled(self._arrived.set):
@@ -190,11 +194,15 @@ class RefMap:
             raise StopAsyncIteration
         if self._ordered:
             await self._made[0]._local.wait()
+            if not self._out:  # closed meanwhile
+                raise StopAsyncIteration
             return self._hand_out(self._made.popleft())
         loop = asyncio.get_running_loop()
         while not self._done:
             event = asyncio.Event()
             self._tell = functools.partial(loop.call_soon_threadsafe, event.set)
+            if not self._out:
+                raise StopAsyncIteration
             if not self._done:
                 await event.wait()
         return self._hand_out(self._done.popleft())
@@ -211,12 +219,12 @@ class RefMap:
     def close(self) -> None:
         """Make no more calls, and cancel those whose refs were not handed out. Also at the end of a ``with`` block."""
         self._items = None
+        self._out = 0
         for ref in [*self._made, *list(self._pending)]:
             ref.cancel()
         self._made.clear()
         self._pending.clear()
         self._done.clear()
-        self._out = 0
         self._end()
 
     def _end(self) -> None:
