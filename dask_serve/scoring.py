@@ -10,8 +10,9 @@ from dask.base import is_dask_collection
 
 from .exceptions import ConfigError
 from .mapping import refuse_streams
+from .replica.batch_rows import cut, join_results
 from .session.pieces import Lane, Where, Work
-from .session.rows import cut, join, like
+from .session.rows import like
 
 if TYPE_CHECKING:
     from .handle import DeploymentHandle
@@ -157,7 +158,7 @@ class FrameScorer(Scorer):
             rows, [partition, *args], kwargs, where, lambda result, piece: like(self.meta, result, piece)
         )
         with where:
-            return join(results)
+            return join_results(results)
 
 
 class BlockScorer(Scorer):
@@ -172,7 +173,7 @@ class BlockScorer(Scorer):
             rows, [block, *args], kwargs, where, lambda result, _: result if self.size is None else np.asarray(result)
         )
         with where:
-            return join(results)
+            return join_results(results)
 
 
 class ItemScorer(Scorer):

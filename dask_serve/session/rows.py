@@ -1,22 +1,12 @@
-"""Rows of partitions: cutting them, and putting results together."""
+"""What a method returned for some rows of a partition: checked, and made what was promised."""
 
 from __future__ import annotations
 
-import itertools
-import sys
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-__all__ = ["count", "cut", "join", "like"]
+__all__ = ["count", "like"]
 
 _WHOLE = "with batch_size=None the method gets whole partitions, and may return anything"
-
-
-def cut(partition: Any, start: int, stop: int) -> Any:
-    """Return some rows of a frame, an array or a list."""
-    return partition.iloc[start:stop] if hasattr(partition, "iloc") else partition[start:stop]
 
 
 def count(result: Any, rows: int) -> None:
@@ -48,20 +38,3 @@ def like(meta: Any, result: Any, piece: Any) -> Any:
     if isinstance(result, dict):
         return type(meta)(result, index=index)
     return type(meta)(result, index=index, columns=meta.columns)
-
-
-def join(results: Sequence[Any]) -> Any:
-    """Put the results of pieces together."""
-    first = results[0]
-    if len(results) == 1:
-        return first
-    if hasattr(first, "iloc"):
-        from dask.dataframe.dispatch import concat
-
-        return concat(list(results))
-    if isinstance(first, (list, tuple)):
-        return list(itertools.chain.from_iterable(results))
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(first, torch.Tensor):
-        return torch.cat(list(results))
-    return np.concatenate(results)
