@@ -25,6 +25,7 @@ from . import (
     memory,
     overload,
     proxies,
+    scoring,
     soak,
     streams,
 )
@@ -43,12 +44,12 @@ SHARED = {
     "streams": streams,
     "batching": batching,
 }
-PARTS = (*SHARED, "proxies", "refs", "memory", "door", "overload", "control", "soak")
+PARTS = (*SHARED, "proxies", "refs", "memory", "door", "overload", "control", "scoring", "soak")
 PACKAGES = ("dask", "distributed", "uvicorn", "starlette", "fastapi", "uvloop")
 RESULTS = Path(__file__).parent / "results.md"
 
 
-def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
+def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:  # noqa: C901
     """Measure one part after the other."""
     if {*SHARED} & {*parts}:
         with cluster() as running, Client(running.address, set_as_default=False) as client:
@@ -73,6 +74,8 @@ def measure(parts: list[str], pairs: int, seconds: float) -> Iterator[Row]:
         yield from overload.rows(pairs, seconds)
     if "control" in parts:
         yield from control.rows()
+    if "scoring" in parts:
+        yield from scoring.rows(pairs, seconds)
     if "soak" in parts:
         yield from soak.rows()
 
@@ -96,6 +99,6 @@ if __name__ == "__main__":
             results=RESULTS,
             measure=measure,
             render=render,
-            slow=["overload", "control", "soak"],
+            slow=["overload", "control", "scoring", "soak"],
         )
     )

@@ -351,3 +351,17 @@ def test_a_worker_is_killed():
         assert list(future.result(60)) == list(range(2000))
         caller.join(30)
         serve.shutdown(client=client)
+
+
+def test_example(client, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    from examples import batch_scoring
+
+    run = serve.run
+    monkeypatch.setattr(serve, "run", lambda *args, **kwargs: run(*args, client=client, **kwargs))
+    with client.as_current():
+        seen = batch_scoring.main(rows=20_000)
+    assert 0 < seen["count"] < 20_000
+    assert seen["requests"] >= 1
+    assert seen["single"] == 200
+    assert "20,000 customers scored" in capsys.readouterr().out
