@@ -61,7 +61,7 @@ class PieceSize:
                 # It is tried, and found cheaper by the row or not.
                 self.rows = rows // 2
         elif took < CHEAP * half:
-            if took < MOST / 2:
+            if double is None and took < MOST / 2:
                 self.rows = min(2 * rows, LARGEST)
         elif took > 2 * TARGET:
             self.rows = rows // 2
