@@ -33,7 +33,7 @@ INSTALL = [
 
 EXTRAS = {
     "dashboard": ["bokeh>=3.1"],
-    "examples": ["scikit-learn>=1.4", "bokeh>=3.1", "fastapi>=0.115.8", "httpx>=0.27"],
+    "examples": ["scikit-learn>=1.4", "bokeh>=3.1", "fastapi>=0.115.8", "httpx>=0.27", "pandas>=2.1", "pyarrow>=16"],
     "fastapi": ["fastapi>=0.115.8"],
     "metrics": ["prometheus-client>=0.20"],
     # What makes spans, and one way to export them.

@@ -27,6 +27,7 @@ from . import (
     memory,
     overload,
     proxies,
+    scoring,
     soak,
     streams,
 )
@@ -46,7 +47,7 @@ SHARED = {
     "batching": batching,
 }
 #: Those that have their own clusters.
-ALONE = {"counting": counting, "proxies": proxies}
+ALONE = {"counting": counting, "proxies": proxies, "scoring": scoring}
 #: Those that have two workers.
 PAIRS = {"refs": [chain, arrays, dropped], "data": [data]}
 #: Those that take as long as they take.
@@ -115,6 +116,6 @@ if __name__ == "__main__":
             results=RESULTS,
             measure=measure,
             render=render,
-            slow=["overload", *LONG],
+            slow=["scoring", "overload", *LONG],
         )
     )

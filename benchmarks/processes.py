@@ -76,8 +76,8 @@ NAMES = ("one", "two")
 
 
 @contextmanager
-def cluster(workers: int = 1) -> Iterator[Cluster]:
-    """Start a scheduler and one or two workers by Dask's own commands; 4 threads each, no dashboard."""
+def cluster(workers: int = 1, threads: int = 4) -> Iterator[Cluster]:
+    """Start a scheduler and one or two workers by Dask's own commands; no dashboard."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         file = Path(folder) / "scheduler.json"
         dask = ["-m", "dask"]
@@ -88,7 +88,7 @@ def cluster(workers: int = 1) -> Iterator[Cluster]:
         )
         stack.callback(stop, scheduler)
         address = wait_for_address(file, scheduler)
-        common += ["--no-nanny", "--nthreads", "4", "--memory-limit", "0"]
+        common += ["--no-nanny", "--nthreads", str(threads), "--memory-limit", "0"]
         pids = []
         for name in NAMES[:workers]:
             worker = spawn(*dask, "worker", address, *common, "--name", name, **quiet)

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         RequestCancelledError,
         RequestError,
         RequestTimeoutError,
+        ScoringError,
         ServeError,
         StartTimeoutError,
         UserCodeError,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .gathering import gather
     from .handle import DeploymentHandle
     from .ingress import ingress
+    from .mapping import RefMap
     from .multiplex import multiplexed
     from .response import DeploymentResponse
     from .streaming import DeploymentResponseGenerator
@@ -78,10 +80,12 @@ __all__ = [
     "MethodNotFoundError",
     "NotRunningError",
     "PayloadError",
+    "RefMap",
     "ReplicaLostError",
     "RequestCancelledError",
     "RequestError",
     "RequestTimeoutError",
+    "ScoringError",
     "ServeError",
     "StartTimeoutError",
     "UserCodeError",
@@ -129,6 +133,7 @@ _MODULES = {
     "gathering": ("gather",),
     "handle": ("DeploymentHandle",),
     "ingress": ("ingress",),
+    "mapping": ("RefMap",),
     "multiplex": ("multiplexed",),
     "response": ("DeploymentResponse",),
     "streaming": ("DeploymentResponseGenerator",),

@@ -415,17 +415,28 @@ def _check_target(target: Any) -> None:
 
 def _check_batches(target: Any, limit: int, name: str) -> None:
     """Warn of batches that can never be full: the calls that wait for them run, as far as limits are concerned."""
-    found = {"__call__": target}
-    if isinstance(target, type):
-        found = {name: inspect.getattr_static(target, name) for name in dir(target)}
-    for method, function in found.items():
-        if isinstance(function, BatchedFunction) and function.largest > limit:
+    for method, function in _batched(target).items():
+        if function.largest > limit:
             warnings.warn(
                 f"deployment {name!r} runs max_ongoing_requests={limit} requests at a time, and the batches of "
                 f"{method!r} take {function.largest} (max_batch_size * max_concurrent_batches): they will never be "
                 "full; raise the one, or lower the other",
                 stacklevel=_outside(),
             )
+
+
+def _batched(target: Any) -> dict[str, BatchedFunction]:
+    """Return what is batched, by the name of the method."""
+    found = {"__call__": target}
+    if isinstance(target, type):
+        found = {name: inspect.getattr_static(target, name) for name in dir(target)}
+    return {name: function for name, function in found.items() if isinstance(function, BatchedFunction)}
+
+
+def rows(target: Any) -> dict[str, int]:
+    """Return the batched methods whose calls bring rows, and how many rows a batch takes."""
+    batched = _batched(target).items()
+    return {name: int(one.options["max_batch_size"]) for name, one in batched if one.options["stack"] == "rows"}
 
 
 def _outside() -> int:

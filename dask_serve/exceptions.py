@@ -9,6 +9,7 @@
     ├── DeploymentFailedError                      replicas could not be started
     │   └── ConflictError                          another session replaced or deleted the application meanwhile
     ├── StartTimeoutError          (TimeoutError)  replicas are still not up after the time given
+    ├── ScoringError                               a partition of a Dask collection could not be scored
     └── RequestError                               one request failed, and not by user code
         ├── MethodNotFoundError    (AttributeError)
         ├── ArgumentsError         (TypeError)     the method does not take these arguments
@@ -28,6 +29,9 @@ What user code raises arrives as itself and is none of these.
 
 from __future__ import annotations
 
+import pickle
+from typing import Any
+
 __all__ = [
     "ApplicationNotFoundError",
     "ArgumentsError",
@@ -46,6 +50,7 @@ __all__ = [
     "RequestCancelledError",
     "RequestError",
     "RequestTimeoutError",
+    "ScoringError",
     "ServeError",
     "StartTimeoutError",
     "UserCodeError",
@@ -103,6 +108,41 @@ class StartTimeoutError(ServeError, TimeoutError):
     """An application was not running after the time given; the message says what is missing."""
 
     status = 503
+
+
+class ScoringError(ServeError):
+    """A partition, block or item of a Dask collection could not be scored; the message names it, and why.
+
+    Attributes
+    ----------
+    deployment : str
+        ``app/deployment``.
+    partition : int or tuple of int
+        Which one: its number, or the index of the block.
+    __cause__ : Exception or None
+        What went wrong; None where it cannot be pickled.
+    """
+
+    def __init__(self, message: str = "", deployment: str = "", partition: Any = None) -> None:
+        super().__init__(message, deployment, partition)
+        self.deployment = deployment
+        self.partition = partition
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            cause = pickle.dumps(self.__cause__)
+        except Exception:  # noqa: BLE001 - that of another library
+            cause = pickle.dumps(None)
+        return _unpickle_scoring_error, (*self.args, cause)
+
+
+def _unpickle_scoring_error(message: str, deployment: str, partition: Any, cause: bytes) -> ScoringError:
+    error = ScoringError(message, deployment, partition)
+    try:
+        error.__cause__ = pickle.loads(cause)
+    except Exception:  # noqa: BLE001 - its class may be missing here
+        error.__cause__ = None
+    return error
 
 
 class RequestError(ServeError):

@@ -18,6 +18,7 @@ from distributed import Client
 from .config import CallOptions, build_options, change_options
 from .context import RequestContext, request_context
 from .exceptions import ConfigError, PayloadError, RequestCancelledError, ServeError
+from .many import Many
 from .policy.desired import deployment_id
 from .response import DeploymentResponse
 from .routing.calls import AS_DECLARED
@@ -83,7 +84,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-class DeploymentHandle:
+class DeploymentHandle(Many):
     """Calls a deployment; obtained from `serve.run`, `serve.get_app_handle`, `Deployment.get_handle`, or bound into a
     constructor.
 

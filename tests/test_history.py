@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 import dask_serve as serve
 from dask_serve.config import DeploymentOptions, HTTPOptions
 from dask_serve.controller import history as history_module
-from dask_serve.controller import progress
 from dask_serve.controller.front import first_options
 from dask_serve.controller.history import History
 from dask_serve.controller.plugin import Controller
@@ -36,6 +35,7 @@ from dask_serve.controller.store import HTTP
 from dask_serve.exceptions import ApplicationNotFoundError, ConfigError, ConflictError, DeploymentFailedError
 from dask_serve.policy.desired import ApplicationSpec, DeploymentSpec
 from dask_serve.policy.history import By, Entry, earlier, extend, prove
+from dask_serve.session import terminal
 
 ME = f"{getpass.getuser()}@{socket.gethostname()}"
 ANN = By("ann@host", "c-1")
@@ -577,4 +577,4 @@ def test_it_is_off_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Log
     assert [record.message for record in caplog.records] == ["in words"]
     monkeypatch.setattr("sys.stderr", None)
     say.replicas("nothing there", application(m=(1, {})))
-    assert progress._is_watched() is False
+    assert terminal.is_watched() is False

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dask_serve.policy.backlog import BACKGROUND_EVERY
-from dask_serve.policy.dispatch import ASKED_AT_LEAST, PATIENCE, Dispatcher
+from dask_serve.policy.dispatch import ASKED_AT_LEAST, FAR, PATIENCE, Dispatcher
 from dask_serve.policy.levels import ANSWERS, LONGEST
 from dask_serve.policy.target import STALE_AFTER, Target
 
@@ -454,6 +454,25 @@ def test_refused_background_requests_keep_their_place():
     assert [call for _, call, _ in port.sent] == [first, online, first, second]
 
 
+def test_a_replica_elsewhere_serves_those_first_that_are_near_to_it():
+    dispatcher, port, targets = placed("p", "q")
+    fill_up(dispatcher)
+    for _ in range(2):
+        dispatcher.submit(Call(background=True, prefers=frozenset(["p"])))
+    dispatcher.remind(0.2)
+    assert {name: oldest for name, _, oldest in port.wants[-2:]} == {
+        "r0": pytest.approx(0.2),
+        "r1": pytest.approx(0.2 - FAR),
+    }
+    # A credit from there is used all the same: nobody else waits for it.
+    dispatcher.credited(targets[1], 0.2)
+    assert port.sent[-1][0] is targets[1]
+    # Where online ones wait too it makes no difference.
+    submit(dispatcher, 1, 0.3)
+    dispatcher.remind(0.5)
+    assert [oldest for _, _, oldest in port.wants[-2:]] == pytest.approx([0.5, 0.5])
+
+
 def test_background_requests_do_not_go_unasked_to_where_others_run():
     dispatcher, port, (target,) = make(1, limit=10)
     online = submit(dispatcher)[0]
@@ -560,7 +579,8 @@ class DispatchMachine(RuleBasedStateMachine):
 
     def want(self, target: Target, count: int, online: int, oldest: float, urgent: bool) -> None:
         assert 0 <= online <= count
-        assert oldest >= 0
+        far = any(call.prefers and not call.prefers & target.places for call in self.in_background())
+        assert oldest >= (-FAR if far and not online else 0)
         self.wants[target] = count
         self.told[target] = urgent
 

@@ -120,6 +120,18 @@ def test_what_is_left_is_bounded(samples: list[tuple[int, float, float]], thread
         assert threads <= leftover.most <= max(threads, limit)
 
 
+def test_short_requests_stand_in_line_for_no_longer_than_others_wait_anyway():
+    leftover = Leftover(1)
+    leftover.began(0, 0.0, 0.0001, 100)
+    assert leftover.ahead == 10
+    for _ in range(100):
+        leftover.began(0, 0.0, 0.01, 100)
+    assert leftover.ahead == 0
+    leftover = Leftover(1)
+    leftover.began(0, 0.0, 1e-9, 20)
+    assert leftover.ahead == 20
+
+
 def test_what_is_left_is_found_by_trying():
     leftover = Leftover(1)
     for _ in range(5000):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-import sys
 from collections.abc import Mapping
 
+from ..session.terminal import is_watched, write
 from .status import ApplicationStatus
 
 __all__ = ["Progress", "draw"]
@@ -60,14 +60,14 @@ class Progress:
         if line == self._last:
             return
         self._last = line
-        if _is_watched():
-            self._write(f"{self._gap()}dask_serve: {line}\n")
+        if is_watched():
+            write(f"{self._gap()}dask_serve: {line}\n")
         else:
             logger.log(logging.WARNING if urgent else logging.INFO, "%s", line)
 
     def replicas(self, line: str, application: ApplicationStatus, urgent: bool = False) -> None:
         """Draw the bar of an application; where nobody watches, ``line`` says the same in words, if there is one."""
-        if not _is_watched():
+        if not is_watched():
             if line:
                 self(line, urgent)
             return
@@ -75,30 +75,13 @@ class Progress:
             self(line, urgent)
         # Carriage returns work within one line only, and the last column wraps in some terminals.
         bar = draw(application, shutil.get_terminal_size().columns - 1)
-        self._write(f"\r{bar}{' ' * (self._drawn - len(bar))}")
+        write(f"\r{bar}{' ' * (self._drawn - len(bar))}")
         self._drawn = len(bar)
 
     def end(self) -> None:
         """Leave the bar as it stands."""
-        self._write(self._gap())
+        write(self._gap())
 
     def _gap(self) -> str:
         gap, self._drawn = "\n" if self._drawn else "", 0
         return gap
-
-    @staticmethod
-    def _write(text: str) -> None:
-        if text and sys.stderr is not None:
-            sys.stderr.write(text)
-            sys.stderr.flush()
-
-
-def _is_watched() -> bool:
-    """Tell whether somebody looks at stderr: in a terminal, or in a notebook, whose stderr says that it is none."""
-    stream = sys.stderr
-    if stream is None:
-        return False
-    try:
-        return stream.isatty() or type(stream).__module__.startswith("ipykernel.")
-    except ValueError:  # closed
-        return False

@@ -68,6 +68,7 @@ class Views:
             body_limit=options.body_limit,
             retries_on_loss=options.retries_on_loss,
             scales=options.autoscaling_config is not None,
+            rows=spec.rows,
         )
 
     def routes(self) -> list[RouteEntry]:

@@ -160,7 +160,7 @@ class Admission:
         return True
 
     def _leftover(self) -> int:
-        return self.leftover.most + (self.service < BACKGROUND_AHEAD_BELOW)
+        return self.leftover.most + max(self.leftover.ahead, self.service < BACKGROUND_AHEAD_BELOW)
 
     def _is_held_back(self) -> bool:
         return self.most is not None and self.storing + self.granted >= self.most

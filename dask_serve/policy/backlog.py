@@ -80,6 +80,13 @@ class Backlog:
             self._passed >= BACKGROUND_EVERY - 1 or not (_live(self._urgent) or _live(self._online))
         )
 
+    @property
+    def prefers(self) -> frozenset[str] | None:
+        """Where the next background request would best go."""
+        background = _live(self._background)
+        prefers: frozenset[str] | None = background[0].prefers if background else None
+        return prefers
+
     def pop(self, models: Collection[str] = ()) -> Any:
         """Return the next request that was not given up; there must be one.
 

@@ -32,6 +32,8 @@ class DeploymentSpec(Struct, frozen=True, kw_only=True):
     keys: list[str] = []
     #: What the processes of its replicas have; None: nothing special.
     environment: Environment | None = None
+    #: Methods whose calls bring rows (``@serve.batch(stack="rows")``), with the most rows that one call should bring.
+    rows: dict[str, int] = {}
 
     @property
     def needs(self) -> list[str]:

@@ -32,6 +32,8 @@ __all__ = ["Dispatcher", "Port", "Queued"]
 ASKED_AT_LEAST = 4
 #: A backlog whose oldest request has waited for this many seconds asks all of them.
 PATIENCE = 0.1
+#: Seconds that a background request which prefers other places counts as younger at a replica.
+FAR = 1.0
 
 
 class Queued(Protocol):
@@ -346,15 +348,22 @@ class Dispatcher:
     def _ask(self, now: float, enough: int) -> None:
         """Tell ``enough`` replicas how many wait: those that know of it already, and the least loaded others."""
         urgent = self._backlog.urgent
+        prefers = None if self.online else self._backlog.prefers
         self.levels.tell(self.queued, self.online, urgent, now)
         asked = [target for target in self._order if target.asked]
         missing = max(enough, ASKED_AT_LEAST) - len(asked)
         if missing > 0:
             rest = [target for target in self._order if target.usable and not target.asked]
             if len(rest) > missing:
-                rest.sort(key=lambda target: target.load(now) + target.wanted)
+                rest.sort(key=lambda target: (_is_far(target, prefers), target.load(now) + target.wanted))
             asked += rest[:missing]
         oldest = max(0.0, now - self._backlog.since())
         for target in asked:
             target.asked = True
-            self._port.want(target, self.queued, self.online, oldest, urgent)
+            # One elsewhere shall serve those first that are near to it.
+            waited = oldest - FAR if _is_far(target, prefers) else oldest
+            self._port.want(target, self.queued, self.online, waited, urgent)
+
+
+def _is_far(target: Target, prefers: frozenset[str] | None) -> bool:
+    return prefers is not None and prefers.isdisjoint(target.places)

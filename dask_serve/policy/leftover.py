@@ -16,6 +16,8 @@ SHARE = 0.1
 #: By how much the number grows with one that began at once, beside the share of what it is already.
 GROWTH = 0.05
 GROWTH_SHARE = 0.0125
+#: Weight of the newest sample in the mean of what requests take.
+SMOOTHING = 0.1
 
 
 class Leftover:
@@ -27,11 +29,14 @@ class Leftover:
         Always so many: the replica's threads.
     """
 
-    __slots__ = ("_most", "least")
+    __slots__ = ("_most", "_seconds", "ahead", "least")
 
     def __init__(self, least: int) -> None:
         self.least = least
+        #: So many more are no matter: together they take less than a request may wait anyway.
+        self.ahead = 0
         self._most = float(least)
+        self._seconds = 0.0
 
     @property
     def most(self) -> int:
@@ -48,6 +53,9 @@ class Leftover:
         limit : int
             The replica's ``max_ongoing_requests``.
         """
+        mean = self._seconds
+        self._seconds = mean + SMOOTHING * (seconds - mean) if mean else seconds
+        self.ahead = min(int(AT_ONCE / self._seconds), limit) if self._seconds > 0 else 0
         if delay > max(AT_ONCE, SHARE * seconds):
             self._most = max(float(self.least), min(self._most, float(found)))
         elif self.most - 1 <= found and self._most < limit:

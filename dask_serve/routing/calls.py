@@ -40,10 +40,13 @@ class Outgoing:
         Processes (incarnations) or workers (addresses) that have its largest argument.
     follows : bool
         ``parts`` is not all: the rest of the body, or a WebSocket's messages, follow once `on_window` was called.
+    patient : bool
+        It waits for as long as it takes: what the deployment declares of deadlines and queues is not for it.
     """
 
     stream: ClassVar[bool] = False
     follows: ClassVar[bool] = False
+    patient: ClassVar[bool] = False
 
     __slots__ = (
         "attachments",

@@ -113,7 +113,7 @@ class Router:
             return
         dispatcher = self._dispatcher
         entry = self.entry
-        if entry is not None:
+        if entry is not None and not call.patient:
             if timeout is None:
                 timeout = entry.request_timeout_s
             if limit is None:
@@ -376,7 +376,7 @@ class Router:
     def _set_deadlines(self, timeout: float, now: float) -> None:
         """Give the calls that came before the deployment was known the deadline that it declares."""
         for call in self._dispatcher.waiting():
-            if call.deadline is None:
+            if call.deadline is None and not call.patient:
                 call.deadline = call.since + timeout
                 call.timer = self._loop.call_later(call.deadline - now, self._on_deadline, call)
 

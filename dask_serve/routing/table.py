@@ -38,6 +38,8 @@ class DeploymentEntry(Struct, frozen=True, array_like=True):
     retries_on_loss: int | None = None
     #: Its replicas follow its load: routers tell the controller how many requests wait, and wait where there are none.
     scales: bool = False
+    #: Methods whose calls bring rows, with the most that one should bring.
+    rows: dict[str, int] = {}
 
 
 class RouteEntry(Struct, frozen=True, array_like=True):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import Struct
 
-from ..deployment import Application, Deployment, check_name, methods
+from ..deployment import Application, Deployment, check_name, methods, rows
 from ..exceptions import ConfigError
 from ..ingress import ingress_of
 from ..policy.desired import ApplicationSpec, DeploymentSpec, Source, deployment_id
@@ -153,6 +153,7 @@ class Builder:
                 methods=methods(deployment.func_or_class),
                 keys=packed.keys,
                 environment=environment,
+                rows=rows(deployment.func_or_class),
             )
         )
 
