@@ -170,7 +170,7 @@ def _greet(address: str, security: Security | None) -> None:
         try:
             asyncio.run(_identify(address, arguments))
         except Exception as error:
-            repair = _CERTIFICATES if scheme == "tls" else "one with certificates has an address with tls://"
+            repair = _CERTIFICATES if scheme == "tls" else _PLAIN
             raise Failure(
                 f"what listens at {address} does not answer as a Dask scheduler ({_first_line(error)})", repair
             ) from error
@@ -204,6 +204,7 @@ async def _identify(address: str, arguments: dict[str, Any]) -> None:
         await scheduler.close_rpc()
 
 
+_PLAIN = "is this the address that it logs, and not its dashboard's? One with certificates has an address with tls://"
 _CERTIFICATES = "give --tls-ca-file, --tls-cert and --tls-key, of an authority that the scheduler trusts"
 
 
