@@ -791,6 +791,11 @@ async def test_busy_port(c, s, a):
     status = await serve.status()
     assert status.message == ""
     assert re.search(r"proxy slot 0, pid \d+, state ready, restarts 0$", str(status), re.MULTILINE)
+    # Proxies that run stay as they were, and there is nothing to tell of them.
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        kind, _ = (await start_proxies(serve, port=taken.getsockname()[1]))["error"]
+    after = await serve.status()
+    assert (kind, after.message, after.url) == ("ConfigError", "", status.url)
 
 
 # -- the preload

@@ -128,7 +128,9 @@ class Front:
             try:
                 await self._proxies.start(options, explicit, retry=retry)
             except Exception as error:
-                self.message = f"the proxies could not be started: {error}"
+                # Of those that run all stays as it was, and who asked for the change is told.
+                if not self._proxies.url:
+                    self.message = f"the proxies could not be started: {error}"
                 raise
             finally:
                 self.url = self._proxies.url
