@@ -152,7 +152,9 @@ def configured(section: str) -> dict[str, Any]:
     _look_for_slips()
     found = dask.config.get(f"serve.{section}", None) or {}
     if not isinstance(found, dict):
-        raise ConfigError(f"serve.{section} in Dask's configuration is a mapping, not {found!r}{_origin(section)}")
+        raise ConfigError(
+            f"serve.{section} in Dask's configuration is a mapping, not {found!r}{_origin(section)}; mend it there"
+        )
     usual = {name.replace("-", "_"): value for name, value in (_defaults.get(section) or {}).items()}
     values = {str(name).replace("-", "_"): value for name, value in found.items()}
     return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
@@ -171,7 +173,7 @@ def checked(kind: type[Options], section: str, values: dict[str, Any] | None = N
         return build_options(kind, values, f"serve.{section} in Dask's configuration")
     except ConfigError as error:
         names = [name for name in values if repr(name) in str(error) or f"option {name} " in str(error)]
-        raise ConfigError(f"{error}{_origin(section, *names[:1])}") from None
+        raise ConfigError(f"{error}{_origin(section, *names[:1])}; mend it there") from None
 
 
 def configured_http() -> tuple[HTTPOptions, list[str]]:
