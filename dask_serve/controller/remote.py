@@ -187,7 +187,10 @@ class RemoteProxies:
             epoch=epoch, since=since, timeout=timeout, node=self._name, proxies=self._rows()
         )
         if not answer or "options" not in answer:
-            raise NotRunningError(f"dask_serve does not run on the cluster at {self._address}")
+            raise NotRunningError(
+                f"dask_serve does not run on the cluster at {self._address}: start it with serve.run(app) or "
+                "`dask scheduler --preload dask_serve.preload`"
+            )
         if answer["table"] is not None:
             table = decode_table(answer["table"])
             self._known = (table.epoch, table.version)
