@@ -195,8 +195,11 @@ def _origin(section: str, *names: str) -> str:
     """Say where a key was found, where that can be told."""
     keys = [section, *names]
     variable = "__".join(["DASK_SERVE", *keys]).upper()
-    if variable in os.environ:
-        return f" (from the environment variable {variable})"
+    # Of a section that there is not, everything in it is meant.
+    unknown = section not in SECTIONS
+    found = [name for name in sorted(os.environ) if name == variable or (unknown and name.startswith(f"{variable}__"))]
+    if found:
+        return f" (from the environment variable {found[0]})"
     for path, content in dask.config.collect_yaml(dask.config.paths, return_paths=True):
         if _holds(content, ["serve", *keys]):
             return f" (from {path})"

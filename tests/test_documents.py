@@ -598,7 +598,8 @@ def test_where_a_wrong_value_comes_from(tmp_path, monkeypatch):
             defaults.configured_http()
 
 
-def test_a_slip_in_the_name_of_a_section_is_a_warning(caplog):
+def test_a_slip_in_the_name_of_a_section_is_a_warning(caplog, monkeypatch):
+    monkeypatch.setenv("DASK_SERVE__HTPP__PORT", "1")
     with caplog.at_level(logging.WARNING, "dask_serve"), dask.config.set({"serve.htpp": {"port": 1}}):
         defaults.configured("http")
-    assert "did you mean serve.http?" in caplog.text
+    assert "did you mean serve.http? (from the environment variable DASK_SERVE__HTPP__PORT)" in caplog.text
