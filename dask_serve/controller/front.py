@@ -86,6 +86,8 @@ class Front:
         self._starting = asyncio.Lock()
         #: Names of the options that a person gave.
         self._explicit: set[str] = set()
+        #: What the scheduler was started with: proxies that are started later have it, too.
+        self.standing: dict[str, Any] = {}
         self._first: asyncio.Task[None] | None = None
         #: Where users read the URL.
         self.file: ServiceFile | None = None
@@ -118,6 +120,9 @@ class Front:
             See `Proxies.start`.
         """
         async with self._starting:
+            if not self.url:
+                named = {name: value for name, value in self.standing.items() if name not in explicit}
+                options, explicit = msgspec.structs.replace(options, **named), explicit | named.keys()
             if self._proxies is None:
                 from .proxies import Proxies
 
