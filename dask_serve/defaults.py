@@ -152,7 +152,9 @@ def configured(section: str) -> dict[str, Any]:
     _look_for_slips()
     found = dask.config.get(f"serve.{section}", None) or {}
     if not isinstance(found, dict):
-        raise ConfigError(f"serve.{section} in Dask's configuration is a mapping, not {found!r}{_origin(section)}")
+        raise ConfigError(
+            f"serve.{section} in Dask's configuration is a mapping, not {found!r}{_origin(section)}; mend it there"
+        )
     usual = {name.replace("-", "_"): value for name, value in (_defaults.get(section) or {}).items()}
     values = {str(name).replace("-", "_"): value for name, value in found.items()}
     return {name: value for name, value in values.items() if name not in usual or value != usual[name]}
@@ -171,7 +173,7 @@ def checked(kind: type[Options], section: str, values: dict[str, Any] | None = N
         return build_options(kind, values, f"serve.{section} in Dask's configuration")
     except ConfigError as error:
         names = [name for name in values if repr(name) in str(error) or f"option {name} " in str(error)]
-        raise ConfigError(f"{error}{_origin(section, *names[:1])}") from None
+        raise ConfigError(f"{error}{_origin(section, *names[:1])}; mend it there") from None
 
 
 def configured_http() -> tuple[HTTPOptions, list[str]]:
@@ -193,8 +195,11 @@ def _origin(section: str, *names: str) -> str:
     """Say where a key was found, where that can be told."""
     keys = [section, *names]
     variable = "__".join(["DASK_SERVE", *keys]).upper()
-    if variable in os.environ:
-        return f" (from the environment variable {variable})"
+    # Of a section that there is not, everything in it is meant.
+    unknown = section not in SECTIONS
+    found = [name for name in sorted(os.environ) if name == variable or (unknown and name.startswith(f"{variable}__"))]
+    if found:
+        return f" (from the environment variable {found[0]})"
     for path, content in dask.config.collect_yaml(dask.config.paths, return_paths=True):
         if _holds(content, ["serve", *keys]):
             return f" (from {path})"

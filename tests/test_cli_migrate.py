@@ -51,6 +51,7 @@ def test_the_document_is_valid_and_says_what_it_lacks(ray: Path) -> None:
     translator, scaling = application.deployments
     assert (translator.num_replicas, translator.threads, translator.gpus) == (2, 2, 0.5)
     assert scaling.autoscaling_config.min_replicas == 2
+    assert translator.runtime_env.pip == scaling.runtime_env.pip == ["torch"]
     assert checked.http == {"host": "0.0.0.0", "port": 8000, "request_timeout_s": 30.0}
     for path in ("proxy_location", "applications[0].runtime_env.pip", "accelerator_type"):
         assert path in done.stderr

@@ -236,6 +236,19 @@ def test_what_listens_is_no_scheduler():
     assert "tls://" in lines[1]
 
 
+def test_certificates_that_cannot_be_used(tmp_path):
+    gone, odd = tmp_path / "gone.pem", tmp_path / "odd.pem"
+    odd.write_text("no certificate")
+    there = ("status", "--scheduler", "tls://127.0.0.1:1", "--tls-cert", str(odd), "--tls-key", str(odd))
+    code, lines = fail(*there, "--tls-ca-file", str(gone))
+    assert code == 1
+    assert lines[0].endswith(f"{gone} (--tls-ca-file) cannot be read: No such file or directory")
+    assert lines[1].startswith("--tls-ca-file, --tls-cert and --tls-key, ")
+    code, lines = fail(*there, "--tls-ca-file", str(odd))
+    assert code == 1
+    assert lines[0].startswith("the certificates of this client cannot be used: ")
+
+
 def test_a_scheduler_of_another_version():
     with LocalCluster(n_workers=0, processes=False, protocol="tcp", dashboard_address=":0") as cluster:
         from dask_serve.checkup import facts

@@ -11,9 +11,12 @@ from typing import Any
 
 import msgspec
 import pytest
+import yaml
+from click.testing import CliRunner
 from helpers import http_client
 from test_command_line import has, process
 
+from dask_serve.cli import serve as cli
 from dask_serve.cli.builders import call
 from dask_serve.cli.messages import Failure
 
@@ -173,3 +176,25 @@ def test_a_changed_file_is_deployed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sum("changed: words.py" in line for line in lines) == 3
     # What was cached could be taken for a file that changed within the same second.
     assert not (tmp_path / "__pycache__").exists()
+
+
+# -- on a cluster that runs --------------------------------------------------------------------------------------------
+
+
+def test_what_runs_can_be_deployed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_cluster: str) -> None:
+    """`dask serve config` knows where `dask serve run` loaded it from, arguments with dollar signs included."""
+    (tmp_path / "main.py").write_text(MAIN.replace("build(times: int)", "build(times: int, note: str)"))
+    (tmp_path / "words.py").write_text("TEXT = ''\n")
+    monkeypatch.chdir(tmp_path)
+    there = ("--scheduler", shared_cluster)
+    with process("run", "main:build", "times=2", "note=a ${HOME} of $5", "--port", "0", *there) as (running, lines):
+        has(lines, "default is ready at ")
+        written = CliRunner().invoke(cli, ["config", *there])
+        assert yaml.safe_load(written.stdout)["applications"][0]["import_path"] == "main:build"
+        (tmp_path / "config.yaml").write_text(written.stdout)
+        # In a process of its own, as it imports modules of that directory.
+        with process("deploy", "config.yaml", "--dry-run", *there) as (deploying, told):
+            assert deploying.wait(timeout=30) == 0
+            assert has(told, "nothing would change"), told
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=30) == 0

@@ -135,6 +135,9 @@ def test_status_for_programs(dask):
 def test_status_has_colours_on_terminals_only(dask, monkeypatch):
     assert "\x1b[32mrunning" in dask("status", color=True).stdout
     assert "\x1b" not in dask("status").stdout
+    monkeypatch.setenv("NO_COLOR", "1")
+    for command in ("status", "doctor"):
+        assert "\x1b" not in dask(command, color=True).stdout
 
 
 def test_status_checks(dask, address):

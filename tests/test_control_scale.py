@@ -200,7 +200,7 @@ def test_memory_of_a_replica():
 def test_what_reconciles_ends_when_it_is_cancelled_as_something_happens():
     async def scenario() -> None:
         registry, cluster = Registry(), Cluster()
-        reconciler: Any = Reconciler(cluster, registry, lambda: None)  # type: ignore[arg-type]
+        reconciler: Any = Reconciler(cluster, registry, lambda: None, Notes(registry, lambda *_: None))  # type: ignore[arg-type]
         cluster.reconciler = reconciler
         stepped = asyncio.Event()
         reconciler._step = lambda now: stepped.set() or now + 60

@@ -838,6 +838,11 @@ async def test_busy_port(c, s, a):
     status = await serve.status()
     assert status.message == ""
     assert re.search(r"proxy slot 0, pid \d+, state ready, restarts 0$", str(status), re.MULTILINE)
+    # Proxies that run stay as they were, and there is nothing to tell of them.
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        kind, _ = (await start_proxies(serve, port=taken.getsockname()[1]))["error"]
+    after = await serve.status()
+    assert (kind, after.message, after.url) == ("ConfigError", "", status.url)
 
 
 # -- the preload
@@ -862,3 +867,21 @@ async def test_preload(c, s, a):
 async def test_preload_starts_proxies(c, s):
     status = await Service(c).until(lambda s: bool(s.url))
     assert await get(status.url + "/-/routes")
+
+
+@gen_cluster(
+    client=True,
+    nthreads=[],
+    scheduler_kwargs={
+        "preload": ["dask_serve.preload"],
+        "preload_argv": ["--serve-port", "0", "--serve-host", "localhost", "--serve-http", "body_limit=5"],
+    },
+)
+async def test_what_the_preload_was_given_holds_after_a_shutdown(c, s):
+    serve = Service(c)
+    await serve.until(lambda s: bool(s.url))
+    assert await serve.rpc.serve_shutdown() == {}
+    assert "url" in await start_proxies(serve, body_limit=7)
+    options = s.plugins["dask-serve"].front.options
+    assert (options.host, options.body_limit) == ("localhost", 7)
+    assert not (await serve.status()).url.endswith(":8000")

@@ -177,6 +177,13 @@ def test_a_variable_that_is_not_set():
     assert "${NOWHERE:-...}" in message
 
 
+def test_a_variable_that_is_not_set_is_one_mistake():
+    """The option wants a number, which the variable's name is not either."""
+    line, field, message = one("version: 1\nhttp:\n  port: ${NOWHERE}")
+    assert (line, field) == (3, "http.port")
+    assert "NOWHERE is not set" in message
+
+
 @pytest.mark.parametrize("text", ["${9}", "${}", "${a b}", "${open"])
 def test_what_is_no_variable(text: str):
     assert "names no variable" in one(f"version: 1\nhttp:\n  host: '{text}'")[2]
@@ -363,6 +370,13 @@ def test_options_of_a_document_take_the_place_of_those_of_the_code():
     )
 
 
+def test_what_runs_is_written_without_what_nobody_said():
+    specs = built(SHOP.replace("num_replicas: 1", "runtime_env: {env_vars: {A: b}}"))
+    document = yaml.safe_load(render(specs))
+    (price,) = (one for one in document["applications"][0]["deployments"] if one["name"] == "Price")
+    assert price["runtime_env"] == {"env_vars": {"A": "b"}}
+
+
 def test_what_does_not_fit_the_code_is_told_with_its_line():
     text = """version: 1
 applications:
@@ -415,7 +429,7 @@ def test_differences_in_words():
     assert difference(before, specs, (HTTPOptions(port=2), ["port"]), prune=True) == [
         "~ http port: 1 → 2",
         "~ application 'shop'",
-        r'    args: "args:\n  factor: \"${SECRET}\"" → "args:\n  factor: \"${SECRET:-1}\""',
+        '    args: {"factor":"${SECRET}"} → {"factor":"${SECRET:-1}"}',
         "    ~ deployment 'Price', in place",
         "        num_replicas: 1 → 2",
         "+ application 'new' at /new",
@@ -578,16 +592,17 @@ def test_a_wrong_value_is_told_with_its_key(key: str, value: Any, message: str):
 def test_where_a_wrong_value_comes_from(tmp_path, monkeypatch):
     with dask.config.set({"serve.http.port": "x"}):
         monkeypatch.setenv("DASK_SERVE__HTTP__PORT", "x")
-        with pytest.raises(ConfigError, match="from the environment variable DASK_SERVE__HTTP__PORT"):
+        with pytest.raises(ConfigError, match=r"from the environment variable DASK_SERVE__HTTP__PORT\); mend it there"):
             defaults.configured_http()
         monkeypatch.delenv("DASK_SERVE__HTTP__PORT")
         (tmp_path / "serve.yaml").write_text("serve: {http: {port: x}}")
         monkeypatch.setattr(dask.config, "paths", [str(tmp_path)])
-        with pytest.raises(ConfigError, match=r"serve\.yaml\)"):
+        with pytest.raises(ConfigError, match=r"serve\.yaml\); mend it there"):
             defaults.configured_http()
 
 
-def test_a_slip_in_the_name_of_a_section_is_a_warning(caplog):
+def test_a_slip_in_the_name_of_a_section_is_a_warning(caplog, monkeypatch):
+    monkeypatch.setenv("DASK_SERVE__HTPP__PORT", "1")
     with caplog.at_level(logging.WARNING, "dask_serve"), dask.config.set({"serve.htpp": {"port": 1}}):
         defaults.configured("http")
-    assert "did you mean serve.http?" in caplog.text
+    assert "did you mean serve.http? (from the environment variable DASK_SERVE__HTPP__PORT)" in caplog.text

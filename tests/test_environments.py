@@ -98,6 +98,9 @@ def test_a_process_has_packages_variables_and_directories(cluster, wheels, envir
     }
     one = run(cluster, "one", env)
     version, file = one.look.remote("tinywheel").result()
+    (replica,) = serve.status(client=cluster).applications["one"].deployments["Probe"].replicas
+    assert len(replica.environment) == 12
+    assert f"environment {replica.environment}" in str(replica)
     assert version == "1.0"
     assert Path(file).is_relative_to(environments)
     assert one.look.remote("tool").result()[0] == "dir"

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import httpx
 import pytest
 from certificates import Authority
@@ -27,6 +28,7 @@ from starlette.requests import Request
 
 import dask_serve as serve
 from dask_serve.config import HTTPOptions
+from dask_serve.controller.remote import configured_here
 from dask_serve.embedded import EmbeddedCluster
 from dask_serve.exceptions import ConfigError
 
@@ -536,6 +538,14 @@ def proxy_command(service: Service, *options: str) -> Iterator[tuple[subprocess.
         process.terminate()
         process.wait(30)
         process.stdout.close()
+
+
+def test_where_dask_serve_proxy_listens_may_be_configured():
+    """The rest is the service's, whatever this node's configuration says."""
+    here = {"serve.http.host": "::1", "serve.http.port": 9000, "serve.http.body_limit": 5}
+    with dask.config.set(here):
+        assert configured_here() == {"host": "::1", "port": 9000}
+    assert configured_here() == {}
 
 
 def test_dask_serve_proxy(service):

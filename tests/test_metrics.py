@@ -244,7 +244,9 @@ def told(client) -> dict[str, tuple[str, set[str]]]:
     def complete():
         found = [*texts, *(httpx.get(page, timeout=10).text for page in (scheduler, *workers))]
         sums = ("dask_serve_cluster_http_wait_seconds_bucket", "dask_serve_cluster_replica_run_seconds_bucket")
-        return found if all(f'{name}{{application="batched"' in found[1] for name in sums) else None
+        summed = all(f'{name}{{application="batched"' in found[1] for name in sums)
+        batched = any("dask_serve_batch_calls_total{" in text for text in found[2:])
+        return found if summed and batched else None
 
     known: dict[str, tuple[str, set[str]]] = {}
     for text in wait_until(complete):

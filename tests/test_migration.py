@@ -53,7 +53,8 @@ DEPLOYMENT: dict[str, list[tuple[Any, dict[str, Any] | None]]] = {
         ({"accelerator_type": "A100"}, None),
         ({"label_selector": {"a": "b"}}, None),
         ({"fallback_strategy": [1]}, None),
-        ({"runtime_env": {"pip": ["torch"]}}, None),
+        ({"runtime_env": {"pip": ["torch"]}}, {"runtime_env": {"pip": ["torch"]}}),
+        ({"runtime_env": {"conda": {"dependencies": ["torch"]}}}, None),
         ({"object_store_memory": 5}, None),
     ],
     "placement_group_bundles": [([{"CPU": 1}], None)],
@@ -186,9 +187,42 @@ def test_one_application_at_the_top_as_in_older_files() -> None:
     migrated = migrate(
         {"import_path": "a.b:c", "runtime_env": {"pip": ["x"]}, "deployments": [{"name": "D"}], "port": 1}
     )
-    assert migrated.document["applications"] == [{"name": "default", "import_path": "a.b:c", "route_prefix": "/"}]
+    assert migrated.document["applications"] == [
+        {
+            "name": "default",
+            "import_path": "a.b:c",
+            "route_prefix": "/",
+            "deployments": [{"name": "D", "runtime_env": {"pip": ["x"]}}],
+        }
+    ]
     assert "runtime_env.pip" in told(migrated)
     assert "port" in told(migrated).splitlines()
+
+
+def test_environments_of_applications() -> None:
+    """What an application has all its deployments have; their own goes first, and variables are put together."""
+    everywhere = {"pip": {"packages": ["x==1"], "pip_check": False}, "env_vars": {"A": "1", "B": "1"}, "conda": "y"}
+    own = {"pip": ["z"], "env_vars": {"B": "2"}, "working_dir": "s3://bucket/code.zip"}
+    deployments = [{"name": "First"}, {"name": "Second", "ray_actor_options": {"runtime_env": own}}]
+    application = {"import_path": "a:b", "runtime_env": everywhere, "deployments": deployments}
+    migrated = migrate({"applications": [application]})
+    first, second = migrated.document["applications"][0]["deployments"]
+    assert first["runtime_env"] == {"pip": ["x==1"], "env_vars": {"A": "1", "B": "1"}}
+    assert second["runtime_env"] == {"pip": ["z"], "env_vars": {"A": "1", "B": "2"}}
+    for entry in (first, second):
+        build_options(DeploymentOptions, {"runtime_env": entry["runtime_env"]}, "it")
+    kinds = {(note.path.removeprefix("applications[0]."), note.kind) for note in migrated.notes}
+    assert {
+        ("runtime_env.pip", "changed"),
+        ("runtime_env.pip", "dropped"),
+        ("runtime_env.env_vars", "changed"),
+        ("runtime_env.conda", "dropped"),
+        ("deployments[1].ray_actor_options.runtime_env.working_dir", "dropped"),
+    } <= kinds
+    # Without names of deployments there is no place for it.
+    bare = migrate({"applications": [{"import_path": "a:b", "runtime_env": {"pip": ["x"]}}]})
+    assert "deployments" not in bare.document["applications"][0]
+    assert next(n.kind for n in bare.notes if n.path == "applications[0].runtime_env.pip") == "dropped"
 
 
 def test_autoscaling() -> None:

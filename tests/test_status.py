@@ -153,6 +153,7 @@ def evil_status() -> ServeStatus:
         message=EVIL,
         devices=[EVIL],
         models=[EVIL],
+        environment=EVIL,
         since=1.0,
         memory=5,
     )

@@ -160,7 +160,11 @@ def _greet(address: str, security: Security | None) -> None:
     from distributed.comm.addressing import normalize_address, parse_address, parse_host_port
     from distributed.security import Security
 
-    arguments = (security or Security()).get_connection_args("client")
+    security = security or Security()
+    try:
+        arguments = security.get_connection_args("client")
+    except OSError as error:
+        raise Failure(f"the certificates of this client cannot be used: {_unusable(security, error)}", _FILES) from None
     scheme, location = parse_address(normalize_address(address))
     if scheme == "tls" and arguments.get("ssl_context") is None:
         raise Failure(f"{address} wants certificates, and none are named", _CERTIFICATES)
@@ -170,10 +174,24 @@ def _greet(address: str, security: Security | None) -> None:
         try:
             asyncio.run(_identify(address, arguments))
         except Exception as error:
-            repair = _CERTIFICATES if scheme == "tls" else "one with certificates has an address with tls://"
+            repair = _CERTIFICATES if scheme == "tls" else _PLAIN
             raise Failure(
                 f"what listens at {address} does not answer as a Dask scheduler ({_first_line(error)})", repair
             ) from error
+
+
+def _unusable(security: Security, error: OSError) -> str:
+    """Say which file of certificates is not as it should be: ssl does not."""
+    from pathlib import Path
+
+    for option, name in _CERTIFICATE_FILES.items():
+        path = getattr(security, name)
+        if path and "\n" not in path:
+            try:
+                Path(path).read_bytes()
+            except OSError as unreadable:
+                return f"{path} ({option}) cannot be read: {unreadable.strerror}"
+    return error.strerror or str(error)
 
 
 def _await_port(address: str, port: str) -> None:
@@ -204,6 +222,9 @@ async def _identify(address: str, arguments: dict[str, Any]) -> None:
         await scheduler.close_rpc()
 
 
+_PLAIN = "is this the address that it logs, and not its dashboard's? One with certificates has an address with tls://"
+_CERTIFICATE_FILES = {"--tls-ca-file": "tls_ca_file", "--tls-cert": "tls_client_cert", "--tls-key": "tls_client_key"}
+_FILES = "--tls-ca-file, --tls-cert and --tls-key, or distributed.comm.tls of Dask's configuration, name files in PEM"
 _CERTIFICATES = "give --tls-ca-file, --tls-cert and --tls-key, of an authority that the scheduler trusts"
 
 

@@ -9,7 +9,7 @@ import click
 
 from .connecting import Cluster, cluster_options
 from .examination import Examination, Finding
-from .messages import Failure, command
+from .messages import Failure, coloured, command
 from .table import COLOURS
 
 __all__ = ["doctor"]
@@ -41,7 +41,7 @@ def doctor(cluster: Cluster, as_json: bool) -> None:
 
 
 def _line(finding: Finding) -> str:
-    state = click.style(f"{finding.state:<6}", fg=COLOURS.get(finding.state))
+    state = coloured(f"{finding.state:<6}", COLOURS.get(finding.state))
     repair = f"\n       {finding.repair}" if finding.repair else ""
     return f"{state} {finding.subject}: {finding.message}{repair}"
 

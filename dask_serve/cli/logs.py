@@ -13,7 +13,7 @@ import click
 
 from .asking import ask_workers
 from .connecting import Cluster, cluster_options
-from .messages import Failure, command
+from .messages import Failure, coloured, command
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -146,4 +146,4 @@ def _print(found: Iterable[dict[str, Any]], as_json: bool) -> None:
         when = datetime.fromtimestamp(record["time"]).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
         who = record.get("replica") or record["source"]
         line = f"{when} {record['level']:<7} {who} {record['logger']}: {record['message']}"
-        click.secho(line, fg=COLOURS.get(record["level"]))
+        click.echo(coloured(line, COLOURS.get(record["level"])))

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 import click
 
-__all__ = ["Failure", "Misused", "Misuses", "command", "told"]
+__all__ = ["Failure", "Misused", "Misuses", "coloured", "command", "told"]
 
 
 _DEBUG = "dask_serve.debug"
@@ -131,8 +131,13 @@ def told(error: Exception) -> click.ClickException:
 
 
 def _error() -> str:
+    return coloured("Error:", "red", bold=True)
+
+
+def coloured(text: str, colour: str | None, **styles: Any) -> str:
+    """Return text in a colour, for terminals of people who want colours."""
     # Click strips it where no terminal reads it, and does not know the variable.
-    return "Error:" if os.environ.get("NO_COLOR") else click.style("Error:", fg="red", bold=True)
+    return text if colour is None or os.environ.get("NO_COLOR") else click.style(text, fg=colour, **styles)
 
 
 def command(*examples: str, **attributes: Any) -> Callable[[Callable[..., Any]], click.Command]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .documents import read_document
-from .messages import Failure, Misused, command
+from .messages import Failure, Misused, coloured, command
 
 if TYPE_CHECKING:
     from ..shipping.migration import Note
@@ -39,7 +39,7 @@ def migrate(file: str, output: str | None, force: bool, strict: bool) -> None:
     # What it writes is a document: whatever is wrong with it is told now, and not when it is deployed.
     parse(text, output or "the document")
     for note in migrated.notes:
-        click.echo(f"{note.path}: {click.style(note.kind, fg=_COLOURS[note.kind])}: {note.text}", err=True)
+        click.echo(f"{note.path}: {coloured(note.kind, _COLOURS[note.kind])}: {note.text}", err=True)
     dropped = sum(note.kind == "dropped" for note in migrated.notes)
     if strict and dropped:
         counterpart = "key of it has" if dropped == 1 else "keys of it have"

@@ -25,10 +25,14 @@ def proxy(cluster: Cluster, http: dict[str, Any], service_file: str | None) -> N
     """Serve HTTP on this node, until SIGTERM or Ctrl-C, for the applications of a cluster elsewhere.
 
     Options are those of serve.start on the cluster, but for the addresses to listen on; what is given here goes first.
-    Files (certificates, tokens) are this node's. While the scheduler is away the proxies go on with what they know.
+    Dask's configuration of this node (serve.http) says where to listen, unless options do. Files (certificates,
+    tokens) are this node's. While the scheduler is away the proxies go on with what they know.
     """
     import asyncio
 
+    from ..controller.remote import configured_here
+
+    http = {**configured_here(), **http}
     cluster.greet()
     asyncio.run(_serve_here(cluster, http, service_file))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,6 +13,9 @@ from .http import http_options
 from .loading import load, parse_arguments, reload
 from .messages import Misused, command
 from .serving import Serving, Stop, check_port
+
+if TYPE_CHECKING:
+    from ..policy.desired import Source
 
 __all__ = ["run"]
 
@@ -73,7 +76,7 @@ def run(  # noqa: PLR0917 - click passes them by name
             application = load(target, given)
             if address is None:
                 check_port(http)
-            serving.deploy(application, name, route_prefix, http)
+            serving.deploy(application, name, route_prefix, http, _source(target, given))
             if watches:
                 serving.follow(watch, lambda: reload(target, given))
             serving.wait()
@@ -81,6 +84,15 @@ def run(  # noqa: PLR0917 - click passes them by name
             pass
         finally:
             serving.close()
+
+
+def _source(target: str, arguments: dict[str, str]) -> Source:
+    """Say where the code is from as a document does, in which a dollar sign may begin a variable."""
+    from ..document.dumping import dump
+    from ..policy.desired import Source
+
+    written = {key: text.replace("$", "$$") for key, text in arguments.items()}
+    return Source(import_path=target, args="\n".join(dump({"args": written})) if written else "")
 
 
 def _watch(directories: tuple[str, ...]) -> Any:

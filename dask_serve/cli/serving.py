@@ -18,7 +18,9 @@ from .messages import Failure, told
 if TYPE_CHECKING:
     from distributed import Client
 
+    from ..deployment import Application
     from ..embedded import EmbeddedCluster
+    from ..policy.desired import Source
     from .watching import Watch
 
 __all__ = ["INTERRUPTED", "Serving", "Stop", "check_port"]
@@ -65,6 +67,7 @@ class Serving:
         self.client: Client | None = None
         self._deployed: str | None = None
         self._route_prefix = "/"
+        self._source: Source | None = None
         self._signals = 0
         self._closing = False
 
@@ -91,18 +94,21 @@ class Serving:
             self.cluster.kill()
         os._exit(INTERRUPTED)
 
-    def deploy(self, application: Any, name: str, route_prefix: str, http: dict[str, Any]) -> None:
-        """Deploy ``application`` and print where it answers."""
+    def deploy(
+        self, application: Application, name: str, route_prefix: str, http: dict[str, Any], source: Source
+    ) -> None:
+        """Deploy ``application``, which was loaded from ``source``, and print where it answers."""
         from .. import api
 
         client = self._connect()
         self._route_prefix = route_prefix
+        self._source = source
         if self.cluster is None:
             click.echo(f"scheduler at {client.scheduler.address}, dashboard at {client.dashboard_link}")
         api.start(**http, client=client)
         self._deployed = name
         click.echo(f"deploying {name}")
-        api.run(application, name=name, route_prefix=route_prefix, client=client)
+        self._send(application, name)
         url = api.url(client=client)
         click.echo(f"{name} is ready at {url.rstrip('/')}{route_prefix}")
         click.echo("Ctrl-C ends it")
@@ -140,14 +146,26 @@ class Serving:
                     click.echo("the old code goes on")
 
     def _deploy_again(self, application: Any) -> None:
-        from .. import api, versions
+        from .. import versions
 
         name = self._deployed
         assert name is not None
         before = versions.history(name, client=self.client)[-1].version
-        api.run(application, name=name, route_prefix=self._route_prefix, client=self.client)
+        self._send(application, name)
         after = versions.history(name, client=self.client)[-1].version
         click.echo(f"version {after} of {name} is ready" if after != before else f"nothing of {name} has changed")
+
+    def _send(self, application: Application, name: str) -> None:
+        """Deploy as `dask_serve.run` does, and say where the code is from: `dask serve config` tells."""
+        from ..config import HTTPOptions
+        from ..controller.deploy import deploy
+        from ..controller.progress import Progress
+        from ..shipping.graph import build
+
+        assert self.client is not None
+        built = build(application, name, self._route_prefix, source=self._source)
+        proxies: tuple[HTTPOptions, list[str]] = (HTTPOptions(), [])
+        self.client.sync(deploy, self.client, built, proxies, wait=True, timeout=None, say=Progress())
 
     def check(self) -> None:
         """Raise where the cluster has ended."""

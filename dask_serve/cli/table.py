@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
+from .messages import coloured
 
 if TYPE_CHECKING:
     from ..controller.status import DeploymentStatus, ServeStatus
@@ -44,7 +44,7 @@ def draw(status: ServeStatus, *, verbose: bool = False) -> str:
         With replicas, proxies, workers and the last decisions.
     """
     lines = [f"HTTP at {status.url}" if status.url else "HTTP is not served"]
-    lines += [click.style(line, fg="red") for line in status.message.splitlines()]
+    lines += [coloured(line, "red") for line in status.message.splitlines()]
     rows = [
         [name, deployment, found.status, _ready(found), _revisions(found), _message(found)]
         for name, application in sorted(status.applications.items())
@@ -81,8 +81,7 @@ def _fit(text: str, width: int) -> str:
 
 
 def _coloured(cell: str) -> str:
-    colour = COLOURS.get(cell.strip())
-    return cell if colour is None else click.style(cell, fg=colour)
+    return coloured(cell, COLOURS.get(cell.strip()))
 
 
 def _ready(deployment: DeploymentStatus) -> str:

@@ -92,6 +92,8 @@ class Front:
         self._starting = asyncio.Lock()
         #: Names of the options that a person gave.
         self._explicit: set[str] = set()
+        #: What the scheduler was started with: proxies that are started later have it, too.
+        self.standing: dict[str, Any] = {}
         self._first: asyncio.Task[None] | None = None
         #: Where users read the URL.
         self.file: ServiceFile | None = None
@@ -124,6 +126,9 @@ class Front:
             See `Proxies.start`.
         """
         async with self._starting:
+            if not self.url:
+                named = {name: value for name, value in self.standing.items() if name not in explicit}
+                options, explicit = msgspec.structs.replace(options, **named), explicit | named.keys()
             if self._proxies is None:
                 from .proxies import Proxies
 
@@ -134,8 +139,10 @@ class Front:
             try:
                 await self._proxies.start(options, explicit, retry=retry)
             except Exception as error:
-                self.message = f"the proxies could not be started: {error}"
-                self._note("proxies", "proxies", brief(self.message))
+                # Of those that run all stays as it was, and who asked for the change is told.
+                if not self._proxies.url:
+                    self.message = f"the proxies could not be started: {error}"
+                    self._note("proxies", "proxies", brief(self.message))
                 raise
             finally:
                 if self._proxies.url and self._proxies.url != self.url:

@@ -112,6 +112,7 @@ def _replicas(replicas: Sequence[ReplicaStatus], revision: str) -> str:
     extra = {
         "models": any(replica.models for replica in replicas),
         "devices": any(replica.devices for replica in replicas),
+        "environment": any(replica.environment for replica in replicas),
         "note": any(replica.message or replica.revision != revision for replica in replicas),
     }
     names = ["replica", "state", "since", "in flight", "queued", "memory", "worker"]
@@ -138,6 +139,8 @@ def _replicas(replicas: Sequence[ReplicaStatus], revision: str) -> str:
             cells.append(_td(_text(", ".join(replica.models))))
         if extra["devices"]:
             cells.append(_td(_text(", ".join(replica.devices))))
+        if extra["environment"]:
+            cells.append(_td(f"<code>{_text(replica.environment)}</code>"))
         if extra["note"]:
             cells.append(_td(_text(note)))
         rows.append(f"{_ROW}{''.join(cells)}</tr>")

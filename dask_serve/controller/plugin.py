@@ -177,6 +177,8 @@ class Controller(SchedulerPlugin):
         # Before anybody is answered: nobody may see the service empty, and take that for its state.
         self._state = self._state or configured()
         http = self.editor.open(Store(self._state.path)) if self._state.path is not None else None
+        if self._http_at_start is not None:
+            self.front.standing = {name: getattr(self._http_at_start, name) for name in self._explicit}
         self._http_at_start, self._explicit = first_options(self._http_at_start, self._explicit, http)
         self._publish()
         self.dashboard.start()

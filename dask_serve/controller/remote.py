@@ -18,6 +18,7 @@ from distributed.utils import get_ip
 
 from .. import __version__
 from ..config import HTTPOptions, change_options
+from ..defaults import configured_http
 from ..exceptions import ConfigError, NotRunningError, ServeError
 from ..routing.table import decode_table
 from .counts_sender import CountsSender
@@ -25,7 +26,7 @@ from .proxies import Proxies
 from .scrape import at_host
 from .service_file import ServiceFile
 
-__all__ = ["RemoteProxies"]
+__all__ = ["RemoteProxies", "configured_here"]
 
 logger = logging.getLogger("dask_serve.controller")
 
@@ -37,6 +38,12 @@ PATIENCE, RETRY = 5.0, 0.5
 GOODBYE = 1.0
 #: Options that say where a node listens: each has its own.
 LOCAL = ("host", "port", "unix_socket", "num_proxies", "admin_host", "admin_port")
+
+
+def configured_here() -> dict[str, Any]:
+    """Return what Dask's configuration of this node says of where to listen; the rest is the service's."""
+    options, names = configured_http()
+    return {name: getattr(options, name) for name in names if name in LOCAL}
 
 
 class RemoteProxies:
@@ -180,7 +187,10 @@ class RemoteProxies:
             epoch=epoch, since=since, timeout=timeout, node=self._name, proxies=self._rows()
         )
         if not answer or "options" not in answer:
-            raise NotRunningError(f"dask_serve does not run on the cluster at {self._address}")
+            raise NotRunningError(
+                f"dask_serve does not run on the cluster at {self._address}: start it with serve.run(app) or "
+                "`dask scheduler --preload dask_serve.preload`"
+            )
         if answer["table"] is not None:
             table = decode_table(answer["table"])
             self._known = (table.epoch, table.version)

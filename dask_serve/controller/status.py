@@ -62,6 +62,8 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
         Bytes that the process of its worker uses, which its replicas share.
     models : list of str
         Multiplexed models that it has loaded.
+    environment : str
+        Name of its ``runtime_env``, which it shares with all replicas of its process; empty: it has none.
     """
 
     id: str
@@ -75,6 +77,7 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
     queued: int = 0
     memory: int = 0
     models: list[str] = []
+    environment: str = ""
 
     def __str__(self) -> str:
         told = [f"{self.id} is {self.state} on {self.worker}"]
@@ -86,6 +89,8 @@ class ReplicaStatus(Struct, frozen=True, kw_only=True):
             told.append(format_bytes(self.memory))
         if self.models:
             told.append(f"models {', '.join(self.models)}")
+        if self.environment:
+            told.append(f"environment {self.environment}")
         return ", ".join(told) + (f": {self.message}" if self.message else "")
 
     def __repr__(self) -> str:

@@ -164,6 +164,7 @@ class Views:
                     message=self._note(r),
                     devices=[device.id for device in r.devices],
                     since=r.since,
+                    environment="" if r.spec.environment is None else r.spec.environment.id,
                 )
                 for r in replicas
             ],

@@ -10,6 +10,8 @@ import msgspec
 from ..config import RESTARTING_OPTIONS, HTTPOptions
 from ..controller.desired import DesiredState
 from ..policy.desired import ApplicationSpec, DeploymentSpec
+from .nodes import read
+from .problems import Problems
 
 __all__ = ["difference"]
 
@@ -65,9 +67,10 @@ def _application(before: ApplicationSpec | None, after: ApplicationSpec) -> Iter
     yield f"~ application {after.name!r}"
     for name in ("route_prefix", "ingress"):
         yield from _change(name, getattr(before, name), getattr(after, name))
-    for name in ("import_path", "args"):
-        # No argument is the same as none that is known.
-        yield from _change(name, getattr(before.source, name, "") or None, getattr(after.source, name, "") or None)
+    # No argument is the same as none that is known.
+    paths = (getattr(spec.source, "import_path", None) for spec in (before, after))
+    yield from _change("import_path", *paths)
+    yield from _change("args", _arguments(before), _arguments(after))
     old = {deployment.name: deployment for deployment in before.deployments}
     new = {deployment.name: deployment for deployment in after.deployments}
     for name, spec in new.items():
@@ -80,6 +83,13 @@ def _application(before: ApplicationSpec | None, after: ApplicationSpec) -> Iter
             yield f"    - deployment {name!r}"
     if getattr(before.source, "overrides", None) != getattr(after.source, "overrides", None):
         yield "    which options are the document's, and which are the code's"
+
+
+def _arguments(spec: ApplicationSpec) -> Any:
+    """Return the arguments as they are written, variables not filled in."""
+    if spec.source is None or not spec.source.args:
+        return None
+    return read(spec.source.args, Problems(spec.name)).raw["args"]
 
 
 def _change(name: str, before: Any, after: Any) -> Iterator[str]:

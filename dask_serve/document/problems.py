@@ -76,6 +76,10 @@ class Problems:
         """Note a mistake; ``position`` is line and column, from 0 on."""
         self.found.append(Problem(position[0] + 1, position[1] + 1, field_of(path), message))
 
+    def has(self, path: Path) -> bool:
+        """Whether a mistake of that field is known."""
+        return any(problem.field == field_of(path) for problem in self.found)
+
     def check(self) -> None:
         """Raise `DocumentError` if there are any."""
         if self.found:

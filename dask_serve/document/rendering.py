@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from ..config import DeploymentOptions, HTTPOptions, documented
+from ..config import DeploymentOptions, HTTPOptions, RuntimeEnv, documented
 from ..controller.desired import DesiredState
 from ..policy.desired import ApplicationSpec, DeploymentSpec
 from .declaration import VERSION
@@ -103,6 +103,10 @@ def _chosen(deployment: DeploymentSpec, given: Collection[str]) -> dict[str, Any
         value = getattr(options, name)
         if value != getattr(defaults, name) or name in given:
             chosen[name] = value
+    if isinstance(value := chosen.get("runtime_env"), RuntimeEnv):
+        empty = RuntimeEnv()
+        differ = [field for field in value.__struct_fields__ if getattr(value, field) != getattr(empty, field)]
+        chosen["runtime_env"] = {field: getattr(value, field) for field in differ}
     scaling = options.autoscaling_config
     if scaling is not None:
         usual = type(scaling)()

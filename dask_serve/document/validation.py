@@ -173,6 +173,9 @@ class _Checker:
         except msgspec.ValidationError as error:
             text, _, where = str(error).partition(" - at `$")
             inner = (*path, *_path_of(where.rstrip("`")))
+            if self._problems.has(inner):
+                # A variable that is not set: its name is none of the option's values either.
+                return None
             got = self._at(inner, path, value)
             for theirs, ours in (("`object`", "a mapping"), ("`array`", "a list"), ("`null`", "null")):
                 text = text.replace(theirs, ours)

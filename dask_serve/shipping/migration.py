@@ -11,20 +11,22 @@ from typing import Any
 
 from msgspec import Struct
 
-from ..config import AutoscalingConfig, DeploymentOptions, HTTPOptions, build_options
+from ..config import AutoscalingConfig, DeploymentOptions, HTTPOptions, RuntimeEnv, build_options
 from ..exceptions import ConfigError
 from .rays_keys import (
     APPLICATION,
     APPLICATION_ELSEWHERE,
+    ARCHIVES,
     DEFAULT_POLICY,
     HTTP,
     HTTP_ELSEWHERE,
     OLDER,
     PACKAGES,
-    RUNTIME,
     SAME,
     SCALING,
+    SHARED,
     TOP,
+    UNNAMED,
 )
 from .spellings import LOGGING, advice, translate
 
@@ -194,35 +196,65 @@ class _Migration:
         made: dict[str, Any] = {"name": config.get("name") or "default"}
         made["import_path"] = path if ":" in path else ":".join(path.rpartition(".")[::2])
         made["route_prefix"] = config.get("route_prefix", "/") if served else None
+        shared = self._shared(config, at)
         for key, value in config.items():
-            if key in {"name", "import_path", "route_prefix"} or value in (None, {}, [], False):
+            if key in {"name", "import_path", "route_prefix", "runtime_env"} or value in (None, {}, [], False):
                 continue
             if key == "args":
                 made["args"] = self._dict(value, f"{at}args")
             elif key == "deployments":
-                if deployments := self._deployments(self._list(value, f"{at}deployments"), f"{at}deployments"):
+                if deployments := self._deployments(self._list(value, f"{at}deployments"), f"{at}deployments", shared):
                     made["deployments"] = deployments
-            elif key == "runtime_env":
-                self._runtime_env(value, f"{at}runtime_env")
             elif not alone or key in APPLICATION:
                 unknown = "it is no key of an application of Ray Serve 2.60, and is left out"
                 self.dropped(f"{at}{key}", APPLICATION_ELSEWHERE.get(key, unknown))
         return made
 
-    def _deployments(self, entries: list[Any], where: str) -> list[dict[str, Any]]:
+    def _deployments(self, entries: list[Any], where: str, shared: dict[str, Any]) -> list[dict[str, Any]]:
         made = []
         for number, entry in enumerate(entries):
             at = f"{where}[{number}]"
-            made.append(self._deployment(self._dict(entry, at), at))
+            deployment = self._deployment(self._dict(entry, at), at)
+            own = deployment.pop("runtime_env", {})
+            # As Ray has it: a deployment's own goes first, and only variables are put together.
+            together = {**shared, **own}
+            if variables := {**shared.get("env_vars", {}), **own.get("env_vars", {})}:
+                together["env_vars"] = variables
+            made.append({**deployment, "runtime_env": together} if together else deployment)
         return [entry for entry in made if len(entry) > 1]
 
-    def _runtime_env(self, value: Any, where: str) -> None:
+    def _shared(self, config: dict[str, Any], at: str) -> dict[str, Any]:
+        """Return the environment of all deployments of an application."""
+        value = config.get("runtime_env")
+        shared = self._runtime_env(value, f"{at}runtime_env") if value else {}
+        named = bool(config.get("deployments"))
+        for key in shared:
+            if named:
+                self.changed(f"{at}runtime_env.{key}", SHARED)
+            else:
+                self.dropped(f"{at}runtime_env.{key}", UNNAMED)
+        return shared if named else {}
+
+    def _runtime_env(self, value: Any, where: str) -> dict[str, Any]:
+        """Return what of an environment is possible here."""
+        made: dict[str, Any] = {}
         if not isinstance(value, dict):
             self.dropped(where, PACKAGES)
-            return
+            return made
         for key, content in value.items():
-            if content:
-                self.dropped(f"{where}.{key}", RUNTIME.get(key, PACKAGES))
+            at = f"{where}.{key}"
+            if not content:
+                continue
+            if key == "pip" and isinstance(content, dict):
+                if packages := content.get("packages"):
+                    self._take(made, RuntimeEnv, "pip", packages, at)
+                if others := sorted(content.keys() - {"packages"}):
+                    self.dropped(at, f"pip is a list of requirements here, without {', '.join(others)}")
+            elif key in {"pip", "env_vars"}:
+                self._take(made, RuntimeEnv, key, content, at)
+            else:
+                self.dropped(at, ARCHIVES.get(key, PACKAGES))
+        return made
 
     # ------------------------------------------------------------------ one deployment
 
@@ -336,7 +368,8 @@ class _Migration:
             if amount is None or amount in ({}, []):
                 continue
             if key == "runtime_env":
-                self._runtime_env(amount, at)
+                if environment := self._runtime_env(amount, at):
+                    made["runtime_env"] = environment
             elif key == "num_cpus":
                 self._cpus(made, amount, at)
             elif key in {"num_gpus", "memory", "resources"}:

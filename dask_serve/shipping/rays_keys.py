@@ -7,15 +7,17 @@ from .spellings import LOGGING
 __all__ = [
     "APPLICATION",
     "APPLICATION_ELSEWHERE",
+    "ARCHIVES",
     "DEFAULT_POLICY",
     "HTTP",
     "HTTP_ELSEWHERE",
     "OLDER",
     "PACKAGES",
-    "RUNTIME",
     "SAME",
     "SCALING",
+    "SHARED",
     "TOP",
+    "UNNAMED",
 ]
 
 #: Keys of the top, with what to do instead.
@@ -27,14 +29,20 @@ TOP = {
     "target_capacity": "set num_replicas, min_replicas and max_replicas to what they are to be, or use "
     "`dask serve scale`",
 }
-RUNTIME = {
+#: Directories of these are sent; Ray's files name remote archives.
+ARCHIVES = {
     "working_dir": "modules of the directory where `dask serve deploy` runs travel with the application; a remote "
-    "archive is to be unpacked there",
-    "py_modules": "modules of the directory where `dask serve deploy` runs travel with the application; install others "
-    "where the workers run",
-    "env_vars": "set them in the environment in which the workers start",
+    "archive is to be unpacked there, and may be named as working_dir of a runtime_env",
+    "py_modules": "modules of the directory where `dask serve deploy` runs travel with the application; remote "
+    "archives are to be unpacked there, and may be named as py_modules of a runtime_env",
 }
 PACKAGES = "install it where the workers run, in the same versions everywhere"
+#: What is an application's there, and a deployment's here.
+SHARED = (
+    "it is runtime_env of each deployment that the file names: give it to others, too; what the import needs is to be "
+    "there where `dask serve deploy` runs"
+)
+UNNAMED = "runtime_env is an option of each deployment here: name them under `deployments`, or give it in the code"
 APPLICATION_ELSEWHERE = {
     "logging_config": LOGGING,
     "autoscaling_policy": "a policy is that of one deployment, its autoscaling_config.policy, and is told nothing of "
