@@ -437,6 +437,11 @@ def test_differences_in_words():
         "    + deployment 'Shop', replicas: 1",
         "- application 'old'",
     ]
+    # Variables without quotes are numbers, or texts.
+    bare = built(SHOP.replace('{factor: "${SECRET}"}', "\n      factor: ${SECRET}"))
+    assert '    args: {"factor":"${SECRET}"} → {"factor":"${SECRET:-1}"}' in difference(
+        state(*bare), built(text), (HTTPOptions(), [])
+    )
     restarted = SHOP.replace("num_replicas: 1", "threads: 4").replace('"${SECRET}"', "4")
     lines = difference(before, built(restarted), (HTTPOptions(), []))
     assert "    ~ deployment 'Price', its replicas are replaced" in lines

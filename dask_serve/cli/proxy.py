@@ -31,7 +31,10 @@ def proxy(cluster: Cluster, http: dict[str, Any], service_file: str | None) -> N
     import asyncio
 
     from ..controller.remote import configured_here
+    from ..controller.service_file import check
 
+    if service_file is not None:
+        check(service_file)
     http = {**configured_here(), **http}
     cluster.greet()
     asyncio.run(_serve_here(cluster, http, service_file))

@@ -111,5 +111,6 @@ def _deployment(before: DeploymentSpec, after: DeploymentSpec) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
-    text = msgspec.json.encode(value).decode()
+    # Texts with variables are of a class of their own.
+    text = msgspec.json.encode(value, enc_hook=str).decode()
     return text if len(text) <= 80 else f"{text[:77]}..."
