@@ -235,13 +235,19 @@ class Batched:
 def told(client) -> dict[str, tuple[str, set[str]]]:
     """Return kind and labels of all metrics of dask_serve, from pages on which each has a sample."""
     serve.run(Batched.bind(Model.bind()), name="batched", route_prefix="/batched", client=client)
-    with http_client(serve.url(client=client)) as http:
-        assert http.get("/batched").status_code == 200
-        texts = [http.get("/-/metrics").text]
+    url = serve.url(client=client)
+
+    def batched() -> list[str]:
+        with http_client(url) as http:
+            assert http.get("/batched").status_code == 200
+            return [http.get("/-/metrics").text]
+
     scheduler, workers = pages(client)
     serve.scale("batched/Model", 1, client=client)
 
     def complete():
+        # Again and again: there are few threads here, and the replica may just have moved to better ones.
+        texts = batched()
         found = [*texts, *(httpx.get(page, timeout=10).text for page in (scheduler, *workers))]
         sums = ("dask_serve_cluster_http_wait_seconds_bucket", "dask_serve_cluster_replica_run_seconds_bucket")
         summed = all(f'{name}{{application="batched"' in found[1] for name in sums)

@@ -114,7 +114,11 @@ def _only(status: ServeStatus, application: str | None) -> ServeStatus:
         raise Failure(f"there is no application {application!r}", f"applications: {known}")
     import msgspec
 
-    return msgspec.structs.replace(status, applications={application: status.applications[application]})
+    return msgspec.structs.replace(
+        status,
+        applications={application: status.applications[application]},
+        events=[event for event in status.events if event.subject.partition("/")[0] == application],
+    )
 
 
 def _show(status: ServeStatus, *, verbose: bool, as_json: bool, as_yaml: bool, watch: bool) -> None:

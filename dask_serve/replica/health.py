@@ -181,7 +181,11 @@ class Health:
     def _frames(self, verdict: Verdict) -> list[FrameType]:
         threads = [self._user.thread] if verdict.part == "loop" else self._user.pool.threads
         frames = sys._current_frames()
-        return [frames[thread.ident] for thread in threads if thread.ident in frames]
+        try:
+            return [frames[thread.ident] for thread in threads if thread.ident in frames]
+        finally:
+            # This one is among them: a cycle, which would keep what user code has.
+            frames.clear()
 
 
 def _cpu_seconds() -> dict[int, float]:

@@ -50,13 +50,18 @@ def sample(worker: Any) -> None:
     from distributed import profile
 
     frames = sys._current_frames()
-    for unit in busy:
-        key = unit.user.deployment
-        for ident in _threads(unit):
-            frame = frames.get(ident)
-            if frame is not None and not _waits(frame):
-                profile.process(frame, None, worker.profile_recent, stop=_STOP)
-                profile.process(frame, None, worker.profile_keys[key], stop=_STOP)
+    try:
+        for unit in busy:
+            key = unit.user.deployment
+            for ident in _threads(unit):
+                frame = frames.get(ident)
+                if frame is not None and not _waits(frame):
+                    profile.process(frame, None, worker.profile_recent, stop=_STOP)
+                    profile.process(frame, None, worker.profile_keys[key], stop=_STOP)
+    finally:
+        # This one is among them. In a cycle they would keep what user code had, until the collector comes.
+        frames.clear()
+        frame = None
 
 
 def _threads(unit: ReplicaUnit) -> list[int]:
