@@ -237,7 +237,7 @@ def told(client) -> dict[str, tuple[str, set[str]]]:
     serve.run(Batched.bind(Model.bind()), name="batched", route_prefix="/batched", client=client)
     url = serve.url(client=client)
 
-    def batched() -> list[str]:
+    def ask() -> list[str]:
         with http_client(url) as http:
             assert http.get("/batched").status_code == 200
             return [http.get("/-/metrics").text]
@@ -247,7 +247,7 @@ def told(client) -> dict[str, tuple[str, set[str]]]:
 
     def complete():
         # Again and again: there are few threads here, and the replica may just have moved to better ones.
-        texts = batched()
+        texts = ask()
         found = [*texts, *(httpx.get(page, timeout=10).text for page in (scheduler, *workers))]
         sums = ("dask_serve_cluster_http_wait_seconds_bucket", "dask_serve_cluster_replica_run_seconds_bucket")
         summed = all(f'{name}{{application="batched"' in found[1] for name in sums)
