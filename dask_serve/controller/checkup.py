@@ -9,10 +9,7 @@ from ..checkup import facts, knock_all
 if TYPE_CHECKING:
     from .plugin import Controller
 
-__all__ = ["CHECKUP_OPERATIONS", "Checkup"]
-
-#: The operations that it adds to the scheduler's handlers.
-CHECKUP_OPERATIONS = ("serve_checkup",)
+__all__ = ["Checkup"]
 
 
 class Checkup:

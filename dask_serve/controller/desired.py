@@ -132,7 +132,3 @@ class Desired:
         if wanted.explicit or (routed and not front.url):
             await front.start(overlaid(wanted.http, [*wanted.explicit, *wanted.preferred]), set(wanted.explicit))
         return back
-
-
-#: The operations that it adds to the scheduler's handlers.
-DESIRED_OPERATIONS = ("serve_apply", "serve_desired")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..exceptions import ServeError
 
-__all__ = ["operation"]
+if TYPE_CHECKING:
+    from distributed import Scheduler
+
+__all__ = ["install", "operation"]
 
 Op = Callable[..., Coroutine[Any, Any, dict[str, Any]]]
 
@@ -24,3 +27,11 @@ def operation(method: Op) -> Op:
             return {"error": [type(error).__name__, str(error)]}
 
     return answer
+
+
+def install(scheduler: Scheduler, *owners: object) -> None:
+    """Have the scheduler answer with the ``serve_...`` methods of ``owners``."""
+    for owner in owners:
+        for name in dir(type(owner)):
+            if name.startswith("serve_"):
+                scheduler.handlers[name] = getattr(owner, name)

@@ -19,36 +19,30 @@ from tornado.ioloop import PeriodicCallback
 from ..config import HTTPOptions
 from ..dashboard.attach import Dashboard
 from ..defaults import overlaid
-from ..exceptions import (
-    ApplicationNotFoundError,
-    ConfigError,
-    DeploymentUnavailableError,
-    ServeError,
-)
 from ..logs import join_dask
 from ..measures.sources import add_source, drop_source
-from ..policy.desired import ApplicationSpec
-from ..policy.history import By
 from ..records import keep_records, told_since
 from ..routing.table import Table, encode_table
 from ..wire.tls import for_callers, lend_to_client
+from .applications import Applications
 from .boot import Boot, BootDocument
 from .changes import Changes, Throttle
-from .checkup import CHECKUP_OPERATIONS, Checkup
+from .checkup import Checkup
 from .child import Deployer
-from .desired import DESIRED_OPERATIONS, Desired
+from .desired import Desired
 from .editor import Editor
 from .errors import Errors
 from .events import Events, brief
 from .front import Front, first_options
-from .history import History, encode_history
+from .hearing import Hearing
+from .history import History
 from .leaving import Leaving
 from .live import filled_in
 from .measures import Measures
 from .metrics import controller_families
 from .notes import Notes
-from .operations import operation
-from .pieces import Uploads, parts_of
+from .operations import install, operation
+from .pieces import Uploads
 from .promises import Promises
 from .pulse import Pulse
 from .reconciler import Reconciler
@@ -122,7 +116,7 @@ class Controller(SchedulerPlugin):
         self.secret = secrets.token_bytes(32)
         self.registry = Registry(History(history_length()))
         self.views = Views(self.registry)
-        self._publish_soon = Throttle(self._publish)
+        self._publish_soon = Throttle(self.publish)
         self.events = Events(scheduler)
         self.reconciler = Reconciler(
             scheduler, self.registry, self._publish_soon, Notes(self.registry, self.events.add)
@@ -139,14 +133,14 @@ class Controller(SchedulerPlugin):
         for worker in scheduler.workers.values():
             self.measures.joined(worker)
         self.front = Front(
-            scheduler.security, self.editor, self._publish, self.scaling.waits, self.measures, note=self.events.add
+            scheduler.security, self.editor, self.publish, self.scaling.waits, self.measures, note=self.events.add
         )
         add_source(
             "dask-serve-controller", lambda: controller_families(lambda: self._status, self.measures, self.events)
         )
         self.desired = Desired(self)
         self.deployer = Deployer(scheduler)
-        self.boot = None if self._document is None else Boot(self._document, self.deployer, self._publish)
+        self.boot = None if self._document is None else Boot(self._document, self.deployer, self.publish)
         self._booting: asyncio.Task[None] | None = None
         Rest(self).install()
         self._shown = Shown(
@@ -161,16 +155,11 @@ class Controller(SchedulerPlugin):
         self._statuses = Changes()
         self._client: Client | None = None
         #: Why nothing is started any more, if so.
-        self._ended = ""
+        self.over = ""
         self._not_idle = PeriodicCallback(self._keep_awake, NOT_IDLE * 1000)
-        for name in OPERATIONS:
-            scheduler.handlers[name] = getattr(self, name)
-        for name in DESIRED_OPERATIONS:
-            scheduler.handlers[name] = getattr(self.desired, name)
-        checkup = Checkup(self)
-        for name in CHECKUP_OPERATIONS:
-            scheduler.handlers[name] = getattr(checkup, name)
-        scheduler.stream_handlers["serve-load"] = self._on_load
+        hearing = Hearing(self)
+        install(scheduler, self, self.desired, Applications(self), hearing, Checkup(self))
+        scheduler.stream_handlers["serve-load"] = hearing.on_load
         self._adaptive_before = scheduler.adaptive_target
         # Both names are used: Dask's own Adaptive asks over the wire, dashboards and gateways call the method.
         scheduler.adaptive_target = scheduler.handlers["adaptive_target"] = self._adaptive_target
@@ -180,7 +169,7 @@ class Controller(SchedulerPlugin):
         if self._http_at_start is not None:
             self.front.standing = {name: getattr(self._http_at_start, name) for name in self._explicit}
         self._http_at_start, self._explicit = first_options(self._http_at_start, self._explicit, http)
-        self._publish()
+        self.publish()
         self.dashboard.start()
         self._main = asyncio.get_running_loop().create_task(self._run())
 
@@ -211,8 +200,8 @@ class Controller(SchedulerPlugin):
         except Exception as error:
             logger.exception("the controller of dask_serve ended")
             self._shown.ended = f"{type(error).__name__}: {error}"
-            self._ended = f"the controller of dask_serve ended, see the scheduler's log: {error!r}"
-            self._publish()
+            self.over = f"the controller of dask_serve ended, see the scheduler's log: {error!r}"
+            self.publish()
             raise
 
     async def before_close(self) -> None:
@@ -308,168 +297,6 @@ class Controller(SchedulerPlugin):
         """Return the records of this process, and of the proxies, that the caller does not have."""
         return told_since(known)
 
-    # -- operations: applications
-
-    async def serve_missing(self, revisions: list[str]) -> dict[str, Any]:
-        """Return those revisions whose code is not here."""
-        return {"missing": self.editor.lacks(revisions)}
-
-    async def serve_upload(self, upload: str, number: int, part: Any, client: str) -> dict[str, Any]:
-        """Take a part of large code, which `serve_deploy` and `serve_apply` name then."""
-        self.uploads.put(upload, number, part, client)
-        return {}
-
-    @operation
-    async def serve_deploy(
-        self, application: bytes, code: dict[str, Any] | None = None, owner: str = "", client: str = ""
-    ) -> dict[str, Any]:
-        """Make an application run as it is given; answer once that is saved, with the number of its version.
-
-        ``code`` is by revision: the code, or the name of its upload and the number of its parts.
-        """
-        code = self.uploads.take(code or {})
-        try:
-            spec = msgspec.msgpack.decode(application, type=ApplicationSpec)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"the scheduler's dask_serve does not understand this application: {error}") from None
-        if self._ended:
-            raise ServeError(self._ended)
-        await self.scaling.check(spec)
-        missing = self.editor.lacks([name for deployment in spec.deployments for name in deployment.needs], code)
-        if missing:
-            # Another session deleted meanwhile what had the same code.
-            return {"missing": missing}
-        version = await self.editor.deploy(spec, code, By(owner, client))
-        if spec.route_prefix is not None and not self.front.url:
-            await self.front.start(overlaid(HTTPOptions(), ()), set())
-        return {"version": version}
-
-    @operation
-    async def serve_rollback(
-        self, app: str, version: int | None = None, owner: str = "", client: str = ""
-    ) -> dict[str, Any]:
-        """Make an application again what it was; answer with the number of the version that this is."""
-        by = By(owner, client)
-        return {"version": await self.editor.rollback(app, version, by, self.scheduler.tasks.__contains__)}
-
-    @operation
-    async def serve_scale(
-        self, app: str, deployment: str, number: int, owner: str = "", client: str = ""
-    ) -> dict[str, Any]:
-        """Change how many replicas a deployment has; answer with the number of the version that this is."""
-        return {"version": await self.editor.scale(app, deployment, number, By(owner, client))}
-
-    @operation
-    async def serve_history(self, app: str) -> dict[str, Any]:
-        """Return what an application was, and what became of it."""
-        return {"history": encode_history(self.registry.history.answer(app)), "told": self.editor.not_found(app)}
-
-    @operation
-    async def serve_code(self, revision: str, part: int = 0) -> dict[str, Any]:
-        """Return a part of a revision's code, as it came, how many there are, and the cluster's secret."""
-        code = await self.editor.code(revision)
-        if code is None:
-            raise DeploymentUnavailableError(f"revision {revision} is not deployed any more")
-        parts = parts_of(code)
-        return {"code": parts[part], "parts": len(parts), "secret": self.secret}
-
-    @operation
-    async def serve_delete(self, app: str, owner: str = "", client: str = "", own: bool = False) -> dict[str, Any]:
-        """Take an application away (``own``: if this client deployed it); answer when its replicas have ended."""
-        return {"deleted": await self.editor.delete(app, By(owner, client), own=own)}
-
-    @operation
-    async def serve_shutdown(self, owner: str = "", client: str = "") -> dict[str, Any]:
-        """Take everything away; the controller stays and can be used again."""
-        # HTTP drains first: a proxy that is still open would answer 404 for what is gone.
-        await self.front.stop()
-        names = [name for name, app in self.registry.applications.items() if not app.deleting]
-        by = By(owner, client)
-        deleting = (self.editor.delete(name, by) for name in names)
-        errors = await asyncio.gather(*deleting, return_exceptions=True)
-        self._publish()
-        for error in errors:
-            # Another session may have been faster.
-            if isinstance(error, BaseException) and not isinstance(error, ApplicationNotFoundError):
-                raise error
-        return {}
-
-    # -- operations: replicas
-
-    async def serve_report(self, replica: str, event: str, **info: Any) -> dict[str, Any]:
-        """Hear from a replica."""
-        known = self.registry.replicas.get(replica)
-        if known is None:
-            logger.debug("replica %s, which is not known (any more), reports %s", replica, event)
-        elif event == "ready":
-            self.tunnels.learn(info["process"], info["door"], known.worker)
-            self.reconciler.reported_ready(known, info["door"], info["process"])
-        elif event == "failed":
-            self.reconciler.reported_failed(known, info["error"])
-        elif event == "unhealthy":
-            self.reconciler.reported_unhealthy(known, info["message"])
-        elif event == "health":
-            self.reconciler.reported_health(known, info["message"])
-        elif event == "draining":
-            self.reconciler.reported_draining(known)
-        elif event == "stopped":
-            self.reconciler.ended(known)
-        else:
-            logger.warning("replica %s reports %r, which this version does not know", replica, event)
-        return {}
-
-    # -- the load
-
-    async def serve_backlogs(
-        self, source: str, number: int, queued: dict[str, float], owner: str = ""
-    ) -> dict[str, Any]:
-        """Hear how many requests wait at a process's routers."""
-        self.scaling.waits(source, number, queued, owner)
-        return {}
-
-    async def serve_counts(
-        self, source: str, counts: dict[str, Any], worker: str = "", epoch: str = "", ended: bool = False
-    ) -> dict[str, Any]:
-        """Hear what a worker that leaves, or a proxy elsewhere, has counted; the answer has this controller's epoch.
-
-        What a proxy counted is taken only from those who know that epoch: the rest was told to the controller before.
-        """
-        if worker:
-            self.measures.worker_told(source, counts)
-        elif epoch == self.epoch:
-            self.measures.proxy_told(source, counts)
-            if ended:
-                self.measures.proxy_ended(source)
-        return {"epoch": self.epoch}
-
-    def _on_load(self, running: dict[str, float], worker: str, **_: Any) -> None:
-        """Hear how many requests run at a worker's replicas."""
-        self.scaling.runs(worker, running)
-
-    async def serve_error(self, **report: Any) -> None:
-        """Hear what user code raised."""
-        self.errors.add(**report)
-
-    # -- operations: workers that leave
-
-    async def serve_leaving(self, worker: str, patience: float) -> dict[str, Any]:
-        """Hear that a worker is closing; answer when its replicas have replacements, or after ``patience`` seconds."""
-        await self.leaving.replace([worker], patience, no_place=0.2)
-        return {}
-
-    @operation
-    async def serve_drain(self, worker: str, stay: bool = False) -> dict[str, Any]:
-        """Bring a worker, by address or name, to hold no replicas, and keep it so; ``stay`` takes it back."""
-        there = self.scheduler.workers
-        address = next((one for one, state in there.items() if worker in (one, str(state.name))), None)
-        if address is None:
-            known = ", ".join(sorted(self.scheduler.workers)) or "none"
-            raise ConfigError(f"there is no worker {worker!r}; workers: {known}")
-        if stay:
-            self.leaving.stay([address])
-            return {"worker": address, "left": []}
-        return {"worker": address, "left": [replica.id for replica in await self.leaving.empty([address])]}
-
     # -- operations: tunnels
 
     async def serve_tunnel(self, comm: Comm, process: str) -> Status:
@@ -524,7 +351,7 @@ class Controller(SchedulerPlugin):
 
     # -- inside
 
-    def _publish(self, *_: Any) -> None:
+    def publish(self, *_: Any) -> None:
         """Make table and status anew, and tell those who wait when they changed."""
         self.editor.flush()
         registry = self.registry
@@ -552,7 +379,7 @@ class Controller(SchedulerPlugin):
             applications=self.views.statuses(),
             proxies=self.front.describe(),
             url=self.front.url,
-            message="\n".join(text for text in (self._ended, self.front.message, *self.editor.trouble, boot) if text),
+            message="\n".join(text for text in (self.over, self.front.message, *self.editor.trouble, boot) if text),
             events=self.events.latest(),
         )
         if status != self._status or not status.version:
@@ -600,7 +427,3 @@ class Controller(SchedulerPlugin):
     def _adaptive_target(self, target_duration: float | None = None) -> int:
         self.leaving.asked_at = asyncio.get_running_loop().time()
         return max(int(self._adaptive_before(target_duration)), self.reconciler.wanted_workers())
-
-
-#: The operations that the controller adds to the scheduler's handlers.
-OPERATIONS = tuple(sorted(name for name in vars(Controller) if name.startswith("serve_")))
