@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from dask_serve import api, cli, versions
 from dask_serve.cli.connecting import Cluster
 from dask_serve.cli.loading import load
-from dask_serve.cli.serving import INTERRUPTED
+from dask_serve.cli.serving import INTERRUPTED, Serving
 from dask_serve.controller.status import ServeStatus
 from dask_serve.deployment import Application
 from dask_serve.exceptions import ApplicationNotFoundError, DeploymentFailedError
@@ -154,13 +154,13 @@ def test_run_on_a_cluster_deletes_what_it_deployed(monkeypatch: pytest.MonkeyPat
     calls: list[tuple[Any, ...]] = []
     client = _Client()
 
-    def deploy(application: Application, **options: Any) -> None:
-        calls.append(("run", application.name, options["name"], options["route_prefix"]))
+    def send(serving: Serving, application: Application, name: str) -> None:
+        calls.append(("run", application.name, name, serving._route_prefix))
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Cluster, "connect", lambda self: client)
     monkeypatch.setattr(api, "start", lambda **options: calls.append(("start", options)))
-    monkeypatch.setattr(api, "run", deploy)
+    monkeypatch.setattr(Serving, "_send", send)
     monkeypatch.setattr(api, "delete", lambda name, client: calls.append(("delete", name)))
     options = ["--scheduler", "tcp://127.0.0.1:8786", "--name", "shop", "--route-prefix", "/shop", "--port", "8100"]
     result = invoke("run", "hello_module:app", *options)
@@ -174,12 +174,12 @@ def test_run_on_a_cluster_deletes_what_it_deployed(monkeypatch: pytest.MonkeyPat
 
 
 def test_run_reports_a_deployment_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(application: Application, **options: Any) -> None:
+    def fail(serving: Serving, application: Application, name: str) -> None:
         raise DeploymentFailedError("ZeroDivisionError: in the constructor")
 
     monkeypatch.setattr(Cluster, "connect", lambda self: _Client())
     monkeypatch.setattr(api, "start", lambda **options: None)
-    monkeypatch.setattr(api, "run", fail)
+    monkeypatch.setattr(Serving, "_send", fail)
     monkeypatch.setattr(api, "delete", lambda name, client: None)
     result = invoke("run", "hello_module:app", "--scheduler", "tcp://127.0.0.1:8786")
     assert result.exit_code == 1
