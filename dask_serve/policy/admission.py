@@ -87,6 +87,7 @@ class Admission:
 
     __slots__ = (
         "_credits",
+        "_due",
         "_lapses",
         "_passed",
         "_silent",
@@ -116,6 +117,8 @@ class Admission:
         self._credits: dict[Hashable, int] = {}
         # When each credit lapses, oldest first. Used and returned ones leave a stale entry, counted off when it is due.
         self._lapses: deque[tuple[float, Hashable]] = deque()
+        #: How many entries each router has there: thousands are due at once where requests are short and many wait.
+        self._due: dict[Hashable, int] = {}
         #: Online requests that were admitted since a background one was granted a slot, while some waited.
         self._passed = 0
 
@@ -228,8 +231,10 @@ class Admission:
         """Take back the credits that were out for too long; their routers get no more until they are heard of."""
         while self._lapses and self._lapses[0][0] <= now:
             _, router = self._lapses.popleft()
-            stale = sum(1 for _, other in self._lapses if other == router)
-            if self._credits.get(router, 0) > stale:
+            younger = self._due.pop(router) - 1
+            if younger:
+                self._due[router] = younger
+            if self._credits.get(router, 0) > younger:
                 self._take_credit(router)
                 want = self._wants.pop(router, None)
                 if want is not None:
@@ -245,7 +250,8 @@ class Admission:
         self._silent.pop(router, None)
         self._wants.pop(router, None)
         self.granted -= self._credits.pop(router, 0)
-        self._forget_lapses(router)
+        self._lapses = deque(entry for entry in self._lapses if entry[1] != router)
+        self._due.pop(router, None)
         return self._grant(now)
 
     def _revive(self, router: Hashable) -> None:
@@ -260,11 +266,9 @@ class Admission:
             self._credits[router] = left
         else:
             del self._credits[router]
-            self._forget_lapses(router)
-
-    def _forget_lapses(self, router: Hashable) -> None:
-        if self._lapses:
-            self._lapses = deque(entry for entry in self._lapses if entry[1] != router)
+            if not self.granted:
+                self._lapses.clear()
+                self._due.clear()
 
     def _grant(self, now: float) -> list[Hashable]:
         granted: list[Hashable] = []
@@ -277,6 +281,7 @@ class Admission:
             self._credits[best] = self._credits.get(best, 0) + 1
             self.granted += 1
             self._lapses.append((now + CREDIT_LIFETIME, best))
+            self._due[best] = self._due.get(best, 0) + 1
             granted.append(best)
         return granted
 

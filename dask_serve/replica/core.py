@@ -27,6 +27,9 @@ __all__ = ["ReplicaCore"]
 #: Seconds between two looks for answers that are not in the books, while there are requests.
 BOOKS_EVERY = 0.02
 
+#: Seconds at least between two looks for credits that have lapsed: most that are due were used long ago.
+LAPSE_EVERY = 0.02
+
 
 class ReplicaCore:
     """Admission and bookkeeping of one replica.
@@ -383,7 +386,7 @@ class ReplicaCore:
     def _arm_lapse(self) -> None:
         due = self.admission.next_lapse()
         if due is not None:
-            self._lapse = self._loop.call_later(max(0.0, due - time.monotonic()), self._on_lapse)
+            self._lapse = self._loop.call_later(max(LAPSE_EVERY, due - time.monotonic()), self._on_lapse)
 
     def _on_lapse(self) -> None:
         self._settle()
