@@ -173,7 +173,9 @@ class Replica:
             seconds = now - execution.entered
             self.takes.add(seconds)
             delay = execution.entered - execution.began
-            self.admission.leftover.began(execution.found, delay, seconds, self.admission.limit)
+            background = execution.request.background
+            limit = self.admission.limit
+            self.admission.leftover.began(execution.found, delay, seconds, limit, self.sim.now, background)
         self.answer(execution, self.admission.finish(now - execution.began, now))
         while self.waiting and self.active < self.admission.limit:
             self.begin(self.waiting.popleft())

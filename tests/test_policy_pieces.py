@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dask_serve.policy.pieces import ANSWERS, FIRST, LARGEST, MOST, TARGET, PieceSize
+from dask_serve.policy.pieces import ANSWERS, FIRST, LARGEST, MOST, TARGET, PieceSize, PieceSizes
 
 
 def settled(fixed: float, each: float, answers: int = 200) -> PieceSize:
@@ -28,6 +28,21 @@ def test_pieces_are_larger_where_calls_cost_more_than_rows():
     # Half of the time or more is the rows'.
     assert 1e-6 * size.rows >= 0.01
     assert 0.02 + 1e-6 * size.rows <= MOST
+
+
+def test_pieces_stay_shorter_beside_online_requests():
+    sizes = PieceSizes()
+
+    def answer(quiet: bool) -> float:
+        for _ in range(200):
+            sizes.answered(sizes.rows, 0.01 + 1e-6 * sizes.rows, quiet)
+        return 0.01 + 1e-6 * sizes.rows
+
+    assert 0.012 <= answer(quiet=False) <= 0.016
+    assert 0.018 <= answer(quiet=True) <= 0.03
+    # The first answer that tells of online requests is enough.
+    sizes.answered(sizes.rows, 0.03, quiet=False)
+    assert 0.01 + 1e-6 * sizes.rows <= 0.016
 
 
 def test_single_rows_where_one_takes_longer():
@@ -52,8 +67,8 @@ def test_they_are_bounded(answers: list[tuple[int, float]]):
 
 def test_what_disturbs_one_answer_changes_nothing():
     size = PieceSize()
-    for seconds in [0.003, 5.0, 0.003] * 20:
-        size.answered(FIRST, seconds)
+    for disturbed in [False, True, False] * 20:
+        size.answered(size.rows, 5.0 if disturbed else 0.003 * size.rows / FIRST)
     assert size.rows == FIRST
 
 

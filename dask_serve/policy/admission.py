@@ -38,9 +38,6 @@ CREDIT_LIFETIME = 0.25
 #: not idle for the round trip of a credit (a 1 ms service would for 19 % of the time).
 AHEAD_BELOW = 0.02
 
-#: The same for a background request ahead, which an online one that comes now has to wait for.
-BACKGROUND_AHEAD_BELOW = 0.004
-
 #: Weight of the newest sample in the moving mean of the service time.
 _SMOOTHING = 0.1
 
@@ -158,12 +155,14 @@ class Admission:
         self.running += 1
         if not urgent:
             self.storing += 1
-        if self._wants and not background:
-            self._passed += 1
+        if not background:
+            self.leftover.came = True
+            if self._wants:
+                self._passed += 1
         return True
 
     def _leftover(self) -> int:
-        return self.leftover.most + max(self.leftover.ahead, self.service < BACKGROUND_AHEAD_BELOW)
+        return self.leftover.most + self.leftover.ahead
 
     def _is_held_back(self) -> bool:
         return self.most is not None and self.storing + self.granted >= self.most

@@ -9,33 +9,57 @@ Pure: the times are arguments.
 
 from __future__ import annotations
 
-__all__ = ["PieceSize"]
+__all__ = ["PieceSize", "PieceSizes"]
 
 #: Rows of the first piece.
 FIRST = 64
 #: Seconds that a piece should take, and those that it may take where that makes rows much cheaper.
 TARGET = 0.005
 MOST = 0.1
-#: Twice the rows are much cheaper where they take less than this many times longer.
+#: Twice the rows are much cheaper where they take less than this many times longer; and beside online requests, which
+#: wait for every piece.
 CHEAP = 1.5
+CHEAP_BESIDE = 1.25
 #: Answers that tell how long a piece takes. The first calls of a model are often slower.
 ANSWERS = 3
 #: Rows of the largest piece.
 LARGEST = 1 << 20
 
 
+class PieceSizes:
+    """How many rows the next pieces have; one for each method, in each process that calls it."""
+
+    __slots__ = ("_alone", "_beside", "_quiet")
+
+    def __init__(self) -> None:
+        self._quiet = False
+        self._beside = PieceSize(CHEAP_BESIDE)
+        self._alone = PieceSize(CHEAP)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the next piece."""
+        return (self._alone if self._quiet else self._beside).rows
+
+    def answered(self, rows: int, seconds: float, quiet: bool) -> None:
+        """Note what a piece took, and whether its replica had no online requests lately."""
+        self._quiet = quiet
+        (self._alone if quiet else self._beside).answered(rows, seconds)
+
+
 class PieceSize:
-    """How many rows the next pieces have; one for each method, in each process that calls it.
+    """How many rows pieces have, where twice as many are much cheaper if they take less than ``cheap`` times longer.
 
     Attributes
     ----------
     rows : int
     """
 
-    __slots__ = ("_answers", "_fastest", "_took", "rows")
+    __slots__ = ("_answers", "_cheap", "_fastest", "_took", "rows")
 
-    def __init__(self, rows: int = FIRST) -> None:
-        self.rows = rows
+    def __init__(self, cheap: float = CHEAP) -> None:
+        self.rows = FIRST
+        self._cheap = cheap
         #: What pieces of a size take, as far as is known.
         self._took: dict[int, float] = {}
         self._answers = 0
@@ -54,14 +78,16 @@ class PieceSize:
         took = self._took[rows] = self._fastest
         self._answers = 0
         half, double = self._took.get(rows // 2), self._took.get(2 * rows)
-        if took < TARGET / 2 or (double is not None and double <= MOST and double < CHEAP * took):
+        if took < TARGET / 2 or (double is not None and double <= MOST and double < self._cheap * took):
             self.rows = min(2 * rows, LARGEST)
         elif half is None:
             if rows > 1 and took > TARGET:
                 # It is tried, and found cheaper by the row or not.
                 self.rows = rows // 2
-        elif took < CHEAP * half:
+            elif double is None and took < MOST / 2:
+                self.rows = min(2 * rows, LARGEST)
+        elif took < self._cheap * half:
             if double is None and took < MOST / 2:
                 self.rows = min(2 * rows, LARGEST)
-        elif took > 2 * TARGET:
+        elif took > TARGET:
             self.rows = rows // 2

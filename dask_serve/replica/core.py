@@ -244,7 +244,8 @@ class ReplicaCore:
         self._sampled = now
         seconds = (execution.ended or now) - execution.entered
         delay = execution.entered - execution.began
-        self.admission.leftover.began(execution.found, delay, seconds, self.admission.limit)
+        background = execution.call.background
+        self.admission.leftover.began(execution.found, delay, seconds, self.admission.limit, now, background)
         if whole:
             self._takes.add(seconds)
             self.least = self._takes.least
@@ -320,7 +321,8 @@ class ReplicaCore:
             if answer.kind != Kind.RESULT:
                 return False
             running = running - 1 if running > 1 else 0
-            header = encode(Reply(running, 0, 0, answer.stored, answer.nbytes, answer.status, answer.headers))
+            quiet = self.admission.leftover.quiet
+            header = encode(Reply(running, 0, 0, answer.stored, answer.nbytes, answer.status, answer.headers, quiet))
             executions, frames, size = outgoing.get(execution.connection) or ([], [], 0)
             size += encode_frame(Kind.RESULT, execution.request, header, answer.parts, frames)
             executions.append(execution)
@@ -373,6 +375,7 @@ class ReplicaCore:
                     answer.nbytes,
                     answer.status,
                     answer.headers,
+                    admission.leftover.quiet,
                 )
             )
         connection.send(answer.kind, execution.request, header, answer.parts)

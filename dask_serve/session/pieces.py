@@ -17,7 +17,7 @@ from distributed.worker import thread_state
 
 from ..exceptions import ReplicaLostError, RequestCancelledError, ScoringError
 from ..mapping import patient
-from ..policy.pieces import PieceSize
+from ..policy.pieces import PieceSizes
 from ..response import DeploymentResponse
 from ..routing.session import Session
 from ..wire.loops import running_loop
@@ -136,7 +136,7 @@ class Lane:
         self._call = patient(handle.options(sync=True), places_near(worker, entry))
         self._where = where
         self._ahead = ahead
-        self._learned: PieceSize | None = None
+        self._learned: PieceSizes | None = None
         self._rows = size
         if size == "auto":
             self._rows = 0 if entry is None else entry.rows.get(handle._method, 0)
@@ -178,7 +178,7 @@ class Lane:
             self._wait(ref)
             state = ref._local
             if state.seconds and self._learned is not None:
-                self._learned.answered(piece.stop - piece.start, state.seconds)
+                self._learned.answered(piece.stop - piece.start, state.seconds, state.quiet)
             try:
                 return ref.take_in_thread(None)
             except ReplicaLostError:
@@ -250,12 +250,12 @@ class _Progress:
 progress = _Progress()
 
 #: What was learned of methods, by cluster, deployment and method.
-_sizes: dict[tuple[str, str, str], PieceSize] = {}
+_sizes: dict[tuple[str, str, str], PieceSizes] = {}
 
 
-def learned_size(session: Session, handle: DeploymentHandle) -> PieceSize:
+def learned_size(session: Session, handle: DeploymentHandle) -> PieceSizes:
     """Return what this process has learned of a method. Threads share it; a lost sample does no harm."""
-    return _sizes.setdefault((session.address, handle._id, handle._method), PieceSize())
+    return _sizes.setdefault((session.address, handle._id, handle._method), PieceSizes())
 
 
 def places_near(worker: Worker | None, entry: Any) -> frozenset[str] | None:

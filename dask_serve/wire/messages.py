@@ -178,6 +178,8 @@ class Reply(Struct, array_like=True, gc=False):
     #: HTTP status; 0 for calls from Python.
     status: int = 0
     headers: list[tuple[bytes, bytes]] = []
+    #: No online request has come to the replica for a while.
+    quiet: bool = False
 
 
 class Failure(Struct, array_like=True, gc=False):
