@@ -17,13 +17,16 @@ __all__ = ["Engine"]
 class Engine:
     """A daemon thread with an event loop, shared by all sessions of the process and ended with the last of them."""
 
+    #: How often this process has been forked off: an engine's thread stays in the process that began it. Counted, as
+    #: asking for the process's id costs every call a system call.
+    forks: ClassVar[int] = 0
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _current: ClassVar[Engine | None] = None
 
     def __init__(self) -> None:
         self.loop = new_event_loop()
         self.mailbox = Mailbox(self.loop, _run)
-        self.pid = os.getpid()
+        self.born = Engine.forks
         self._users = 0
         self._thread = threading.Thread(target=self._main, name="dask-serve-engine", daemon=True)
         self._thread.start()
@@ -33,7 +36,7 @@ class Engine:
         """Return the process's engine, started if there is none; give it back with `release`."""
         with cls._lock:
             engine = cls._current
-            if engine is None or engine.pid != os.getpid():
+            if engine is None or engine.born != Engine.forks:
                 engine = cls._current = Engine()
             engine._users += 1
             return engine
@@ -67,6 +70,7 @@ class Engine:
 
 def _after_fork() -> None:
     # The thread of the engine is in the parent, and somebody there may have held the lock.
+    Engine.forks += 1
     Engine._lock = threading.Lock()
     Engine._current = None
 

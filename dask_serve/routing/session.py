@@ -198,10 +198,10 @@ class Session:
     def engine(self) -> tuple[Engine, Fabric]:
         """Return the background loop and its fabric, for synchronous callers."""
         engine, fabric = self._engine, self._engine_fabric
-        if engine is not None and fabric is not None and engine.pid == os.getpid():
+        if engine is not None and fabric is not None and engine.born == Engine.forks:
             return engine, fabric
         with self._lock:
-            if self._engine is None or self._engine_fabric is None or self._engine.pid != os.getpid():
+            if self._engine is None or self._engine_fabric is None or self._engine.born != Engine.forks:
                 self._check_open()
                 engine = Engine.acquire()
                 fabric = self._make_fabric(engine.loop, "engine")
