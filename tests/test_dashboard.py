@@ -21,7 +21,8 @@ from dask_serve.controller.state_file import StateFile
 pytest.importorskip("bokeh")
 
 from dask_serve.dashboard.pages import INDIVIDUAL, TIMES, Page, connect
-from dask_serve.dashboard.panels import PANELS, Decisions, Replicas, Workers
+from dask_serve.dashboard.history import Levels
+from dask_serve.dashboard.panels import PANELS, Decisions, Headline, Replicas, Workers
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,6 +151,36 @@ async def test_what_is_shown():
         controller._shown.ended = "ValueError: x"
         sampler._sample()
         assert "restart the scheduler" in sampler.snapshot.trouble[0]
+
+
+class Waits:
+    async def __call__(self) -> None:
+        await asyncio.sleep(30)
+
+
+@gen_test(timeout=60)
+async def test_calls_that_wait_at_a_session_are_shown():
+    async with scheduler() as s, Worker(s.address, nthreads=2), Client(s.address, asynchronous=True) as c:
+        handle = await serve.run(serve.deployment(max_ongoing_requests=2)(Waits).bind(), name="a", client=c)
+        sampler = s.plugins["dask-serve"].dashboard._sampler
+        refs = [handle.remote() for _ in range(6)]
+
+        def seen() -> bool:
+            levels = sampler.look().levels.get("a/Waits", Levels())
+            return (levels.running, levels.queued) == (2, 4)
+
+        await until(seen, 20)
+        told = (await get(s, "/metrics")).text
+        for name, number in (("in_flight", 2), ("queued", 4)):
+            assert f'dask_serve_{name}{{application="a",deployment="Waits"}} {number}.0' in told
+        panel = Headline()
+        page = Page(sampler)
+        page.add(panel)
+        page.update()
+        assert "4</b>" in panel.root.text
+        assert (await serve.status(client=c)).applications["a"].deployments["Waits"].queued == 4
+        for ref in refs:
+            ref.cancel()
 
 
 #: Everything else works where bokeh is not.

@@ -111,10 +111,10 @@ def test_classes_of_answers(status, told):
 
 def status(**options):
     replicas = [
-        ReplicaStatus(id=f"a/x/{number}", state=state, worker=f"tcp://w{number % 2}", revision="r")
+        ReplicaStatus(id=f"a/x/{number}", state=state, worker=f"tcp://w{number % 2}", revision="r", in_flight=number)
         for number, state in enumerate(("ready", "ready", "starting"))
     ]
-    deployment = DeploymentStatus(status="running", message="", target=3, counts={}, replicas=replicas)
+    deployment = DeploymentStatus(status="running", message="", target=3, counts={}, replicas=replicas, in_flight=3, queued=7)
     application = ApplicationStatus(
         status="running", message="", route_prefix="/", ingress="x", deployments={"x": deployment}
     )
@@ -136,9 +136,9 @@ NAMES = {"tcp://w0": "10", "tcp://w1": "9"}
 
 
 def test_a_moment():
-    snapshot = take(status(), NAMES, {"a/x": 7})
+    snapshot = take(status(), NAMES)
     assert snapshot.trouble == []
-    assert snapshot.levels == {"a/x": Levels(running=4, queued=7, ready=2, wanted=3)}
+    assert snapshot.levels == {"a/x": Levels(running=3, queued=7, ready=2, wanted=3)}
     first = snapshot.replicas[0]
     assert (first["worker"], first["escaped"], first["answered"], first["wasted"]) == ("10", "tcp%3A%2F%2Fw0", 9, 0.13)
     assert [row["model"] for row in snapshot.of(snapshot.models, "a/x")] == ["m1", "m2"]
@@ -149,13 +149,13 @@ def test_a_moment():
 
 
 def test_what_is_missing_says_what_to_do():
-    (text, http) = take(ServeStatus(), {}, {}).trouble
+    (text, http) = take(ServeStatus(), {}).trouble
     assert "serve.run(app)" in text
     assert "serve.start()" in http
-    assert "cluster.scale(2)" in take(status(), {}, {}).trouble[0]
-    assert take(status(url="", message="the proxies could not be started: x"), NAMES, {}).trouble == [
+    assert "cluster.scale(2)" in take(status(), {}).trouble[0]
+    assert take(status(url="", message="the proxies could not be started: x"), NAMES).trouble == [
         "the proxies could not be started: x"
     ]
-    (text,) = take(status(), NAMES, {}, "ValueError: x").trouble
+    (text,) = take(status(), NAMES, "ValueError: x").trouble
     assert "ValueError: x" in text
     assert "restart the scheduler" in text

@@ -31,6 +31,7 @@ def filled_in(
     workers: Mapping[str, WorkerState],
     loads: dict[str, LoadStatus],
     errors: Callable[[str], list[ErrorStatus]],
+    waiting: Mapping[str, float],
 ) -> ServeStatus:
     """Return the status with what the workers told last.
 
@@ -43,6 +44,8 @@ def filled_in(
         Of the deployments that follow their load.
     errors : callable
         Returns the last errors of a deployment.
+    waiting : mapping
+        How many requests wait at the proxies, by deployment, as far as they tell the controller.
     """
     told = {address: worker.metrics["serve"] for address, worker in workers.items() if worker.metrics.get("serve")}
 
@@ -67,7 +70,7 @@ def filled_in(
             one,
             replicas=replicas,
             in_flight=sum(other.in_flight for other in replicas),
-            queued=sum(other.queued for other in replicas) + _at_routers(id, one, told, loads),
+            queued=sum(other.queued for other in replicas) + _at_routers(id, one, told, loads, waiting),
             errors=errors(id),
         )
 
@@ -84,9 +87,11 @@ def filled_in(
     )
 
 
-def _at_routers(id: str, one: DeploymentStatus, told: dict[str, Any], loads: dict[str, LoadStatus]) -> int:
-    """Return how many requests wait at routers: each tells all replicas that it could send them to."""
+def _at_routers(
+    id: str, one: DeploymentStatus, told: dict[str, Any], loads: dict[str, LoadStatus], waiting: Mapping[str, float]
+) -> int:
+    """Return how many requests wait at routers, those of sessions included: each tells some of the replicas, or all."""
     if id in loads:
         return round(loads[id].queued)
     counts = [told.get(other.worker, {}).get("replicas", {}).get(other.id, {}) for other in one.replicas]
-    return max((int(count.get("wanted", 0)) for count in counts), default=0)
+    return max(round(waiting.get(id, 0.0)), *(int(count.get("wanted", 0)) for count in counts), 0)

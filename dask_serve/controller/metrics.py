@@ -32,7 +32,7 @@ def controller_families(status: Callable[[], ServeStatus], measures: Measures, e
     events : Events
     """
     now = status()
-    states, wanted, applications = [], [], []
+    states, wanted, applications, in_flight, queued = [], [], [], [], []
     for name, application in now.applications.items():
         applications += [
             Sample({"application": name, "status": one}, int(one == application.status)) for one in SEVERITY
@@ -40,6 +40,8 @@ def controller_families(status: Callable[[], ServeStatus], measures: Measures, e
         for deployment, of in application.deployments.items():
             labels = {"application": name, "deployment": deployment}
             wanted.append(Sample(labels, of.target))
+            in_flight.append(Sample(labels, of.in_flight))
+            queued.append(Sample(labels, of.queued))
             counts = {**dict.fromkeys(REPLICAS, 0), **of.counts}
             states += [Sample({**labels, "state": state}, number) for state, number in counts.items()]
     proxies = dict.fromkeys(PROXIES, 0)
@@ -56,6 +58,8 @@ def controller_families(status: Callable[[], ServeStatus], measures: Measures, e
         ),
         Family("dask_serve_replicas", "gauge", "Replicas by state.", states),
         Family("dask_serve_replicas_wanted", "gauge", "Replicas that there should be.", wanted),
+        Family("dask_serve_in_flight", "gauge", "Requests that replicas run, by their last heartbeats.", in_flight),
+        Family("dask_serve_queued", "gauge", "Requests that wait for replicas, at handles of sessions too.", queued),
         Family(
             "dask_serve_proxies",
             "gauge",

@@ -136,7 +136,7 @@ class Controller(SchedulerPlugin):
             scheduler.security, self.editor, self.publish, self.scaling.waits, self.measures, note=self.events.add
         )
         add_source(
-            "dask-serve-controller", lambda: controller_families(lambda: self._status, self.measures, self.events)
+            "dask-serve-controller", lambda: controller_families(self._with_workers, self.measures, self.events)
         )
         self.desired = Desired(self)
         self.deployer = Deployer(scheduler)
@@ -144,7 +144,7 @@ class Controller(SchedulerPlugin):
         self._booting: asyncio.Task[None] | None = None
         Rest(self).install()
         self._shown = Shown(
-            scheduler, status=self._with_workers, queued=self._queued, measures=self.measures, events=self.events
+            scheduler, status=self._with_workers, measures=self.measures, events=self.events
         )
         self.dashboard = Dashboard(scheduler, self._shown)
         self.measures.on_proxy, self.measures.on_worker = self.dashboard.proxy_told, self.dashboard.replicas_told
@@ -409,11 +409,8 @@ class Controller(SchedulerPlugin):
         return self._with_workers()
 
     def _with_workers(self) -> ServeStatus:
-        return filled_in(self._status, self.scheduler.workers, self.scaling.loads(), self.errors.of)
-
-    def _queued(self) -> dict[str, float]:
-        # Of deployments that follow their load, handles tell too.
-        return {**self.front.queued(), **self.scaling.queued()}
+        loads, waiting = self.scaling.loads(), self.front.queued()
+        return filled_in(self._status, self.scheduler.workers, loads, self.errors.of, waiting)
 
     def _keep_awake(self) -> None:
         # Dask counts tasks; it sees neither actors nor the requests that they serve.

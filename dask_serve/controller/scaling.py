@@ -208,10 +208,6 @@ class Scaling:
             if id in scaled
         }
 
-    def queued(self) -> dict[str, float]:
-        """Return how many requests wait, of each deployment that follows its load."""
-        return {id: deployment.load.queued for id, deployment in self._deployments.items()}
-
     def _reports(self) -> list[_Report]:
         return [*self._running.values(), *self._queued.values()]
 

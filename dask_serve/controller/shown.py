@@ -22,8 +22,8 @@ class Shown:
     Parameters
     ----------
     scheduler : Scheduler
-    status, queued : callable
-        Return what runs, and how many requests wait by deployment.
+    status : callable
+        Returns what runs, with what the workers told last.
     measures : Measures
     events : Events
     """
@@ -33,7 +33,6 @@ class Shown:
         scheduler: Scheduler,
         *,
         status: Callable[[], ServeStatus],
-        queued: Callable[[], Mapping[str, float]],
         measures: Measures,
         events: Events,
     ) -> None:
@@ -41,7 +40,6 @@ class Shown:
         self._measures = measures
         self._events = events
         self.status = status
-        self.queued = queued
         #: Why there is no controller any more.
         self.ended = ""
 

@@ -94,7 +94,7 @@ class Sampler:
                 self._tellers.told(worker, now - age, counts, before)
         # The oldest grows from heartbeat to heartbeat.
         self._lag = max(oldest, 0.9 * self._lag)
-        snapshot = take(self.source.status(), self.source.names(), self.source.queued(), self.source.ended)
+        snapshot = take(self.source.status(), self.source.names(), self.source.ended)
         for row in snapshot.batches:
             counts = {row["deployment"]: {"batches": row["batches"], "batched": row["calls"]}}
             self._tellers.told(f"{row['replica']} {row['method']}", now, counts, before)

@@ -49,7 +49,7 @@ class Snapshot(NamedTuple):
         return [row for row in rows if deployment in (ALL, row["deployment"])]
 
 
-def take(status: ServeStatus, names: Mapping[str, str], queued: Mapping[str, float], ended: str = "") -> Snapshot:
+def take(status: ServeStatus, names: Mapping[str, str], ended: str = "") -> Snapshot:
     """Make a snapshot.
 
     Parameters
@@ -58,8 +58,6 @@ def take(status: ServeStatus, names: Mapping[str, str], queued: Mapping[str, flo
         With what workers told.
     names : mapping
         Names of all workers by address.
-    queued : mapping
-        How many requests wait, by deployment.
     ended : str
         Why there is no controller any more.
     """
@@ -72,8 +70,8 @@ def take(status: ServeStatus, names: Mapping[str, str], queued: Mapping[str, flo
             rows = _replicas(id, deployment, names, told)
             replicas += rows
             levels[id] = Levels(
-                running=sum(row["running"] for row in rows),
-                queued=queued.get(id, 0.0),
+                running=deployment.in_flight,
+                queued=deployment.queued,
                 ready=sum(row["state"] == "ready" for row in rows),
                 wanted=deployment.target,
             )
@@ -103,7 +101,8 @@ def _replicas(
                 "worker": names.get(replica.worker, replica.worker),
                 "address": replica.worker,
                 "escaped": quote(replica.worker, safe=""),
-                "running": counts.get("running", 0),
+                "running": replica.in_flight,
+                "queued": replica.queued,
                 "answered": counts.get("answered", 0),
                 "failed": counts.get("failed", 0),
                 "dropped": counts.get("dropped", 0),

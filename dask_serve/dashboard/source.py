@@ -25,9 +25,6 @@ class Source(Protocol):
     def names(self) -> Mapping[str, str]:
         """Return the names of all workers by address."""
 
-    def queued(self) -> Mapping[str, float]:
-        """Return how many requests wait by deployment, as far as that is told."""
-
     def heartbeats(self) -> Iterable[tuple[str, float, Mapping[str, Any]]]:
         """Return a name of each worker's process, how many seconds ago it told, and its counts by deployment."""
 
