@@ -171,7 +171,7 @@ async def test_http_options(c, s, a, b):
     assert (await post(url, "12345")).text == "5"
     # What is not named stays, and what others may call it is understood.
     assert await serve.start(http_options={"body_limit": 4}, num_proxies=2) == url
-    assert [proxy["state"] for proxy in (await serve.status()).proxies].count("ready") == 2
+    assert [proxy.state for proxy in (await serve.status()).proxies].count("ready") == 2
     assert (await post(url, "1234")).text == "4"
     assert (await post(url, "12345")).status_code == 413
     # A port that is refused leaves no application behind.

@@ -802,7 +802,7 @@ async def test_proxies(c, s, a):
     serve = await service(c)
     url = (await start_proxies(serve, port=0))["url"]
     assert (await serve.table()).url == (await serve.status()).url == url
-    assert [proxy["state"] for proxy in (await serve.status()).proxies] == ["ready"]
+    assert [proxy.state for proxy in (await serve.status()).proxies] == ["ready"]
     # The same again, and the start without wishes that comes with a deployment, change nothing.
     before = (await serve.status()).proxies
     assert await start_proxies(serve, port=0) == {"url": url}

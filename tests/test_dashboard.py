@@ -20,8 +20,8 @@ from dask_serve.controller.state_file import StateFile
 
 pytest.importorskip("bokeh")
 
-from dask_serve.dashboard.pages import INDIVIDUAL, TIMES, Page, connect
 from dask_serve.dashboard.history import Levels
+from dask_serve.dashboard.pages import INDIVIDUAL, TIMES, Page, connect
 from dask_serve.dashboard.panels import PANELS, Decisions, Headline, Replicas, Workers
 
 ROOT = Path(__file__).parents[1]

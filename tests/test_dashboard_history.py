@@ -114,7 +114,9 @@ def status(**options):
         ReplicaStatus(id=f"a/x/{number}", state=state, worker=f"tcp://w{number % 2}", revision="r", in_flight=number)
         for number, state in enumerate(("ready", "ready", "starting"))
     ]
-    deployment = DeploymentStatus(status="running", message="", target=3, counts={}, replicas=replicas, in_flight=3, queued=7)
+    deployment = DeploymentStatus(
+        status="running", message="", target=3, counts={}, replicas=replicas, in_flight=3, queued=7
+    )
     application = ApplicationStatus(
         status="running", message="", route_prefix="/", ingress="x", deployments={"x": deployment}
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from typing import Any
 
 import pytest
 
@@ -61,9 +60,9 @@ def test_the_last_digit_of_python_does_not_matter(examination):
 
 
 def test_proxies_of_another_version(examination):
-    from dask_serve.controller.status import ServeStatus
+    from dask_serve.controller.status import ProxyStatus, ServeStatus
 
-    rows: list[dict[str, Any]] = [{"slot": 0, "state": "ready"}, {"node": "far", "url": "", "version": "0.0.1"}]
+    rows = [ProxyStatus(state="ready"), ProxyStatus(node="far", version="0.0.1")]
     examination._versions(ServeStatus(proxies=rows))
     assert [(state, subject) for state, subject, _ in told(examination)] == [("wrong", "proxy on far")]
 

@@ -123,7 +123,7 @@ async def test_proxies(c, s, a, b):
     serve = await service(c)
     url = (await serve.rpc.serve_start(options=msgspec.msgpack.encode(HTTPOptions(port=0))))["url"]
     assert told(s, "proxies") == [("proxies", f"HTTP is served at {url}")]
-    pid = (await serve.status()).proxies[0]["pid"]
+    pid = (await serve.status()).proxies[0].pid
     os.kill(pid, signal.SIGKILL)
     await until(lambda: told(s, "proxy_died"))
     ((subject, text),) = told(s, "proxy_died")

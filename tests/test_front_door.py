@@ -78,10 +78,10 @@ class Service:
 
     def proxies(self) -> list[dict[str, Any]]:
         rows = serve.status(client=self.client).proxies
-        return [row for row in rows if row["state"] == "ready"]
+        return [row for row in rows if row.state == "ready"]
 
     def pids(self) -> list[int]:
-        return [row["pid"] for row in self.proxies()]
+        return [row.pid for row in self.proxies()]
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +342,7 @@ def test_listings_are_hidden_off_the_loopback_interface(service):
 def test_admin_ports(service):
     with service.changed(admin_port=0):
         rows = service.proxies()
-        admins = [row["admin"] for row in rows]
+        admins = [row.admin for row in rows]
         assert len(set(admins)) == 2
         for admin in admins:
             assert httpx.get(admin + "/-/routes").json()["/echo"] == "echo/Echo"
@@ -353,7 +353,7 @@ def test_admin_ports(service):
         assert service.get("/-/metrics").status_code == 404
         assert "/small" not in service.get("/nowhere").text
         assert service.get("/-/readyz").text == "ready"
-        os.kill(rows[0]["pid"], signal.SIGKILL)
+        os.kill(rows[0].pid, signal.SIGKILL)
         assert httpx.get(admins[0] + "/-/routes", timeout=10).status_code == 200
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -486,8 +486,8 @@ def test_a_killed_proxy_is_back_soon(service):
     load.goes_on(100)
     rows = service.proxies()
     began = time.monotonic()
-    os.kill(rows[0]["pid"], signal.SIGKILL)
-    wait_until(lambda: len(service.pids()) == 2 and rows[0]["pid"] not in service.pids())
+    os.kill(rows[0].pid, signal.SIGKILL)
+    wait_until(lambda: len(service.pids()) == 2 and rows[0].pid not in service.pids())
     seconds = time.monotonic() - began
     load.goes_on(100)
     load.stop()
@@ -552,7 +552,7 @@ def test_dask_serve_proxy(service):
     with proxy_command(service, "--num-proxies", "2", "--http", "max_headers=40") as (process, url):
         assert url != service.url
         # The status of the service knows them.
-        wait_until(lambda: [row.get("url") for row in service.proxies()].count(url) == 2)
+        wait_until(lambda: [row.url for row in service.proxies()].count(url) == 2)
         assert f"url {url}" in str(serve.status(client=service.client))
         assert httpx.get(url + "/echo/x").json()["path"] == "/echo/x"
         assert httpx.get(url + "/-/readyz").text == "ready"
@@ -579,7 +579,7 @@ def test_dask_serve_proxy(service):
         load.goes_on(20)
         process.terminate()
         assert process.wait(30) == 0
-        wait_until(lambda: not [row for row in service.proxies() if "url" in row])
+        wait_until(lambda: not [row for row in service.proxies() if row.url])
         load._stop.set()
         load.stop()
     assert all("refused" in failure.lower() for failure in load.failed), load.failed

@@ -213,12 +213,12 @@ def test_queries_agree_with_the_load_generator(site, client):
     site.becomes(f"sum(dask_serve_router_requests_total{inner})", tally.calls)
 
     # Proxies are replaced.
-    before = {row["pid"] for row in serve.status(client=client).proxies}
+    before = {row.pid for row in serve.status(client=client).proxies}
     with Load(handle, url, nap=0.0) as load:
         serve.start(body_limit=2**20, client=client)
         load.goes_on()
     tally.add(load)
-    assert not before & {row["pid"] for row in serve.status(client=client).proxies if row["state"] == "ready"}
+    assert not before & {row.pid for row in serve.status(client=client).proxies if row.state == "ready"}
     agree(site, tally)
 
     # Workers leave: one is retired, another is told to end.
@@ -271,9 +271,9 @@ def test_a_killed_proxy_doubles_nothing(site, client):
     before = wait_until(lambda: site.number(query))
     get(url, 100)
     site.becomes(query, before + 100)
-    row = next(row for row in serve.status(client=client).proxies if row["state"] == "ready")
-    os.kill(row["pid"], signal.SIGKILL)
-    wait_until(lambda: row["pid"] not in {one["pid"] for one in serve.status(client=client).proxies})
+    row = next(row for row in serve.status(client=client).proxies if row.state == "ready")
+    os.kill(row.pid, signal.SIGKILL)
+    wait_until(lambda: row.pid not in {one.pid for one in serve.status(client=client).proxies})
     get(url, 100)
     site.becomes(query, before + 200)
 

@@ -23,6 +23,7 @@ from helpers import until
 import dask_serve
 from dask_serve.config import HTTPOptions
 from dask_serve.controller import elsewhere, process, proxies, sockets
+from dask_serve.controller.status import ProxyStatus
 from dask_serve.exceptions import ConfigError, ServeError
 
 ROOT = Path(dask_serve.__file__).parents[1]
@@ -585,7 +586,7 @@ def test_nodes_that_fall_silent_are_forgotten(monkeypatch):
     async def main():
         changes = []
         nodes = elsewhere.Elsewhere(lambda: changes.append(list(nodes.rows)))
-        one, other = {"slot": 0, "url": "http://one"}, {"slot": 0, "url": "http://other"}
+        one, other = ProxyStatus(url="http://one"), ProxyStatus(url="http://other")
         nodes.heard("one", [one])
         nodes.heard("one", [one])
         nodes.heard("other", [other])

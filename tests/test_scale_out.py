@@ -69,7 +69,7 @@ def test_more_workers_and_more_proxies():
         wait_until(lambda: serve.status(client=client).applications["default"].status == "running", 40)
         workers = set(client.scheduler_info(n_workers=-1)["workers"])
         assert len(workers) == 3
-        proxies = [row["pid"] for row in serve.status(client=client).proxies]
+        proxies = [row.pid for row in serve.status(client=client).proxies]
         assert len(set(proxies)) == 3
         assert {httpx.get(url, trust_env=False).text for _ in range(60)} == workers
         with http_client(url) as http:

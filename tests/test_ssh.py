@@ -79,7 +79,7 @@ def test_a_service_on_an_ssh_cluster(login: dict[str, Any], tmp_path: Path) -> N
             url = serve.url(client=client) + "/"
             pids = {json.loads(urllib.request.urlopen(url, timeout=10).read())["label"] for _ in range(10)}
             processes = [psutil.Process(pid) for pid in pids]
-            proxies = [psutil.Process(row["pid"]) for row in serve.status(client=client).proxies]
+            proxies = [psutil.Process(row.pid) for row in serve.status(client=client).proxies]
             victim = serve.status(client=client).applications["default"].deployments["Model"].replicas[0].worker
             with Load(handle, url, threads=2) as load:
                 client.retire_workers([victim])

@@ -19,6 +19,7 @@ from dask_serve.controller.status import (
     AutoscalingStatus,
     DeploymentStatus,
     ErrorStatus,
+    ProxyStatus,
     ReplicaStatus,
     ServeStatus,
     decode_status,
@@ -183,7 +184,7 @@ def evil_status() -> ServeStatus:
     )
     return ServeStatus(
         applications={EVIL: application},
-        proxies=[{"state": EVIL}],
+        proxies=[ProxyStatus(state=EVIL)],
         url=f"http://x/{EVIL}",
         message=EVIL,
         events=[Event(time=1.0, kind="scaled", subject=EVIL, text=EVIL)],
@@ -208,10 +209,11 @@ def test_html_escapes_everything() -> None:
 def test_it_travels_and_older_ones_are_read() -> None:
     status = evil_status()
     assert decode_status(encode_status(status)) == status
-    older = {"applications": {}, "proxies": [], "workers": [], "url": "", "message": ""}
+    older = {"applications": {}, "proxies": [{"slot": 1, "more": 2}], "workers": [], "url": "", "message": ""}
     import msgspec
 
-    assert decode_status(msgspec.msgpack.encode(older)).applications == {}
+    read = decode_status(msgspec.msgpack.encode(older))
+    assert (read.applications, read.proxies) == ({}, [ProxyStatus(slot=1)])
 
 
 def test_many_replicas_are_counted() -> None:

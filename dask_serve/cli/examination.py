@@ -158,11 +158,11 @@ class Examination:
                     others = f"{usual or 'none'} in others"
                     self.add(state, name, f"it has {package} {version or 'not at all'}, {others}", _ALIKE)
         for proxy in status.proxies if status is not None else ():
-            version = proxy.get("version", __version__)
+            version = proxy.version or __version__
             if version != __version__:
                 well = False
                 message = f"it has dask_serve {version}, {__version__} here"
-                self.add("wrong", f"proxy on {proxy['node']}", message, _ALIKE)
+                self.add("wrong", f"proxy on {proxy.node}", message, _ALIKE)
         if well:
             versions = self.processes["client"]["versions"]
             told_here = ", ".join(f"{name} {versions[name]}" for name in ("python", *SAME, "dask"))
@@ -216,7 +216,7 @@ class Examination:
 
         if status.message:
             self.add("wrong", "HTTP", status.message)
-        for url in dict.fromkeys([status.url, *(proxy.get("url", "") for proxy in status.proxies)]):
+        for url in dict.fromkeys([status.url, *(proxy.url for proxy in status.proxies)]):
             if url:
                 state, message, repair = ask_healthz(url, self._cluster)
                 self.add(state, f"HTTP at {url}", message, repair)

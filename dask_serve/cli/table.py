@@ -5,12 +5,12 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .messages import coloured
 
 if TYPE_CHECKING:
-    from ..controller.status import DeploymentStatus, ServeStatus
+    from ..controller.status import DeploymentStatus, ProxyStatus, ServeStatus
 
 __all__ = ["COLOURS", "columns", "draw"]
 
@@ -110,9 +110,8 @@ def _replicas(status: ServeStatus) -> list[str]:
     return ["", *columns(["REPLICA", "STATE", "WORKER", "REVISION", "MESSAGE"], rows)] if rows else []
 
 
-def _proxies(proxies: Sequence[dict[str, Any]]) -> list[str]:
-    told = [", ".join(f"{name} {value}" for name, value in proxy.items() if value != "") for proxy in proxies]
-    return _section("PROXIES", told)
+def _proxies(proxies: Sequence[ProxyStatus]) -> list[str]:
+    return _section("PROXIES", [str(proxy) for proxy in proxies])
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

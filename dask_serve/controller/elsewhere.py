@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+
+from .status import ProxyStatus
 
 __all__ = ["SILENT_AFTER", "Elsewhere"]
 
@@ -23,15 +24,15 @@ class Elsewhere:
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
-        self._nodes: dict[str, list[dict[str, Any]]] = {}
+        self._nodes: dict[str, list[ProxyStatus]] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     @property
-    def rows(self) -> list[dict[str, Any]]:
-        """One dictionary per process: as those of the scheduler's node, and ``node`` and ``url``."""
+    def rows(self) -> list[ProxyStatus]:
+        """All processes of other nodes."""
         return [row for rows in self._nodes.values() for row in rows]
 
-    def heard(self, name: str, rows: list[dict[str, Any]]) -> None:
+    def heard(self, name: str, rows: list[ProxyStatus]) -> None:
         """Take note of what a node told; one that has no proxies any more leaves."""
         if (timer := self._timers.pop(name, None)) is not None:
             timer.cancel()

@@ -17,6 +17,7 @@ from .editor import Editor
 from .elsewhere import Elsewhere
 from .events import brief
 from .measures import Measures
+from .status import ProxyStatus
 from .store import HTTP
 
 if TYPE_CHECKING:
@@ -205,12 +206,11 @@ class Front:
         """Names of the options that a person gave."""
         return sorted(self._explicit)
 
-    def describe(self) -> list[dict[str, Any]]:
-        """Return one dictionary for each process."""
+    def describe(self) -> list[ProxyStatus]:
+        """Return all processes, those of other nodes too."""
         rows = [] if self._proxies is None else self._proxies.describe()
         # Statistics change all the time, and would wake everyone who watches the status.
-        rows = [{name: value for name, value in row.items() if name != "stats"} for row in rows]
-        return rows + self.elsewhere.rows
+        return [*msgspec.convert(rows, list[ProxyStatus]), *self.elsewhere.rows]
 
     def queued(self) -> dict[str, float]:
         """Return how many requests wait at the proxies of this node, by deployment."""

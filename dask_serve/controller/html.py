@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
 
 from dask.utils import format_bytes
 
@@ -18,6 +17,7 @@ from .status import (
     ApplicationStatus,
     DeploymentStatus,
     ErrorStatus,
+    ProxyStatus,
     ReplicaStatus,
     ServeStatus,
     clock,
@@ -165,12 +165,12 @@ def _error(error: ErrorStatus) -> str:
     )
 
 
-def _proxies(proxies: list[dict[str, Any]]) -> str:
+def _proxies(proxies: Sequence[ProxyStatus]) -> str:
     if not proxies:
         return ""
     states: dict[str, int] = {}
     for proxy in proxies:
-        states[str(proxy.get("state", ""))] = states.get(str(proxy.get("state", "")), 0) + 1
+        states[proxy.state] = states.get(proxy.state, 0) + 1
     told = ", ".join(f"{number} {state}" for state, number in states.items())
     return f" {_quiet(f'· proxies: {told}')}"
 

@@ -46,8 +46,7 @@ def controller_families(status: Callable[[], ServeStatus], measures: Measures, e
             states += [Sample({**labels, "state": state}, number) for state, number in counts.items()]
     proxies = dict.fromkeys(PROXIES, 0)
     for row in now.proxies:
-        state = str(row.get("state", ""))
-        proxies[state] = proxies.get(state, 0) + 1
+        proxies[row.state] = proxies.get(row.state, 0) + 1
     decided = [Sample({"kind": kind}, number) for kind, number in sorted(events.counts.items())]
     return [
         Family(

@@ -52,7 +52,7 @@ from .scaling import Scaling
 from .service_file import ServiceFile
 from .shown import Shown
 from .state_file import StateFile, configured, history_length
-from .status import ServeStatus, encode_status
+from .status import ProxyStatus, ServeStatus, encode_status
 from .store import Store
 from .tunnel import Tunnels
 from .views import Views
@@ -135,17 +135,13 @@ class Controller(SchedulerPlugin):
         self.front = Front(
             scheduler.security, self.editor, self.publish, self.scaling.waits, self.measures, note=self.events.add
         )
-        add_source(
-            "dask-serve-controller", lambda: controller_families(self._with_workers, self.measures, self.events)
-        )
+        add_source("dask-serve-controller", lambda: controller_families(self._with_workers, self.measures, self.events))
         self.desired = Desired(self)
         self.deployer = Deployer(scheduler)
         self.boot = None if self._document is None else Boot(self._document, self.deployer, self.publish)
         self._booting: asyncio.Task[None] | None = None
         Rest(self).install()
-        self._shown = Shown(
-            scheduler, status=self._with_workers, measures=self.measures, events=self.events
-        )
+        self._shown = Shown(scheduler, status=self._with_workers, measures=self.measures, events=self.events)
         self.dashboard = Dashboard(scheduler, self._shown)
         self.measures.on_proxy, self.measures.on_worker = self.dashboard.proxy_told, self.dashboard.replicas_told
         self._table = Table(epoch=self.epoch, version=0, secret=self.secret, deployments={}, routes=[])
@@ -333,7 +329,7 @@ class Controller(SchedulerPlugin):
     ) -> dict[str, Any]:
         """Return what proxies on another node need: options, and the table once it differs from the caller's."""
         if node:
-            self.front.elsewhere.heard(node, [dict(row) for row in proxies])
+            self.front.elsewhere.heard(node, msgspec.convert(list(proxies), list[ProxyStatus]))
         answer = await self.serve_table(epoch, since, timeout)
         return {**answer, "options": msgspec.msgpack.encode(self.front.options)}
 

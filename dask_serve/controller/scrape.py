@@ -5,7 +5,7 @@ The format is that of https://prometheus.io/docs/prometheus/latest/http_sd/.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -15,13 +15,15 @@ from distributed.comm.addressing import get_address_host
 if TYPE_CHECKING:
     from distributed import Scheduler
 
+    from .status import ProxyStatus
+
 __all__ = ["at_host", "targets"]
 
 #: Hosts that stand for all of a machine's addresses, as links show them.
 ANY = ("0.0.0.0", "::")  # noqa: S104
 
 
-def targets(scheduler: Scheduler, prefix: str, proxies: Iterable[Mapping[str, Any]], admin_host: str) -> list[Any]:
+def targets(scheduler: Scheduler, prefix: str, proxies: Iterable[ProxyStatus], admin_host: str) -> list[Any]:
     """Return the pages.
 
     Parameters
@@ -30,8 +32,8 @@ def targets(scheduler: Scheduler, prefix: str, proxies: Iterable[Mapping[str, An
         Told with all workers that have a dashboard.
     prefix : str
         Of the paths of its dashboard.
-    proxies : iterable of dict
-        Rows of ``serve.status().proxies``. Those without an admin port are left out: behind the public port there may
+    proxies : iterable of ProxyStatus
+        Those without an admin port are left out: behind the public port there may
         be several, of which one answers.
     admin_host : str
         Where the admin ports of the scheduler's node listen.
@@ -48,10 +50,9 @@ def targets(scheduler: Scheduler, prefix: str, proxies: Iterable[Mapping[str, An
             found.append(_target(worker.host, port, scheme, "/metrics", role="worker", worker=str(worker.name)))
     for row in proxies:
         # One that drains has given the port to another.
-        if row.get("admin") and row.get("state") != "draining":
-            url = at_host(row["admin"], admin_host, host) if "node" not in row else row["admin"]
-            parts = urlsplit(url)
-            node = row.get("node") or host
+        if row.admin and row.state != "draining":
+            parts = urlsplit(row.admin if row.node else at_host(row.admin, admin_host, host))
+            node = row.node or host
             found.append(_target(parts.hostname, parts.port, parts.scheme, "/-/metrics", role="proxy", node=node))
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import localtime, strftime
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from dask.utils import format_bytes
@@ -19,6 +19,7 @@ __all__ = [
     "DeploymentStatus",
     "ErrorStatus",
     "LoadStatus",
+    "ProxyStatus",
     "ReplicaStatus",
     "ServeStatus",
     "WorkerStatus",
@@ -360,6 +361,44 @@ class WorkerStatus(Struct, frozen=True, kw_only=True):
         return "\n".join(lines)
 
 
+class ProxyStatus(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One process that serves HTTP.
+
+    Attributes
+    ----------
+    slot : int
+        Its number on its node, from 0; the one that takes its place gets the same.
+    state : str
+        ``starting``, ``ready``, ``draining``, or ``restarting`` where there is no process at the moment.
+    pid : int or None
+    restarts : int
+        How often one in this slot was started again.
+    admin : str
+        URL of its admin port; empty: it has none.
+    node, url, version : str
+        Of those that ``dask serve proxy`` runs elsewhere: where they are, where they serve HTTP, and which dask_serve
+        they have. Empty: the scheduler's node.
+    """
+
+    slot: int = 0
+    state: str = ""
+    pid: int | None = None
+    restarts: int = 0
+    admin: str = ""
+    node: str = ""
+    url: str = ""
+    version: str = ""
+
+    def __str__(self) -> str:
+        told = [f"node {self.node}"] if self.node else []
+        told += [f"slot {self.slot}", f"pid {self.pid}", f"state {self.state}", f"restarts {self.restarts}"]
+        told += [f"{name} {value}" for name in ("url", "admin", "version") if (value := getattr(self, name))]
+        return ", ".join(told)
+
+    def __repr__(self) -> str:
+        return f"<ProxyStatus: {self}>"
+
+
 class ServeStatus(Struct, frozen=True, kw_only=True):
     """All of dask_serve on one cluster.
 
@@ -369,8 +408,8 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
         Grows with each change.
     applications : dict
         `ApplicationStatus` by name.
-    proxies : list of dict
-        The proxy processes: pid, slot and state; of those that ``dask serve proxy`` runs elsewhere also node and url.
+    proxies : list of ProxyStatus
+        The processes that serve HTTP, on all nodes.
     workers : list of WorkerStatus
         The workers that have or had replicas, and the results that they hold.
     url : str
@@ -385,7 +424,7 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
 
     version: int = 0
     applications: dict[str, ApplicationStatus] = {}
-    proxies: list[dict[str, Any]] = []
+    proxies: list[ProxyStatus] = []
     workers: list[WorkerStatus] = []
     url: str = ""
     message: str = ""
@@ -395,8 +434,7 @@ class ServeStatus(Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         lines = [f"HTTP at {self.url}" if self.url else "HTTP is not served"]
         lines += _indented(self.message)
-        for proxy in self.proxies:
-            lines.append("  proxy " + ", ".join(f"{name} {value}" for name, value in proxy.items() if value != ""))
+        lines += [f"  proxy {proxy}" for proxy in self.proxies]
         for worker in self.workers:
             first, *rest = str(worker).splitlines()
             lines += [f"  worker {first}", *_indented("\n".join(rest))]

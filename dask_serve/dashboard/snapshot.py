@@ -10,7 +10,7 @@ from urllib.parse import quote
 from .history import ALL, Levels
 
 if TYPE_CHECKING:
-    from ..controller.status import ApplicationStatus, DeploymentStatus, ServeStatus, WorkerStatus
+    from ..controller.status import ApplicationStatus, DeploymentStatus, ProxyStatus, ServeStatus, WorkerStatus
 
 __all__ = ["STATES", "Snapshot", "by_worker", "take"]
 
@@ -136,13 +136,13 @@ def _deployment(replica: str) -> str:
     return replica.rpartition("/")[0]
 
 
-def _proxy(row: Mapping[str, Any]) -> dict[str, Any]:
+def _proxy(proxy: ProxyStatus) -> dict[str, Any]:
     return {
-        "node": row.get("node") or "scheduler's",
-        "slot": row.get("slot", ""),
-        "pid": row.get("pid") or "",
-        "state": row.get("state", ""),
-        "restarts": row.get("restarts", 0),
+        "node": proxy.node or "scheduler's",
+        "slot": proxy.slot,
+        "pid": proxy.pid or "",
+        "state": proxy.state,
+        "restarts": proxy.restarts,
     }
 
 
