@@ -23,6 +23,7 @@ from dask_serve.config import DeploymentOptions
 from dask_serve.controller.plugin import Controller
 from dask_serve.controller.replica import Replica
 from dask_serve.controller.state_file import StateFile
+from dask_serve.controller.status import DeploymentStatus
 from dask_serve.measures.counts import HttpCounts, ReplicaCounts
 from dask_serve.policy.desired import ApplicationSpec, DeploymentSpec
 
@@ -115,6 +116,10 @@ def _options() -> DeploymentOptions:
     return msgspec.convert({"num_replicas": REPLICAS // DEPLOYMENTS}, DeploymentOptions)
 
 
+def _deployments(controller: Controller) -> list[DeploymentStatus]:
+    return list(controller.present_status().applications["app"].deployments.values())
+
+
 async def share(seconds: float) -> float:
     """Return the share of a core that this process takes."""
     began, used = time.monotonic(), time.process_time()
@@ -129,6 +134,8 @@ async def main() -> None:
         await scheduler.register_scheduler_plugin(controller, idempotent=True)
         controller.reconciler._step = lambda now: None  # nothing to place: there are no real workers
         cluster = Cluster(scheduler, controller)
+        controller.publish()
+        assert len(cluster.workers) == sum(len(one.replicas) for one in _deployments(controller)), "all are shown"
         load = asyncio.create_task(cluster.run())
         await asyncio.sleep(2)
         controller.dashboard.close()

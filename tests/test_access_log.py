@@ -175,6 +175,39 @@ def test_what_websockets_refuses_has_an_id(running):
     assert b"x-request-id: ws-1\r\n" in answer.lower()
 
 
+LARGE = "x" * 70_000
+
+
+@pytest.mark.parametrize(
+    ("request_", "line"),
+    [
+        (f"GET /a?q={SECRET} HTTP/1.1\r\nX-Request-ID: raw-1\r\n\r\n", ("GET", "/a", 400, "raw-1")),
+        (f"POST /b HTTP/1.1\r\nHost: a\r\nX-Request-ID: raw-2\r\nX-L: {LARGE}\r\n\r\n", ("POST", "/b", 431, "raw-2")),
+        (f"GET /c?q={SECRET}\x01 HTTP/1.1\r\n\r\n", ("-", "-", 400, None)),
+        (f"NO HTTP {SECRET}\r\n\r\n", ("-", "-", 400, None)),
+        (
+            "POST /d HTTP/1.1\r\nHost: a\r\nX-Request-ID: raw-5\r\nTransfer-Encoding: chunked\r\n\r\nno size\r\n",
+            ("POST", "/d", 400, "raw-5"),
+        ),
+    ],
+    ids=["host", "large", "target", "method", "chunk"],
+)
+def test_what_the_parser_refuses_is_a_line(running, request_, line):
+    host, port = running.url.removeprefix("http://").split(":")
+    seen = len(running.written())
+    with socket.create_connection((host, int(port)), timeout=10) as sock:
+        sock.sendall(request_.encode("latin-1"))
+        answer = sock.recv(65536).decode()
+    id = re.search(r"x-request-id: (\S+)", answer)[1]
+    assert id == (line[3] or id)
+    lines = wait_until(lambda: running.written()[seen:])
+    (told,) = [one for one in lines if one["request_id"] == id]
+    assert (told["method"], told["path"], told["status"]) == line[:3]
+    assert "application" not in told
+    (record,) = wait_until(lambda: running.find(logger=ACCESS, request=id))
+    assert SECRET not in json.dumps([told, record])
+
+
 def test_a_wrong_length_is_one_line(running):
     with http_client(running.url) as http, contextlib.suppress(Exception):
         http.get("/length", headers={"x-request-id": "len-1"})

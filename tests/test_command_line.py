@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -238,6 +239,7 @@ def test_logs_of_replicas(dask, address):
     (line,) = (line for line in told if "asked for /shop/one" in line)
     _, _, level, replica, logger, *_ = line.split()
     assert (level, logger) == ("INFO", "loud:")
+    assert re.search(r" asked for /shop/one \[[0-9a-f]+-[0-9a-f]+\]$", line)
     assert replica.startswith("shop/Loud/")
     assert not any("/auto/" in line for line in told)
     assert dask("logs", replica, "--tail", "1").stdout.splitlines()[-1] == line
@@ -254,7 +256,7 @@ def test_logs_for_programs(dask, address):
     (found,) = (record for record in records if record["message"] == "asked for /shop/json")
     assert (found["application"], found["deployment"], found["level"]) == ("shop", "Loud", "INFO")
     assert found["source"].startswith("tcp://")
-    assert found["request"]
+    assert found["request_id"]
     # The oldest first.
     assert [record["time"] for record in records] == sorted(record["time"] for record in records)
 

@@ -124,6 +124,9 @@ def _is_about(record: dict[str, Any], what: str) -> bool:
     if not what:
         return True
     named = record.get("replica", "")
+    if not named and "deployment" in record:
+        # A line of the access log.
+        named = f"{record['application']}/{record['deployment']}"
     if named:
         return bool(named == what or named.startswith(f"{what}/"))
     # The controller's own: they name what they are about.
@@ -140,10 +143,16 @@ def _rank(level: str) -> int:
 
 def _print(found: Iterable[dict[str, Any]], as_json: bool) -> None:
     for record in found:
+        request = record.get("request", "")
         if as_json:
-            click.echo(json.dumps({key: value for key, value in record.items() if key != "number"}))
+            # The same names as those of `dask_serve.logs.JSONFormatter`.
+            told = {key: value for key, value in record.items() if key not in {"number", "request"}}
+            click.echo(json.dumps({**told, "request_id": request} if request else told))
             continue
         when = datetime.fromtimestamp(record["time"]).astimezone().strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
         who = record.get("replica") or record["source"]
         line = f"{when} {record['level']:<7} {who} {record['logger']}: {record['message']}"
+        if request and request not in record["message"]:
+            first, *rest = line.split("\n", 1)
+            line = "\n".join([f"{first} [{request}]", *rest])
         click.echo(coloured(line, COLOURS.get(record["level"])))

@@ -134,6 +134,7 @@ class Process:
             on_started=self._on_started,
             on_draining=self._on_draining,
         )
+        self._server.server_state.on_refused = getattr(app, "on_refused", None)
         try:
             await self._server.serve(sockets=[listener])
         finally:

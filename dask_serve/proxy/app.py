@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -19,7 +20,7 @@ from .middleware import identified, wrap
 from .observed import NOTED, ObservedForwarder, make_forwarder
 from .own import make_own_app
 from .presence import Presence
-from .protocol import ProxyState
+from .protocol import ProxyState, Refused
 from .tokens import Tokens
 from .websocket import WebSockets
 
@@ -155,6 +156,11 @@ class ProxyApp:
         """Let the access log have what the proxy, or a middleware, has answered by itself."""
         if isinstance(self._forwarder, ObservedForwarder) and not scope.get(NOTED):
             self._forwarder.note(status, monotonic() if began is None else began, "", scope)
+
+    @property
+    def on_refused(self) -> Callable[[Refused], None] | None:
+        """What notes requests that connections refuse by themselves; None where there is no access log."""
+        return self._forwarder.note_refused if isinstance(self._forwarder, ObservedForwarder) else None
 
     def flush(self) -> None:
         """Write what has been noted; called once a second."""

@@ -28,7 +28,7 @@ from .answers import respond, write_whole
 from .calls import HttpCall
 from .errors import ID_HEADER, Refusal, error_answer, make_id, valid_id
 from .forwarded import is_local
-from .protocol import CONNECTION, ProxyProtocol
+from .protocol import ANSWERED, CONNECTION, ProxyProtocol
 from .stream import cut_off, pass_on
 from .timing import TOLD, add_total, asks, with_timing
 from .upload import UploadCall, begin, refuse_rest, too_large
@@ -123,7 +123,7 @@ class Forwarder:
         limit = self._body_limit(router)
         body, more, refusal = await begin(cycle, receive, limit)
         if body is None:
-            self.count(499, began, router.id, scope)
+            self._count_refused(499, began, router.id, scope)
             return
         if refusal is not None:
             refuse_rest(scope[CONNECTION])
@@ -242,12 +242,22 @@ class Forwarder:
     ) -> None:
         """Answer with an error of ours."""
         status = refusal[0]
-        self.count(status, began, deployment, scope)
+        self._count_refused(status, began, deployment, scope)
         headers, body = error_answer(refusal, request_id, scope["headers"], retry_after)
         if asks(scope["headers"]):
             add_total(headers, began)
         if not write_whole(send.__self__, status, headers, body):  # type: ignore[attr-defined]
             await respond(send, status, headers, body)
+
+    def _count_refused(self, status: int, began: float, deployment: str, scope: Scope) -> None:
+        """Count an error, unless the connection has answered with another one, and counted that."""
+        if ANSWERED in scope:
+            self.end(scope[ANSWERED], deployment, scope)
+        else:
+            self.count(status, began, deployment, scope)
+
+    def end(self, status: int, deployment: str, scope: Scope) -> None:
+        """Take note that a request has ended which is not counted here."""
 
     def router(self, deployment: str) -> Router:
         """Return the router of a deployment."""

@@ -14,6 +14,7 @@ from .access import AccessLog
 from .calls import HttpCall
 from .errors import Refusal, request_id_in
 from .forward import Forwarder
+from .protocol import Refused
 from .timing import ASKS
 
 if TYPE_CHECKING:
@@ -79,8 +80,18 @@ class ObservedForwarder(Forwarder):
         """Count an answer, and note it."""
         super().count(status, began, deployment, scope)
         self.note(status, began, deployment, scope)
+        self.end(status, deployment, scope)
+
+    def end(self, status: int, deployment: str, scope: Scope) -> None:
+        """End the span of a request that its connection has answered."""
         if self._traces is not None:
             self._traces.end(scope, status, deployment)
+
+    def note_refused(self, refused: Refused) -> None:
+        """Note what a connection has refused by itself."""
+        if self.access is not None:
+            client, method, path, version, status, request_id = refused
+            self.access.accesses.append((time.time(), client, method, path, version, status, 0.0, "", request_id))
 
     def note(self, status: int, began: float, deployment: str, scope: Scope) -> None:
         """Note an answer for the access log."""

@@ -11,7 +11,7 @@ import re
 from asyncio import TimerHandle, Transport
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -23,10 +23,12 @@ from .errors import error_answer, request_id_in
 from .http10 import restrain
 from .lingering import linger
 
-__all__ = ["CONNECTION", "ProxyProtocol", "ProxyState", "limited"]
+__all__ = ["ANSWERED", "CONNECTION", "ProxyProtocol", "ProxyState", "Refused", "limited"]
 
 #: Where the ASGI scope of a request holds its `ProxyProtocol`.
 CONNECTION = "dask_serve.connection"
+#: Where it holds the status that its connection has answered, and counted, while an application was at work on it.
+ANSWERED = "dask_serve.answered"
 
 # What happens for each request calls the base by name: before Python 3.12 super() makes an object each time.
 _message_begin = HttpToolsProtocol.on_message_begin
@@ -39,6 +41,17 @@ _valid_host = re.compile(
 ).fullmatch
 
 
+class Refused(NamedTuple):
+    """A request that a connection has answered by itself; of one that is no HTTP method, path and version are ``-``."""
+
+    client: Any
+    method: str
+    path: bytes
+    version: str
+    status: int
+    request_id: str
+
+
 class ProxyState(ServerState):
     """What all connections of a server share."""
 
@@ -48,6 +61,8 @@ class ProxyState(ServerState):
         self.draining = False
         #: What connections refused by themselves, by HTTP status.
         self.refused: Counter[int] = Counter()
+        #: Told of each, for the access log.
+        self.on_refused: Callable[[Refused], None] | None = None
         self.complaints = Complaints()
 
 
@@ -276,7 +291,8 @@ class ProxyProtocol(HttpToolsProtocol):
             # Nothing can be said any more, or not before others have been answered.
             self.transport.close()
             return
-        # What its application still does is for nobody.
+        # What its application still does is for nobody, and is not counted again.
+        cycle.scope[ANSWERED] = status  # type: ignore[literal-required]
         cycle.disconnected = True
         cycle.message_event.set()
         on_disconnect, self.on_disconnect = self.on_disconnect, None
@@ -310,12 +326,20 @@ class ProxyProtocol(HttpToolsProtocol):
         # Where no request has begun the headers are those of the one before.
         is_own = self._in_head or self._refusal is not None or (cycle is not None and cycle.more_body)
         request = list(self.scope["headers"]) if is_own and self.scope is not None else []
-        headers, body = error_answer((status, kind, text), request_id_in(request), request)
+        request_id = request_id_in(request)
+        headers, body = error_answer((status, kind, text), request_id, request)
         head = [STATUS_LINE[status]]
         for name, value in (*self.server_state.default_headers, *headers, (b"connection", b"close")):
             head += [name, b": ", value, b"\r\n"]
         self.transport.write(b"".join([*head, b"\r\n", body]))
         self.server_state.refused[status] += 1
+        if self.server_state.on_refused is not None:
+            refused = Refused(self.client, "-", b"-", "-", status, request_id)
+            # What has no target may have no method either.
+            if is_own and self.url:
+                method, version = self.parser.get_method().decode(), self.parser.get_http_version()
+                refused = refused._replace(method=method, path=self.url.partition(b"?")[0], version=version)
+            self.server_state.on_refused(refused)
         # What else is in the read that brought us here must not be answered a second time.
         self._in_head = False
         self._cancel_head_timer()
