@@ -64,6 +64,8 @@ EXTRAS = {
         "quart>=0.20",
         "cryptography>=42",  # temporary certificates
         "prometheus-client>=0.20",
+        # Grafana's own types of dashboards: tests/test_grafana.py.
+        "grafana-foundation-sdk",
         # Spans: tests/test_traces.py.
         "opentelemetry-sdk>=1.27",
         "opentelemetry-exporter-otlp-proto-http>=1.27",

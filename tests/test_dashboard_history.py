@@ -161,3 +161,32 @@ def test_what_is_missing_says_what_to_do():
     (text,) = take(status(), NAMES, "ValueError: x").trouble
     assert "ValueError: x" in text
     assert "restart the scheduler" in text
+
+
+@pytest.mark.parametrize(
+    ("state", "message", "told"),
+    [
+        (
+            "failed",
+            "x: replica a/x/0 failed:\nTraceback:\n  code\nRuntimeError: no weights",
+            "failed: RuntimeError: no weights",
+        ),
+        (
+            "deploying",
+            "x: 2 of 3 replicas wait for a worker: no GPU",
+            "deploying: x: 2 of 3 replicas wait for a worker: no GPU",
+        ),
+        ("failed", "", "failed: See"),
+        ("deploying", "", ""),
+        ("unhealthy", "y" * 5000, "yyy..."),
+    ],
+)
+def test_what_is_wrong_with_an_application_is_told_with_its_cause(state, message, told):
+    application = ApplicationStatus(status=state, message=message, route_prefix="/", ingress="x", deployments={})
+    trouble = take(status(applications={"a": application}), NAMES).trouble
+    assert bool(trouble) == bool(told)
+    for text in trouble:
+        assert text.startswith(f"Application a is {state}: ")
+        assert told in text
+        assert text.endswith("See dask serve status.")
+        assert len(text) < 500

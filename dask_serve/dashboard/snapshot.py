@@ -16,6 +16,8 @@ __all__ = ["STATES", "Snapshot", "by_worker", "take"]
 
 #: States of replicas in the order in which they are drawn.
 STATES = ("ready", "starting", "draining")
+#: Characters of what is wrong with one application, at most.
+LONGEST = 400
 
 
 class Snapshot(NamedTuple):
@@ -158,14 +160,20 @@ def _trouble(status: ServeStatus, names: Mapping[str, str], ended: str) -> list[
     if not status.url and not status.message:
         told.append("HTTP is not served; handles work. Start the proxies with serve.start().")
     for name, application in status.applications.items():
-        if application.status in ("failed", "unhealthy"):
-            told.append(f"Application {name} is {application.status}: {_first(application)}")
+        # What is deploying waits for something only where it says so.
+        if application.status in ("failed", "unhealthy") or (application.message and names):
+            told.append(f"Application {name} is {application.status}: {_cause(application)}")
     return told
 
 
-def _first(application: ApplicationStatus) -> str:
+def _cause(application: ApplicationStatus) -> str:
+    """Return the first line of the message, of an error in user code also the last one of its traceback."""
     lines = application.message.strip().splitlines()
-    return f"{lines[0]} dask serve status tells more." if lines else "dask serve status tells more."
+    cause = lines[:1]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        cause.append(lines[-1].strip())
+    told = " ".join(cause)
+    return " ".join(filter(None, [told if len(told) <= LONGEST else f"{told[:LONGEST]}...", "See dask serve status."]))
 
 
 def by_worker(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
