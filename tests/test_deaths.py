@@ -329,7 +329,8 @@ def test_a_killed_scheduler(processes):
     scheduler = processes.scheduler("--preload", "dask_serve.preload")
     worker = processes.worker("--no-nanny")
     client = Client(processes.address, timeout=10)
-    handle = serve.run(Model.bind(), client=client, timeout=30)
+    # Its worker does not wait long for them when it ends.
+    handle = serve.run(Model.options(graceful_shutdown_timeout_s=0.5).bind(), client=client, timeout=30)
     url = serve.url(client=client)
     assert fetch(url) == f"served by {worker.pid}"
     proxies = psutil.Process(scheduler.pid).children(recursive=True)
