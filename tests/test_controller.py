@@ -699,17 +699,19 @@ async def test_replica_that_gives_up(c, s, a):
     assert replicas(status)[0].id != replica.id
 
 
-@gen_cluster(client=True, nthreads=TWO, Worker=Nanny, timeout=90)
+@gen_cluster(client=True, nthreads=TWO, Worker=Nanny, timeout=150)
 async def test_client_restart(c, s, a, b):
     # Workers are processes of their own: the fake lives there too, since it is pickled by reference to this module.
     serve = await service(c)
     await serve.deploy(spec(num_replicas=2))
     before = {r.id for r in replicas(await serve.running())}
-    await c.restart()
-    status = await serve.until(
-        lambda s: s.applications["app"].status == "running" and not before & {r.id for r in replicas(s)}, 30
-    )
-    assert len(replicas(status)) == 2
+    await c.restart(timeout=60)
+
+    def is_back(status: Any) -> bool:
+        now = {r.id for r in replicas(status)}
+        return status.applications["app"].status == "running" and not before & now and len(now) == 2
+
+    await serve.until(is_back, 60)
 
 
 # -- what Dask is told

@@ -52,6 +52,7 @@ class Holds:
         return len(self.model)
 
 
+@pytest.mark.slow
 def test_train_then_serve(client):
     found = example("train_then_serve").main(client)
     assert found["right"] > 0.85
