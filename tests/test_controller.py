@@ -16,6 +16,7 @@ import pytest
 from distributed import Client, Nanny, get_worker
 from distributed.protocol import to_serialize
 from distributed.utils_test import gen_cluster, inc, slowinc
+from helpers import until
 
 from dask_serve.config import DeploymentOptions, HTTPOptions
 from dask_serve.controller import actors
@@ -250,13 +251,15 @@ async def test_a_user_config_is_waited_for_and_the_last_one_holds(c, s, a):
     serve = await service(c)
     await serve.deploy(spec(user_config="first"))
     await serve.running()
-    FakeReplica.gates["slow"] = asyncio.Event()
+    FakeReplica.gates["slow"] = gate = asyncio.Event()
     await serve.deploy(spec(user_config="slow"))
     status = await serve.until(lambda s: "it takes over changed options" in s.applications["app"].message)
+    # It may be told before the replica hears of it.
+    await until(lambda: gate._waiters)
     assert status.applications["app"].status == "deploying"
     for config in ("skipped", "last"):
         await serve.deploy(spec(user_config=config))
-    FakeReplica.gates["slow"].set()
+    gate.set()
     await serve.running()
     assert FakeReplica.calls["user_config"] == ["slow", "last"]
 
