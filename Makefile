@@ -17,6 +17,8 @@ ARGS ?=
 JOBS ?= 2
 RUN := $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# Hundreds of processes are started by the tests: none compiles what another one has.
+export PYTHONDONTWRITEBYTECODE :=
 # A file's tests share a cluster, and run one after the other.
 PYTEST := -m pytest -n $(JOBS) --dist loadfile
 METADATA := setup.py pyproject.toml

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -166,7 +167,7 @@ def there_and_back(
 @contextmanager
 def bare_socket(nbytes: int) -> Iterator[tuple[socket.socket, psutil.Process]]:
     """Start the process that sends back what it gets, and connect to it."""
-    process = spawn("-m", "benchmarks.bare_socket", str(nbytes))
+    process = spawn("-m", "benchmarks.bare_socket", str(nbytes), stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         with socket.create_connection(("127.0.0.1", int(process.stdout.readline())), timeout=30) as peer:

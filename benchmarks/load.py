@@ -13,8 +13,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from .asking import BODY, Asking, request_to
@@ -87,6 +89,23 @@ def run(command: list[str], body: str = "") -> str:
     if done.returncode:
         raise RuntimeError(f"{command[0]} failed: {done.stderr or done.stdout}")
     return done.stdout
+
+
+def report(main: Callable[[], Coroutine[Any, Any, Any]]) -> None:
+    """Be a generator: print what the coroutine returns as JSON, whole.
+
+    A write into a pipe that nobody reads yet can end early (uvloop's io_uring interrupts it), and an unbuffered
+    standard output, with ``PYTHONUNBUFFERED``, drops the rest; a buffered file goes on.
+    """
+    try:
+        import uvloop
+
+        runner = uvloop.run
+    except ImportError:
+        runner = asyncio.run
+    found = asdict(runner(main()))
+    with open(sys.stdout.fileno(), "w", closefd=False) as out:
+        out.write(json.dumps(found))
 
 
 def parse_wrk(text: str) -> Load:
@@ -179,13 +198,7 @@ async def ask(url: str, connections: int, seconds: float) -> Load:
 def main() -> None:
     """Run as a process of its own: ``-m benchmarks.load URL CONNECTIONS SECONDS`` prints a `Load` as JSON."""
     url, connections, seconds = sys.argv[1:]
-    try:
-        import uvloop
-
-        runner = uvloop.run
-    except ImportError:
-        runner = asyncio.run
-    print(json.dumps(asdict(runner(ask(url, int(connections), float(seconds))))))
+    report(lambda: ask(url, int(connections), float(seconds)))
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from .asking import Asking, request_to
-from .load import run
+from .load import report, run
 
 #: Seconds at the start that do not count.
 WARM_UP = 1.0
@@ -145,13 +145,7 @@ def main() -> None:
     """Run as a process of its own."""
     url, *numbers = sys.argv[1:]
     rate, seconds, timeout, leaving, patience = [*map(float, numbers), 0.0, 0.0, 0.05][:5]
-    try:
-        import uvloop
-
-        runner = uvloop.run
-    except ImportError:
-        runner = asyncio.run
-    print(json.dumps(asdict(runner(generate(url, rate, seconds, timeout, leaving, patience)))))
+    report(lambda: generate(url, rate, seconds, timeout, leaving, patience))
 
 
 if __name__ == "__main__":

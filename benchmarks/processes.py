@@ -21,13 +21,16 @@ ROOT = Path(__file__).parent.parent
 DEADLINE = 30.0
 
 
-def spawn(*arguments: str, **options: object) -> subprocess.Popen[str]:
-    """Start a Python process that finds this repository's packages and ends with a plain SIGTERM."""
+def spawn(*arguments: str, stdout: int = subprocess.DEVNULL, **options: object) -> subprocess.Popen[str]:
+    """Start a Python process that finds this repository's packages and ends with a plain SIGTERM.
+
+    Whoever pipes its output reads it: a process that prints more than a pipe holds waits for that.
+    """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         text=True,
         start_new_session=True,
         **options,
@@ -113,7 +116,9 @@ def bare_uvicorn(name: str) -> Iterator[tuple[str, psutil.Process]]:
     """Start the server without dask_serve on an application of `web`; its address and process."""
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         port = listener.getsockname()[1]
-        process = spawn("-m", "benchmarks.bare_uvicorn", str(listener.fileno()), name, pass_fds=[listener.fileno()])
+        descriptor = listener.fileno()
+        command = ["-m", "benchmarks.bare_uvicorn", str(descriptor), name]
+        process = spawn(*command, stdout=subprocess.PIPE, pass_fds=[descriptor])
     try:
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":

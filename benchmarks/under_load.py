@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import tempfile
 import time
 
 from .load import Load, environment, own_command
@@ -21,9 +22,9 @@ class _Running:
     ends_by: signal.Signals
 
     def __enter__(self) -> _Running:
-        self.process = subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
-        )
+        # Nobody reads while the block runs: a file holds what a pipe would not.
+        self.said = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(self.command, stdout=self.said, env=environment())
         time.sleep(WARM_UP + MARGIN)
         return self
 
@@ -32,13 +33,14 @@ class _Running:
             if kind is None:
                 time.sleep(MARGIN)
                 self.process.send_signal(self.ends_by)
-                out, errors = self.process.communicate(timeout=PATIENCE + 15.0)
-                if self.process.returncode:
-                    raise RuntimeError(f"{self.command[0]} failed: {errors or out}")
-                self.take(out)
+                if code := self.process.wait(PATIENCE + 15.0):
+                    raise RuntimeError(f"{' '.join(self.command)} failed with exit code {code}")
+                self.said.seek(0)
+                self.take(self.said.read())
         finally:
             self.process.kill()
             self.process.wait()
+            self.said.close()
 
     def take(self, out: str) -> None:
         """Read the report."""

@@ -14,12 +14,13 @@ from distributed import Client
 from msgspec import UNSET, UnsetType
 
 from .clients import close_made, ensure_client, existing_client, is_made_here
-from .config import HTTPOptions, build_options
+from .config import HTTPOptions
 from .controller.deploy import deploy, ensure_controller, signature, start_proxies
 from .controller.progress import Progress
 from .controller.status import ServeStatus, decode_status
 from .deployment import Application, Deployment
 from .exceptions import ConfigError, NotRunningError, ServeError
+from .options import build_options
 from .session.peers import ask, current_client, find_handle, make_handle, probe, refuse_inside
 from .shipping.graph import build
 

@@ -17,8 +17,9 @@ import msgspec
 import yaml
 from msgspec import Struct
 
-from .config import Count, HTTPOptions, build_options
+from .config import Count, HTTPOptions
 from .exceptions import ConfigError
+from .options import build_options
 
 __all__ = [
     "DEFAULTS",

@@ -10,10 +10,11 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from .batching import BatchedFunction
-from .config import AutoscalingConfig, DeploymentOptions, Level, RuntimeEnv, build_options, change_options
+from .config import AutoscalingConfig, DeploymentOptions, Level, RuntimeEnv
 from .defaults import checked, configured
 from .exceptions import ConfigError, ServeError
 from .ingress import ingress_of
+from .options import build_options, change_options
 from .shipping.spellings import check_hooks, translate
 
 if TYPE_CHECKING:

@@ -15,10 +15,11 @@ from typing import Any, NoReturn, TypeVar
 import msgspec
 from distributed import Client
 
-from .config import CallOptions, build_options, change_options
+from .config import CallOptions
 from .context import RequestContext, request_context
 from .exceptions import ConfigError, PayloadError, RequestCancelledError, ServeError
 from .many import Many
+from .options import build_options, change_options
 from .policy.desired import deployment_id
 from .response import DeploymentResponse
 from .routing.calls import AS_DECLARED

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .config import HTTPOptions, build_options, parse_options
+from .config import HTTPOptions
 from .controller.boot import BootDocument
 from .controller.plugin import Controller
 from .controller.service_file import check
 from .controller.state_file import default_file
 from .defaults import overlaid
 from .exceptions import ConfigError
+from .options import build_options, parse_options
 
 if TYPE_CHECKING:
     from distributed.scheduler import Scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from distributed.utils_test import (  # noqa: F401
     tls_cluster,
 )
 
+from dask_serve import records
 from dask_serve.embedded import EmbeddedCluster
 from dask_serve.session.waiting import call_back
 
@@ -70,6 +72,15 @@ def own_client(cluster_fixture, loop) -> Iterator[Client]:  # noqa: F811
     """A synchronous client of a cluster that the test may harm."""
     with Client(cluster_fixture[0]["address"], loop=loop) as client:
         yield client
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[records.Records]:
+    """Log records of this process, from now on and until the test's end."""
+    before = logging.getLogRecordFactory()
+    monkeypatch.setattr(records, "_records", None)
+    yield records.keep_records()
+    logging.setLogRecordFactory(before)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -63,6 +64,27 @@ def local_client(n_workers: int, nthreads: int) -> Iterator[Client]:
 def http_client(url: str, **options: Any) -> httpx.Client:
     """A client for HTTP without TLS: to load the system's certificates would take longer than most tests."""
     return httpx.Client(**{"base_url": url, "timeout": 20, "trust_env": False, "verify": False, **options})
+
+
+class Going:
+    """So many threads that `run` while a block does, until ``ended``."""
+
+    def __init__(self, threads: int) -> None:
+        self.ended = threading.Event()
+        self._threads = [threading.Thread(target=self.run) for _ in range(threads)]
+
+    def run(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Any:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.ended.set()
+        for thread in self._threads:
+            thread.join()
 
 
 def stored() -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import dask_serve
 
-__all__ = ["Processes", "free_port"]
+__all__ = ["PACKAGE", "Processes", "free_port", "installed"]
 
 PACKAGE = Path(dask_serve.__file__).parent
 
@@ -22,6 +22,24 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+def installed(directory: Path) -> dict[str, str]:
+    """Return the environment of processes that find the package as if it were installed, and no test of this checkout.
+
+    Parameters
+    ----------
+    directory : Path
+        Where what they find is put, and what they save.
+    """
+    site = directory / "site"
+    site.mkdir()
+    (site / "dask_serve").symlink_to(PACKAGE)
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("DASK", "PYTEST"))},
+        "PYTHONPATH": str(site),
+        "XDG_STATE_HOME": str(directory / "state"),
+    }
 
 
 class Processes:
@@ -36,14 +54,7 @@ class Processes:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        site = directory / "site"
-        site.mkdir()
-        (site / "dask_serve").symlink_to(PACKAGE)
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("DASK", "PYTEST"))},
-            "PYTHONPATH": str(site),
-            "XDG_STATE_HOME": str(directory / "state"),
-        }
+        self.environment = installed(directory)
 
     def dask(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start ``dask COMMAND``."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helpers import wait_until
+from processes import free_port
 
 __all__ = ["DAEMONS", "Slurm", "slurm_site"]
 
@@ -56,12 +57,6 @@ PartitionName=main Nodes={host} Default=YES State=UP
 def daemon(name: str) -> str | None:
     """Return where a program is; the daemons are in no user's path."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Slurm:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from helpers import wait_until
-from slurm_site import daemon, free_port
+from processes import free_port
+from slurm_site import daemon
 
 __all__ = ["PROGRAMS", "ssh_site"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from distributed import Client, LocalCluster, Worker
 from distributed.core import Status
 from distributed.deploy.subprocess import SubprocessCluster, SubprocessWorker
 from distributed.utils_test import async_poll_for, gen_cluster
-from helpers import wait_until
+from helpers import Going, wait_until
 
 import dask_serve as serve
 from dask_serve.exceptions import ConfigError
@@ -57,31 +56,20 @@ def workers_of(client: Client) -> list[str]:
     return list(client.scheduler_info(n_workers=-1)["workers"])
 
 
-class Callers:
+class Callers(Going):
     """Six threads that ask without a pause, until they are stopped."""
 
     def __init__(self, handle: Any) -> None:
+        super().__init__(6)
         self.handle = handle
         self.errors: list[BaseException] = []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._ask) for _ in range(6)]
 
-    def _ask(self) -> None:
-        while not self._stop.is_set():
+    def run(self) -> None:
+        while not self.ended.is_set():
             try:
                 self.handle.remote(0.1).result(20)
             except Exception as error:
                 self.errors.append(error)
-
-    def __enter__(self) -> Callers:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
 
 
 @pytest.mark.parametrize("make", [local_cluster, pytest.param(named_cluster, marks=pytest.mark.slow)])

@@ -17,14 +17,17 @@ import httpx
 import psutil
 import pytest
 from click.testing import CliRunner
+from distributed import Client
+from processes import free_port
 
+import dask_serve as serve
 from dask_serve import api, cli, versions
 from dask_serve.cli.connecting import Cluster
 from dask_serve.cli.loading import load
-from dask_serve.cli.serving import INTERRUPTED, Serving
+from dask_serve.cli.serving import INTERRUPTED
 from dask_serve.controller.status import ServeStatus
 from dask_serve.deployment import Application
-from dask_serve.exceptions import ApplicationNotFoundError, DeploymentFailedError
+from dask_serve.exceptions import ApplicationNotFoundError
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,6 +40,13 @@ class Hello:
         return "hello from the model"
 
 app = Hello.bind()
+
+@serve.deployment
+class Broken:
+    def __init__(self):
+        1 / 0
+
+broken = Broken.bind()
 
 def build():
     return Hello.options(name="Built").bind()
@@ -134,58 +144,6 @@ def test_asks_for_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--scheduler ADDRESS" in result.output
 
 
-# -- run, with a client that is a stand-in -----------------------------------------------------------------------------
-
-
-class _Client:
-    """What `run` needs of a client."""
-
-    status = "running"
-    dashboard_link = "http://127.0.0.1:8787/status"
-
-    def __init__(self) -> None:
-        self.scheduler = type("Scheduler", (), {"address": "tcp://127.0.0.1:8786"})
-
-    def close(self) -> None:
-        self.status = "closed"
-
-
-def test_run_on_a_cluster_deletes_what_it_deployed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[Any, ...]] = []
-    client = _Client()
-
-    def send(serving: Serving, application: Application, name: str) -> None:
-        calls.append(("run", application.name, name, serving._route_prefix))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Cluster, "connect", lambda self: client)
-    monkeypatch.setattr(api, "start", lambda **options: calls.append(("start", options)))
-    monkeypatch.setattr(Serving, "_send", send)
-    monkeypatch.setattr(api, "delete", lambda name, client: calls.append(("delete", name)))
-    options = ["--scheduler", "tcp://127.0.0.1:8786", "--name", "shop", "--route-prefix", "/shop", "--port", "8100"]
-    result = invoke("run", "hello_module:app", *options)
-    assert result.exit_code == 0, result.output
-    start, deployed, deleted = calls
-    assert start == ("start", {"port": 8100, "client": client})
-    assert deployed == ("run", "Hello", "shop", "/shop")
-    assert deleted == ("delete", "shop")
-    assert client.status == "closed"
-    assert "draining" in result.output
-
-
-def test_run_reports_a_deployment_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(serving: Serving, application: Application, name: str) -> None:
-        raise DeploymentFailedError("ZeroDivisionError: in the constructor")
-
-    monkeypatch.setattr(Cluster, "connect", lambda self: _Client())
-    monkeypatch.setattr(api, "start", lambda **options: None)
-    monkeypatch.setattr(Serving, "_send", fail)
-    monkeypatch.setattr(api, "delete", lambda name, client: None)
-    result = invoke("run", "hello_module:app", "--scheduler", "tcp://127.0.0.1:8786")
-    assert result.exit_code == 1
-    assert "Error: ZeroDivisionError: in the constructor" in result.output
-
-
 # -- run, as a process -------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +157,8 @@ def command(path: Path, *arguments: str, run: str | None = None) -> Iterator[sub
         stderr=subprocess.PIPE,
         text=True,
         cwd=path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # The usual port may be taken, which they would tell.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DASK_SERVE__HTTP__PORT": "0"},
         start_new_session=True,
     )
     try:
@@ -291,6 +250,37 @@ def test_serves_until_interrupted(module: Path) -> None:
         assert process.returncode == 0
         assert err == ""
         assert_all_end(family)
+
+
+# -- run, on a cluster that runs already -------------------------------------------------------------------------------
+
+
+def applications(client: Client) -> set[str]:
+    return set(serve.status(client=client).applications)
+
+
+def test_run_on_a_cluster_deletes_what_it_deployed(module: Path, client: Client) -> None:
+    port = free_port()
+    options = ["--name", "shop", "--route-prefix", "/shop", "--port", str(port)]
+    with command(module, "run", "hello_module:app", "--scheduler", client.scheduler.address, *options) as process:
+        assert read_until(process, "is ready at") == f"shop is ready at http://127.0.0.1:{port}/shop\n"
+        assert httpx.get(f"http://127.0.0.1:{port}/shop", timeout=10).text == "hello from the model"
+        assert applications(client) == {"shop"}
+        process.terminate()
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "draining" in out
+    assert err == ""
+    assert applications(client) == set()
+
+
+def test_run_reports_a_deployment_that_failed(client: Client) -> None:
+    options = ["--scheduler", client.scheduler.address, "--port", "0"]
+    result = invoke("run", "hello_module:broken", *options)
+    assert result.exit_code == 1
+    assert "ZeroDivisionError" in result.output
+    assert "Traceback" not in result.output.partition("Error: ")[0]
+    assert applications(client) == set()
 
 
 # -- the import --------------------------------------------------------------------------------------------------------

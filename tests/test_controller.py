@@ -16,6 +16,7 @@ import pytest
 from distributed import Client, Nanny, get_worker
 from distributed.protocol import to_serialize
 from distributed.utils_test import gen_cluster, inc, slowinc
+from helpers import until
 
 from dask_serve.config import DeploymentOptions, HTTPOptions
 from dask_serve.controller import actors
@@ -250,13 +251,15 @@ async def test_a_user_config_is_waited_for_and_the_last_one_holds(c, s, a):
     serve = await service(c)
     await serve.deploy(spec(user_config="first"))
     await serve.running()
-    FakeReplica.gates["slow"] = asyncio.Event()
+    FakeReplica.gates["slow"] = gate = asyncio.Event()
     await serve.deploy(spec(user_config="slow"))
     status = await serve.until(lambda s: "it takes over changed options" in s.applications["app"].message)
+    # It may be told before the replica hears of it.
+    await until(lambda: gate._waiters)
     assert status.applications["app"].status == "deploying"
     for config in ("skipped", "last"):
         await serve.deploy(spec(user_config=config))
-    FakeReplica.gates["slow"].set()
+    gate.set()
     await serve.running()
     assert FakeReplica.calls["user_config"] == ["slow", "last"]
 
@@ -699,17 +702,19 @@ async def test_replica_that_gives_up(c, s, a):
     assert replicas(status)[0].id != replica.id
 
 
-@gen_cluster(client=True, nthreads=TWO, Worker=Nanny, timeout=90)
+@gen_cluster(client=True, nthreads=TWO, Worker=Nanny, timeout=150)
 async def test_client_restart(c, s, a, b):
     # Workers are processes of their own: the fake lives there too, since it is pickled by reference to this module.
     serve = await service(c)
     await serve.deploy(spec(num_replicas=2))
     before = {r.id for r in replicas(await serve.running())}
-    await c.restart()
-    status = await serve.until(
-        lambda s: s.applications["app"].status == "running" and not before & {r.id for r in replicas(s)}, 30
-    )
-    assert len(replicas(status)) == 2
+    await c.restart(timeout=60)
+
+    def is_back(status: Any) -> bool:
+        now = {r.id for r in replicas(status)}
+        return status.applications["app"].status == "running" and not before & now and len(now) == 2
+
+    await serve.until(is_back, 60)
 
 
 # -- what Dask is told

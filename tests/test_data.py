@@ -20,7 +20,7 @@ import psutil
 import pytest
 from distributed import Client, Event, Future, Nanny, futures_of, wait
 from distributed.utils_test import gen_cluster
-from helpers import until, wait_until
+from helpers import embedded_client, until, wait_until
 
 import dask_serve as serve
 from dask_serve.exceptions import ConfigError, PayloadError, ReplicaLostError, ServeError
@@ -802,12 +802,8 @@ async def test_the_end_of_a_replica_loses_no_result(c, s, a, b):
     ("left", "closed", "answered", "stays"),
     [(False, False, False, True), (True, False, True, False), (False, True, True, True), (False, True, False, False)],
 )
-def test_results_that_come_late_stay_only_for_those_who_know_of_them(own_client, left, closed, answered, stays):
+def test_results_that_come_late_stay_only_for_those_who_know_of_them(left, closed, answered, stays):
     """What a user thread hands over after its request was answered as cancelled, or its replica was stopped."""
-    # The request that is put there never ends by itself.
-    impatient = Model.options(graceful_shutdown_timeout_s=0.5)
-    handle = serve.run(impatient.bind(), route_prefix=None, client=own_client)
-    assert handle.remote(1).result(10) == 1
 
     def late() -> int | None:
         async def on_mail(door: Any, core: Any) -> int:
@@ -827,8 +823,13 @@ def test_results_that_come_late_stay_only_for_those_who_know_of_them(own_client,
                 return door.run(on_mail(door, core)).result(5)
         return None
 
-    assert [count for count in own_client.run(late).values() if count is not None] == [stays]
-    serve.shutdown(client=own_client)
+    # It is harmed: the request that is put there never ends by itself.
+    with embedded_client(1, 1) as client:
+        impatient = Model.options(graceful_shutdown_timeout_s=0.5)
+        handle = serve.run(impatient.bind(), route_prefix=None, client=client)
+        assert handle.remote(1).result(10) == 1
+        assert [count for count in client.run(late).values() if count is not None] == [stays]
+        serve.shutdown(client=client)
 
 
 def test_the_end_of_all_replicas_of_a_process_loses_no_result(two):

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from distributed import Client
 from helpers import wait_until
+from processes import installed
 
 import dask_serve as serve
 from dask_serve.exceptions import (
@@ -31,8 +32,6 @@ from dask_serve.exceptions import (
 )
 from dask_serve.routing.table import Table, decode_table
 
-PACKAGE = Path(serve.__file__).parent
-
 
 class Processes:
     """`dask scheduler` and `dask worker`, as a person starts them: in a directory without the session's modules."""
@@ -41,15 +40,7 @@ class Processes:
         self.directory = directory
         self.place = directory / "cluster"
         self.place.mkdir()
-        site = directory / "site"
-        site.mkdir()
-        # The package, as if it were installed, and nothing else of this checkout.
-        (site / "dask_serve").symlink_to(PACKAGE)
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("DASK", "PYTEST"))},
-            "PYTHONPATH": str(site),
-            "PYTHONUNBUFFERED": "1",
-        }
+        self.environment = {**installed(directory), "PYTHONUNBUFFERED": "1"}
         self.started: list[subprocess.Popen[bytes]] = []
         self.address = ""
 
@@ -329,7 +320,8 @@ def test_a_killed_scheduler(processes):
     scheduler = processes.scheduler("--preload", "dask_serve.preload")
     worker = processes.worker("--no-nanny")
     client = Client(processes.address, timeout=10)
-    handle = serve.run(Model.bind(), client=client, timeout=30)
+    # Its worker does not wait long for them when it ends.
+    handle = serve.run(Model.options(graceful_shutdown_timeout_s=0.5).bind(), client=client, timeout=30)
     url = serve.url(client=client)
     assert fetch(url) == f"served by {worker.pid}"
     proxies = psutil.Process(scheduler.pid).children(recursive=True)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import dask_serve as serve
 from dask_serve import defaults
-from dask_serve.config import DeploymentOptions, HTTPOptions, documented
+from dask_serve.config import DeploymentOptions, HTTPOptions
 from dask_serve.controller.desired import DesiredState
 from dask_serve.controller.leaving import Leaving  # noqa: F401 - its setting is declared in defaults
 from dask_serve.document import shipped
@@ -30,6 +30,7 @@ from dask_serve.document.problems import DocumentError
 from dask_serve.document.rendering import render, render_desired
 from dask_serve.document.validation import parse
 from dask_serve.exceptions import ConfigError
+from dask_serve.options import documented
 from dask_serve.policy.desired import Source
 from dask_serve.policy.history import By, Entry
 from dask_serve.replica.room import FRACTION

@@ -55,6 +55,15 @@ class Echo:
         }
 
 
+def get(url: str, **options: Any) -> httpx.Response:
+    # The default, to trust all the world's authorities, takes long to load.
+    return httpx.get(url, **{"timeout": 20, "verify": False, **options})
+
+
+def post(url: str, content: bytes = b"") -> httpx.Response:
+    return httpx.post(url, content=content, timeout=20, verify=False)
+
+
 class Service:
     def __init__(self, client: Client, cluster: EmbeddedCluster) -> None:
         self.client = client
@@ -73,8 +82,11 @@ class Service:
             self.url = serve.start(client=self.client, **before)
 
     def get(self, path: str = "/echo", **options: Any) -> httpx.Response:
-        # The default, to trust all the world's authorities, takes long to load.
-        return httpx.get(self.url + path, **{"timeout": 20, "verify": False, **options})
+        return get(self.url + path, **options)
+
+    def always(self, path: str, token: str) -> set[int]:
+        """Return the statuses of so many requests that each proxy hardly can have had none."""
+        return {self.get(path, headers=bearer(token)).status_code for _ in range(20)}
 
     def proxies(self) -> list[dict[str, Any]]:
         rows = serve.status(client=self.client).proxies
@@ -133,17 +145,17 @@ def test_errors_of_the_protocol_and_of_own_routes_have_the_same_form(service):
     assert answer.json()["request_id"] == answer.headers["x-request-id"] == "mine"
     answer = service.get("/-/nothing")
     assert (answer.status_code, answer.json()["type"]) == (404, "NotFound")
-    answer = httpx.post(service.url + "/-/healthz")
+    answer = post(service.url + "/-/healthz")
     assert (answer.status_code, answer.json()["type"]) == (405, "MethodNotAllowed")
     assert sorted(answer.headers["allow"].split(", ")) == ["GET", "HEAD"]
 
 
 def test_a_deployments_own_body_limit(service):
-    assert httpx.post(service.url + "/small", content=b"x" * 10).json()["size"] == 10
-    answer = httpx.post(service.url + "/small", content=b"x" * 11)
+    assert post(service.url + "/small", content=b"x" * 10).json()["size"] == 10
+    answer = post(service.url + "/small", content=b"x" * 11)
     assert (answer.status_code, answer.json()["type"]) == (413, "BodyTooLarge")
     assert "10 bytes" in answer.json()["message"]
-    assert httpx.post(service.url + "/echo", content=b"x" * 11).json()["size"] == 11
+    assert post(service.url + "/echo", content=b"x" * 11).json()["size"] == 11
 
 
 def test_traceparent_reaches_the_replica(service):
@@ -175,12 +187,13 @@ def test_tokens(service, tmp_path):
         pids = service.pids()
         new = write_tokens(tmp_path / "new", THIRD)
         new.replace(path)
-        wait_until(lambda: [service.get(headers=bearer(THIRD)).status_code for _ in range(8)] == [200] * 8)
+        wait_until(lambda: service.always("/echo", THIRD) == {200})
         assert service.get(headers=bearer(TOKEN)).status_code == 401
-        # What cannot be used changes nothing.
+        # What cannot be used changes nothing; a proxy that has read the other file has seen it.
         path.write_text("short\n")
-        time.sleep(1.5)  # longer than a proxy takes to look
-        assert service.get(headers=bearer(THIRD)).status_code == 200
+        own.write_text(f"{TOKEN}\n")
+        wait_until(lambda: service.always("/small", TOKEN) == {200})
+        assert service.always("/echo", THIRD) == {200}
         assert service.pids() == pids
     with service.changed(application_tokens={"small": str(own)}):
         assert service.get().status_code == 200
@@ -333,9 +346,9 @@ def test_listings_are_hidden_off_the_loopback_interface(service):
         pytest.skip("there is no other interface")
     with service.changed(host="0.0.0.0"):
         there = service.url.replace("127.0.0.1", address)
-        assert httpx.get(there + "/echo").status_code == 200
-        assert httpx.get(there + "/-/routes").status_code == 404
-        assert "/small" not in httpx.get(there + "/nowhere").text
+        assert get(there + "/echo").status_code == 200
+        assert get(there + "/-/routes").status_code == 404
+        assert "/small" not in get(there + "/nowhere").text
         assert service.get("/-/routes").status_code == 200
 
 
@@ -345,16 +358,16 @@ def test_admin_ports(service):
         admins = [row.admin for row in rows]
         assert len(set(admins)) == 2
         for admin in admins:
-            assert httpx.get(admin + "/-/routes").json()["/echo"] == "echo/Echo"
-            assert "dask_serve_http_connections" in httpx.get(admin + "/-/metrics").text
-            assert httpx.get(admin + "/-/healthz").text == "ok"
-            assert httpx.get(admin + "/echo").status_code == 404
+            assert get(admin + "/-/routes").json()["/echo"] == "echo/Echo"
+            assert "dask_serve_http_connections" in get(admin + "/-/metrics").text
+            assert get(admin + "/-/healthz").text == "ok"
+            assert get(admin + "/echo").status_code == 404
         assert service.get("/-/routes").status_code == 404
         assert service.get("/-/metrics").status_code == 404
         assert "/small" not in service.get("/nowhere").text
         assert service.get("/-/readyz").text == "ready"
         os.kill(rows[0].pid, signal.SIGKILL)
-        assert httpx.get(admins[0] + "/-/routes", timeout=10).status_code == 200
+        assert get(admins[0] + "/-/routes", timeout=10).status_code == 200
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"admin port {port}"):
@@ -500,21 +513,26 @@ def scheduler_pid(service: Service) -> int:
     return service.client.run_on_scheduler(os.getpid)
 
 
-def test_a_scheduler_that_is_busy_is_not_noticed(service):
+def a_busy_scheduler_is_not_noticed(service: Service, other: str) -> None:
+    """Neither by the service's proxies nor by others."""
     pid = scheduler_pid(service)
     load = Load(service.url)
+    urls = service.url, other
     try:
         load.goes_on(100)
         load.slowest = 0.0
         os.kill(pid, signal.SIGSTOP)
         try:
             load.goes_on(200)
-            wait_until(lambda: "the controller is away" in service.get("/-/readyz").text)
-            assert service.get("/-/readyz").status_code == 200
+            for url in urls:
+                wait_until(lambda url=url: "the controller is away" in get(url + "/-/readyz").text)
+                assert get(url + "/-/readyz").status_code == 200
+                assert get(url + "/echo").status_code == 200
             load.goes_on(200)
         finally:
             os.kill(pid, signal.SIGCONT)
-        wait_until(lambda: service.get("/-/readyz").text == "ready")
+        for url in urls:
+            wait_until(lambda url=url: get(url + "/-/readyz").text == "ready", 30)
         load.goes_on(100)
     finally:
         load.stop()
@@ -554,26 +572,18 @@ def test_dask_serve_proxy(service):
         # The status of the service knows them.
         wait_until(lambda: [row.url for row in service.proxies()].count(url) == 2)
         assert f"url {url}" in str(serve.status(client=service.client))
-        assert httpx.get(url + "/echo/x").json()["path"] == "/echo/x"
-        assert httpx.get(url + "/-/readyz").text == "ready"
+        assert get(url + "/echo/x").json()["path"] == "/echo/x"
+        assert get(url + "/-/readyz").text == "ready"
         # It follows the table and the options of the service.
         late = serve.deployment(Echo).options(name="Late")
         serve.run(late.bind(), name="late", route_prefix="/late", client=service.client)
-        wait_until(lambda: httpx.get(url + "/late").status_code == 200)
+        wait_until(lambda: get(url + "/late").status_code == 200)
         with service.changed(body_limit=5):
-            wait_until(lambda: httpx.post(url + "/echo", content=b"123456").status_code == 413)
-        assert httpx.get(url + "/echo", headers={f"X-{n}": "x" for n in range(50)}).status_code == 431
+            wait_until(lambda: post(url + "/echo", content=b"123456").status_code == 413)
+        assert get(url + "/echo", headers={f"X-{n}": "x" for n in range(50)}).status_code == 431
         serve.delete("late", client=service.client)
-        wait_until(lambda: httpx.get(url + "/late").status_code == 404)
-        # While the scheduler is away it goes on.
-        pid = scheduler_pid(service)
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            wait_until(lambda: "the controller is away" in httpx.get(url + "/-/readyz").text)
-            assert httpx.get(url + "/echo").status_code == 200
-        finally:
-            os.kill(pid, signal.SIGCONT)
-        wait_until(lambda: httpx.get(url + "/-/readyz").text == "ready", 30)
+        wait_until(lambda: get(url + "/late").status_code == 404)
+        a_busy_scheduler_is_not_noticed(service, url)
         # It drains.
         load = Load(url, b"/echo/slow", connections=4)
         load.goes_on(20)
@@ -628,6 +638,6 @@ def test_http_on_a_cluster_with_tls():
     with LocalCluster(security=security, **options) as cluster, Client(cluster, set_as_default=False) as client:
         url = serve.start(port=0, client=client)
         serve.run(serve.deployment(Echo).bind(), client=client)
-        assert httpx.get(url + "/x").json()["path"] == "/x"
-        assert httpx.get(url + "/-/readyz").text == "ready"
+        assert get(url + "/x").json()["path"] == "/x"
+        assert get(url + "/-/readyz").text == "ready"
         serve.shutdown(client=client)

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from far_side import FarSide, possible
 from helpers import wait_until
-from slurm_site import free_port
+from processes import free_port
 
 import dask_serve as serve
 

@@ -38,9 +38,9 @@ def pids(load: Load, since: float) -> set[int]:
 
 
 def test_a_killed_worker_under_load(processes):
-    cluster(processes, 4)
+    cluster(processes, 3)
     with Client(processes.address) as client:
-        handle, url = run(client, 4, construct=0.5)
+        handle, url = run(client, 3, construct=0.5)
         with Load(handle, url, retries_on_loss=1) as load, Load(handle) as careless:
             before = hosts(client)
             victim = next(iter(before.values()))
@@ -48,7 +48,7 @@ def test_a_killed_worker_under_load(processes):
             os.kill(pid, signal.SIGKILL)
             killed = time.monotonic()
             wait_until(lambda: victim not in hosts(client).values())
-            wait_until(lambda: len(hosts(client)) == 4)
+            wait_until(lambda: len(hosts(client)) == 3)
             took = time.monotonic() - killed
             load.goes_on()
             careless.goes_on()
@@ -115,8 +115,8 @@ def stopped(client: Client, handle: Any, url: str, timeout: float) -> None:
 def test_a_worker_that_hangs(processes):
     cluster(processes, 3, "--no-nanny")
     with Client(processes.address) as client:
-        handle, url = run(client, 3, health_check_timeout_s=5.0)
-        stopped(client, handle, url, 5.0)
+        handle, url = run(client, 3, health_check_timeout_s=4.0)
+        stopped(client, handle, url, 4.0)
 
 
 LIGHT_WORKERS = """
@@ -132,6 +132,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_among_many(processes):
     """With 50 workers each has a heartbeat every 2 s; nobody calls who could notice it otherwise."""
     processes.scheduler()

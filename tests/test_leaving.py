@@ -181,9 +181,9 @@ def test_lifetime(processes):
 def test_sigterm(processes, nanny):
     workers = cluster(processes, 2, *([] if nanny else ["--no-nanny"]))
     with Client(processes.address) as client:
-        handle, url = run(client, 2, construct=1.0, max_replicas_per_worker=None)
+        handle, url = run(client, 2, construct=0.5, max_replicas_per_worker=None)
         with Load(handle, url) as load:
-            long = [handle.nap.remote(3.5) for _ in range(8)]
+            long = [handle.nap.remote(2.0) for _ in range(8)]
             counts = []
             workers[0].terminate()
 

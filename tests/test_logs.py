@@ -9,20 +9,11 @@ import sys
 
 import pytest
 
-from dask_serve import records
 from dask_serve.context import BatchContext, ReplicaContext, RequestContext, replica_context, request_context
 from dask_serve.levels import Levels, loggers_of
 from dask_serve.logs import JSONFormatter, TextFormatter
 from dask_serve.printed import BEGUN, Printed
-from dask_serve.records import ACCESS, IDS, MOST, Records, keep_records
-
-
-@pytest.fixture
-def kept(monkeypatch):
-    before = logging.getLogRecordFactory()
-    monkeypatch.setattr(records, "_records", None)
-    yield keep_records()
-    logging.setLogRecordFactory(before)
+from dask_serve.records import ACCESS, IDS, MOST, Records
 
 
 @pytest.fixture

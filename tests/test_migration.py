@@ -8,8 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dask_serve.config import DeploymentOptions, HTTPOptions, build_options
+from dask_serve.config import DeploymentOptions, HTTPOptions
 from dask_serve.exceptions import ConfigError
+from dask_serve.options import build_options
 from dask_serve.shipping.migration import Migrated, migrate
 
 #: By key of a deployment in Ray's file: values, and what becomes of each here; None: it is dropped.

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from dask_serve.config import HTTPOptions, build_options, parse_options
+from dask_serve.config import HTTPOptions
 from dask_serve.exceptions import ConfigError
+from dask_serve.options import build_options, parse_options
 from dask_serve.proxy.errors import error_answer, request_id_in, wants_text
 from dask_serve.proxy.forwarded import TrustedProxies, is_local
 

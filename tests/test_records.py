@@ -7,20 +7,8 @@ import subprocess
 import sys
 import threading
 
-import pytest
-
-from dask_serve import records
 from dask_serve.context import ReplicaContext, replica_context
 from dask_serve.records import LONGEST, MOST, MOST_BYTES, Records, keep_records, told_since
-
-
-@pytest.fixture
-def kept(monkeypatch):
-    """Records of this process, from now on and until the test's end."""
-    before = logging.getLogRecordFactory()
-    monkeypatch.setattr(records, "_records", None)
-    yield keep_records()
-    logging.setLogRecordFactory(before)
 
 
 def messages(kept: Records) -> list[str]:

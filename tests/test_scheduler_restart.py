@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import signal
@@ -13,31 +14,19 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distributed import Client
+from helpers import wait_until
+from processes import free_port, installed
 
 import dask_serve as serve
 
-PACKAGE = Path(serve.__file__).parent
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def until(met: Callable[[], Any], timeout: float = 30.0) -> Any:
-    deadline = time.monotonic() + timeout
-    while not (found := met()):
-        assert time.monotonic() < deadline, f"not met after {timeout} s"
-        time.sleep(0.02)
-    return found
+until = functools.partial(wait_until, timeout=30.0)
 
 
 class Supervisor:
@@ -47,14 +36,7 @@ class Supervisor:
         self.directory = directory
         self.port, self.http = free_port(), free_port()
         self.address = f"tcp://127.0.0.1:{self.port}"
-        site = directory / "site"
-        site.mkdir()
-        (site / "dask_serve").symlink_to(PACKAGE)
-        self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("DASK", "PYTEST"))},
-            "PYTHONPATH": str(site),
-            "XDG_STATE_HOME": str(directory / "state"),
-        }
+        self.environment = installed(directory)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self._commands: dict[str, list[str]] = {}
         self._stop = threading.Event()

@@ -335,7 +335,7 @@ def test_a_worker_is_killed():
         handle = serve.run(Model.options(num_replicas=2).bind(), name="killed", route_prefix=None, client=client)
         pids = {handle.seen.remote().result(20)[2] for _ in range(50)}
         assert len(pids) == 2
-        ddf = frame(2000, 10)
+        ddf = frame(1000, 10)
         future = client.compute(handle.slow.map_partitions(ddf, meta=("s", "int64"), batch_size=25))
         online: list[Exception | None] = []
 
@@ -348,7 +348,7 @@ def test_a_worker_is_killed():
         wait_until(lambda: any(client.processing().values()))
         time.sleep(0.3)
         os.kill(pids.pop(), signal.SIGKILL)
-        assert list(future.result(60)) == list(range(2000))
+        assert list(future.result(60)) == list(range(1000))
         caller.join(30)
         serve.shutdown(client=client)
 
@@ -360,8 +360,8 @@ def test_example(client, capsys, monkeypatch):
     run = serve.run
     monkeypatch.setattr(serve, "run", lambda *args, **kwargs: run(*args, client=client, **kwargs))
     with client.as_current():
-        seen = batch_scoring.main(rows=20_000)
-    assert 0 < seen["count"] < 20_000
+        seen = batch_scoring.main(rows=2_000)
+    assert 0 < seen["count"] < 2_000
     assert seen["requests"] >= 1
     assert seen["single"] == 200
-    assert "20,000 customers scored" in capsys.readouterr().out
+    assert "2,000 customers scored" in capsys.readouterr().out

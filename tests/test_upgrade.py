@@ -6,7 +6,6 @@ import http.client
 import os
 import re
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 from distributed import Client
-from helpers import http_client, wait_until
+from helpers import Going, http_client, wait_until
 from processes import Processes, free_port
 
 import dask_serve as serve
@@ -82,30 +81,19 @@ class Cluster:
         self.processes.end(self.name)
 
 
-class Load:
+class Load(Going):
     """Clients that keep their connections, and send one request after the other."""
 
     def __init__(self, port: int) -> None:
+        super().__init__(CLIENTS)
         self.port = port
         self.answers: Counter[bytes] = Counter()
         self.failed: list[Any] = []
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(CLIENTS)]
 
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self) -> None:
+    def run(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         number = 0
-        while not self._stop.is_set():
+        while not self.ended.is_set():
             number += 1
             try:
                 connection.request(*(("POST", "/", b"x" * 100) if number % 2 else ("GET", "/")))

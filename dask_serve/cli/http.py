@@ -31,7 +31,7 @@ def http_options(function: Function) -> Function:
 
     @functools.wraps(function)
     def with_http(**given: Any) -> Any:
-        from ..config import parse_options
+        from ..options import parse_options
 
         http = parse_options(given.pop("options"))
         for name in ("host", "port", "num_proxies"):

@@ -419,4 +419,4 @@ class Controller(SchedulerPlugin):
 
     def _adaptive_target(self, target_duration: float | None = None) -> int:
         self.leaving.asked_at = asyncio.get_running_loop().time()
-        return max(int(self._adaptive_before(target_duration)), self.reconciler.wanted_workers())
+        return max(int(self._adaptive_before(target_duration)), self.reconciler.places.wanted_workers())

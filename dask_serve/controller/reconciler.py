@@ -1,4 +1,4 @@
-"""Does what the plan says: places, starts, drains and reconfigures replicas, and hears what became of them."""
+"""Does what the plan says: starts, drains and reconfigures replicas, and hears what became of them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,16 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from dask.utils import format_bytes
 from distributed import Client
-from msgspec.structs import replace
 
 from ..exceptions import ServeError
-from ..policy.desired import DeploymentSpec
 from ..policy.lifecycle import ENDS
-from ..policy.placement import Need, WorkerView, booking, place, wanted_workers
 from ..policy.reconcile import Action, Reconfigure, Start, Stop, plan
 from .actors import QUEUED_AFTER, Actors, explain, replica_class
 from .balance import Balance
-from .environments import describe
 from .events import brief
 from .held import HeldKeys
 from .notes import Notes
+from .places import Places, need_of
 from .registry import Registry
 from .replica import Replica, settings_of
 from .workers import WorkerViews, what_is_missing
@@ -69,7 +66,8 @@ class Reconciler:
         self.registry = registry
         self.workers = WorkerViews(scheduler, registry)
         self.actors = Actors(scheduler)
-        self.balance = Balance(registry, self.workers, lambda replica: _need(replica.spec, only_free_threads=True))
+        self.places = Places(registry, self.workers, self._spawn, self.wake)
+        self.balance = Balance(registry, self.workers, lambda replica: need_of(replica.spec, only_free_threads=True))
         self._on_change = on_change
         self._client: Client | None = None
         self._wake = asyncio.Event()
@@ -78,16 +76,12 @@ class Reconciler:
         self._again: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._keys = HeldKeys(scheduler)
-        #: By deployment: how many of the replicas that found no worker wait only for free threads, and for how many.
-        self._short_of_threads: dict[str, tuple[int, int]] = {}
-        #: Deployments that are placed once workers have told their devices.
-        self._wait_for_devices: set[str] = set()
 
     # -- life
 
     async def run(self, client: Client) -> None:
         """Reconcile until cancelled; ``client`` owns the actors."""
-        self._client = self.actors.client = client
+        self._client = self.actors.client = self.places.client = client
         # A tenth of a second that the scheduler's loop would miss with the first replica.
         await asyncio.get_running_loop().run_in_executor(None, replica_class)
         while True:
@@ -122,15 +116,6 @@ class Reconciler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-    def wanted_workers(self) -> int:
-        """Return how many workers an adaptive cluster should have for our replicas."""
-        unplaced = sum(number for number, _ in self.registry.unplaced.values())
-        short = self._short_of_threads.values()
-        extra, threads = sum(number for number, _ in short), sum(threads for _, threads in short)
-        # Those that move are counted where they go to.
-        moving = [self.registry.replicas[id] for id in self.registry.moving]
-        return wanted_workers(self.workers.views(without=moving), unplaced - extra, threads)
 
     # -- events
 
@@ -258,7 +243,7 @@ class Reconciler:
         todo = plan(registry.wanted(due), registry.seen(due), registry.tries(), now, registry.crowded)
         for id in due:
             self._again.pop(id, None)
-            self._short_of_threads.pop(id, None)
+            self.places.forget(id)
         self._again.update(todo.wake_at)
         self._note_failed(due, todo.failed)
         before = {id: registry.unplaced.pop(id, None) for id in due}
@@ -331,77 +316,16 @@ class Reconciler:
             self._reconfigure(self.registry.replicas[action.replica])
 
     def _start(self, action: Start, now: float) -> None:
-        found = self.registry.spec_of(action.deployment, action.revision)
-        if found is None:
+        replica = self.places.find(action, now)
+        if replica is None:
             return
-        app, spec = found
-        options = spec.options
-        registry, id = self.registry, action.deployment
-        moving = registry.moving.intersection(registry.by_deployment.get(id, ()))
-        need = _need(spec, only_free_threads=bool(moving) or registry.is_extra(id, spec))
-        if need.environment:
-            self.workers.environments.in_use = True
-        if id in registry.unplaced:
-            # It was found a moment ago that there is no place.
-            number, reason = registry.unplaced[id]
-            registry.unplaced[id] = (number + 1, reason)
-            if id in self._short_of_threads:
-                number, threads = self._short_of_threads[id]
-                self._short_of_threads[id] = (number + 1, threads + need.threads)
-            return
-        views = self.workers.views(id, action.revision)
-        if options.gpus:
-            for worker in self.workers.devices.unasked():
-                self._spawn(self._ask_for_devices(worker))
-        choice = place(need, views)
-        if choice.worker is None and moving:
-            # Somebody else was faster: they stay where they are.
-            registry.moving -= moving
-            registry.touch(id)
-            return
-        if choice.worker is None:
-            if options.gpus and self.workers.devices.being_asked:
-                self._wait_for_devices.add(id)
-                return
-            registry.unplaced[id] = (1, describe(choice.reason, spec.environment))
-            self._look_for_place(action, need, views, now)
-            return
-        replica = Replica(app, spec, choice.worker, now)
-        view = next(view for view in views if view.address == choice.worker)
-        replica.host, replica.devices = view.host, choice.devices
-        replica.booked = booking(need, view.resources)
-        registry.add(replica)
+        self.registry.add(replica)
         environments = self.workers.environments
         environments.claim(replica)
         if replica.worker in self.workers.equipped and not environments.needs_preparation(replica):
             self._submit(replica)
         else:
             self._spawn(self._ask_and_submit(replica))
-
-    def _look_for_place(self, action: Start, need: Need, views: list[WorkerView], now: float) -> None:
-        """There is no place for a replica: see what would make one."""
-        id = action.deployment
-        restart = self.workers.environments.restart_one(need, views, now)
-        if restart is not None:
-            self._spawn(self._restart(restart))
-        if need.only_free_threads and place(replace(need, only_free_threads=False), views).worker is not None:
-            self._short_of_threads[id] = (1, need.threads)
-        old = [r for r in self.registry.of(id) if r.state == "ready" and r.spec.revision != action.revision]
-        if old and place(need, self.workers.views(id, action.revision, without=old)).worker is not None:
-            self.registry.crowded.add(id)
-
-    async def _ask_for_devices(self, worker: str) -> None:
-        assert self._client is not None
-        await self.workers.devices.ask(self._client, worker, what_is_missing)
-        self.registry.touch(*self._wait_for_devices)
-        self._wait_for_devices.clear()
-        self.wake()
-
-    async def _restart(self, worker: str) -> None:
-        self.workers.doom(worker)
-        if not await self.workers.environments.restart(worker):
-            self.workers.spare(worker)
-        self.wake()
 
     async def _ask_and_submit(self, replica: Replica) -> None:
         assert self._client is not None
@@ -545,17 +469,3 @@ class Reconciler:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _need(spec: DeploymentSpec, *, only_free_threads: bool) -> Need:
-    options = spec.options
-    return Need(
-        threads=options.threads,
-        resources=options.resources,
-        gpus=options.gpus,
-        memory=options.memory or 0,
-        workers=options.workers,
-        max_replicas_per_worker=options.max_replicas_per_worker,
-        only_free_threads=only_free_threads,
-        environment="" if spec.environment is None else spec.environment.id,
-    )

@@ -17,9 +17,10 @@ from distributed.security import Security
 from distributed.utils import get_ip
 
 from .. import __version__
-from ..config import HTTPOptions, change_options
+from ..config import HTTPOptions
 from ..defaults import configured_http
 from ..exceptions import ConfigError, NotRunningError, ServeError
+from ..options import change_options
 from ..routing.table import decode_table
 from .counts_sender import CountsSender
 from .proxies import Proxies

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..config import HTTPOptions, build_options
+from ..config import HTTPOptions
 from ..controller.applying import Applied, apply, desired
 from ..exceptions import ConfigError
+from ..options import build_options
 from .difference import difference
 from .validation import Checked
 

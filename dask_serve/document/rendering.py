@@ -8,8 +8,9 @@ from typing import Any
 
 import msgspec
 
-from ..config import DeploymentOptions, HTTPOptions, RuntimeEnv, documented
+from ..config import DeploymentOptions, HTTPOptions, RuntimeEnv
 from ..controller.desired import DesiredState
+from ..options import documented
 from ..policy.desired import ApplicationSpec, DeploymentSpec
 from .declaration import VERSION
 from .dumping import WIDTH, dump

@@ -14,8 +14,9 @@ from typing import Any
 import msgspec
 import yaml
 
-from ..config import AutoscalingConfig, DeploymentOptions, HTTPOptions, documented
+from ..config import AutoscalingConfig, DeploymentOptions, HTTPOptions
 from ..defaults import DEFAULTS, DoorSettings, EmbeddedSettings, MetricsSettings, RestSettings, Settings
+from ..options import documented
 from .declaration import VERSION, ApplicationEntry, DeploymentEntry, Document, HTTPEntry
 
 __all__ = ["SCHEMA", "defaults_text", "schema_text"]

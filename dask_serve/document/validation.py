@@ -12,8 +12,9 @@ import msgspec
 from msgspec import Struct
 
 from .. import __version__
-from ..config import HTTPOptions, described
+from ..config import HTTPOptions
 from ..exceptions import ConfigError
+from ..options import described
 from ..policy.routes import check_prefix
 from ..shipping.spellings import advice, translate
 from .declaration import VERSION, ApplicationEntry, DeploymentEntry, Document, HTTPEntry, given

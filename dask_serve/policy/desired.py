@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from msgspec import Struct, structs
 
-from ..config import DeploymentOptions, change_options
+from ..config import DeploymentOptions
 from ..exceptions import ApplicationNotFoundError, ConfigError
+from ..options import change_options
 from .environment import Environment
 
 __all__ = ["ApplicationSpec", "DeploymentSpec", "Source", "deployment_id", "with_replicas"]

@@ -11,8 +11,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from ..config import AutoscalingConfig, DeploymentOptions, HTTPOptions, RuntimeEnv, build_options
+from ..config import AutoscalingConfig, DeploymentOptions, HTTPOptions, RuntimeEnv
 from ..exceptions import ConfigError
+from ..options import build_options
 from .rays_keys import (
     APPLICATION,
     APPLICATION_ELSEWHERE,

@@ -11,10 +11,11 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
-from ..config import HTTPOptions, build_options
+from ..config import HTTPOptions
 from ..deployment import Application, check_name
 from ..exceptions import ApplicationNotFoundError, ConfigError, DeploymentFailedError, ServeError
 from ..handle import DeploymentHandle
+from ..options import build_options
 from ..policy.desired import deployment_id
 from ..replica.listening import Place
 from ..routing.session import Session
