@@ -21,9 +21,11 @@ SHARE = 0.1
 #: Seconds without an online request after which background ones are alone: only one that comes more rarely meets the
 #: longer line.
 QUIET_AFTER = 10.0
-#: By how much the number grows with one that began at once, beside the share of what it is already.
+#: By how much the number grows with one that began at once, and by which share of what it is already; and how many
+#: times faster where nobody is harmed.
 GROWTH = 0.05
 GROWTH_SHARE = 0.0125
+FASTER_ALONE = 10
 #: Weight of the newest sample in the mean of what requests take.
 SMOOTHING = 0.1
 
@@ -46,8 +48,8 @@ class Leftover:
 
     def __init__(self, threads: int) -> None:
         self.came = False
-        self._beside = _Tried(max(min(threads, 1), threads - 1), AT_ONCE)
-        self._alone = _Tried(threads, AT_ONCE_ALONE)
+        self._beside = _Tried(max(min(threads, 1), threads - 1), AT_ONCE, 1)
+        self._alone = _Tried(threads, AT_ONCE_ALONE, FASTER_ALONE)
         self._seconds = 0.0
         self._last = -QUIET_AFTER
         self._quiet = True
@@ -95,10 +97,11 @@ class Leftover:
 class _Tried:
     """A number that is found by trying."""
 
-    __slots__ = ("ahead", "at_once", "least", "number")
+    __slots__ = ("ahead", "at_once", "faster", "least", "number")
 
-    def __init__(self, least: int, at_once: float) -> None:
+    def __init__(self, least: int, at_once: float, faster: int) -> None:
         self.at_once = at_once
+        self.faster = faster
         self.least = float(least)
         self.number = self.least
         self.ahead = 0
@@ -107,7 +110,7 @@ class _Tried:
         if delay > max(self.at_once, SHARE * seconds):
             self.number = max(self.least, min(self.number, float(found)))
         elif grows and int(self.number) - 1 <= found and self.number < limit:
-            self.number = min(float(limit), self.number + GROWTH + GROWTH_SHARE * self.number)
+            self.number = min(float(limit), self.number + self.faster * (GROWTH + GROWTH_SHARE * self.number))
 
     def set_ahead(self, seconds: float, limit: int) -> None:
         self.ahead = min(int(self.at_once / seconds), limit) if seconds > 0 else 0
