@@ -553,6 +553,17 @@ async def test_retired_workers_lose_their_replicas_first(c, s, a, b):
         await s.retire_workers(workers=[b.address], names=["b"])
 
 
+@gen_cluster(client=True, nthreads=[("127.0.0.1", 1)] * 3)
+async def test_replicas_do_not_move_to_workers_that_leave_too(c, s, *workers):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    holding = [replica.worker for replica in replicas(await serve.running())]
+    (empty,) = s.workers.keys() - set(holding)
+    assert set(await c.retire_workers([holding[0], empty])) == {holding[0], empty}
+    assert [replica.worker for replica in replicas(await serve.running())] == [holding[1]] * 2
+    assert s.workers[holding[1]].status == Status.running
+
+
 @gen_cluster(client=True, nthreads=TWO)
 async def test_a_cluster_object_closes_workers_itself(c, s, a, b):
     """It asks by alias, as when it scales down or is closed: data moves where it can, and no worker is sent away."""
