@@ -28,7 +28,8 @@ class Many:
         Parameters
         ----------
         *iterables
-            Of any length: only ``window`` calls are made ahead.
+            Of any length: only ``window`` calls are made ahead. Between items of one that takes its time refs are
+            handed out.
         ordered : bool, default True
             False: refs come as calls end.
         window : int, default 1000
@@ -66,7 +67,8 @@ class Many:
         ----------
         frame : dask.dataframe.DataFrame, Series or Index
         *args
-            More arguments of the method. Dask frames among them must be partitioned as ``frame`` is.
+            More arguments of the method. Dask frames, here or by name, that have as many partitions as ``frame`` are
+            cut with it; those of one partition arrive whole.
         meta : object
             What comes out, in any form that Dask takes; ``meta=frame``: the same columns as ``frame``. The model is
             never asked.
@@ -104,9 +106,11 @@ class Many:
         ----------
         array : dask.array.Array
         *args
-            More arguments of the method. Arrays that have the chunks of ``array`` are cut with it.
+            More arguments of the method. Arrays, here or by name, that have as many axes and the chunks of ``array``
+            along the first one are cut with it.
         dtype : dtype
-            Of what comes out; or ``meta``, an empty array of its kind. The model is never asked.
+            Of what comes out; or ``meta``, an empty array of its kind. The model is never asked. Without ``meta`` what
+            comes out of sparse blocks is dense.
         batch_size : int, "auto" or None, default "auto"
             As in `map_partitions`. Where the first axis is dropped, or a new one comes before it, blocks stay whole.
         **kwargs

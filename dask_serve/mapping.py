@@ -7,8 +7,9 @@ import contextlib
 import functools
 import itertools
 import threading
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ __all__ = ["RefMap", "patient", "refuse_streams"]
 
 #: So many calls are made and not handed out, unless told otherwise.
 WINDOW = 1000
+#: Seconds of making calls until refs that have ended are handed out first: the iterable takes its time.
+FILLING = 0.1
 #: How often a call is made again when its replica is lost, unless the handle says otherwise.
 RETRIES = 3
 
@@ -89,7 +92,7 @@ class RefMap:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ConfigError(f"handle.map: window = {window!r} is not valid: it is a whole number from 1")
         for one in iterables:
-            if isinstance(one, AsyncIterator) or not hasattr(one, "__iter__"):
+            if not hasattr(one, "__iter__"):
                 raise ConfigError(f"handle.map takes iterables, not a {type(one).__name__}")
         if not iterables:
             raise ConfigError("handle.map takes at least one iterable: the first argument of each call")
@@ -99,6 +102,7 @@ class RefMap:
         self._ordered = ordered
         #: How many calls are made and not handed out.
         self._out = 0
+        self._slow = False
         #: Those in order; where it does not matter those that have not ended (as keys), and those that have.
         self._made: deque[DeploymentResponse] = deque()
         self._pending: dict[DeploymentResponse, None] = {}
@@ -118,16 +122,27 @@ class RefMap:
     def _fill(self) -> bool:
         """Make calls, many at once; False when all refs were handed out."""
         missing = self._window - self._out
-        if self._items is not None and 2 * missing >= self._window:
-            before = self._out
+        if self._items is not None and 2 * missing >= self._window and not (self._slow and self._is_ready()):
+            before, ends = self._out, time.monotonic() + FILLING
+            self._slow = False
             for args in itertools.islice(self._items, missing):
                 self._make(args)
-            if self._out - before < missing:
-                self._items = None
+                if time.monotonic() > ends and self._is_ready():
+                    self._slow = True
+                    break
+            else:
+                if self._out - before < missing:
+                    self._items = None
         if self._out:
             return True
         self._end()
         return False
+
+    def _is_ready(self) -> bool:
+        """Tell whether a ref can be handed out without waiting."""
+        if self._ordered:
+            return bool(self._made) and self._made[0]._local.status != "pending"
+        return bool(self._done)
 
     def _hand_out(self, ref: DeploymentResponse) -> DeploymentResponse:
         self._out -= 1

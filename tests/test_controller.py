@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from distributed import Client, Nanny, get_worker
+from distributed.core import Status
 from distributed.protocol import to_serialize
 from distributed.utils_test import gen_cluster, inc, slowinc
 from helpers import until
@@ -550,6 +551,35 @@ async def test_retired_workers_lose_their_replicas_first(c, s, a, b):
     # The last one goes as well, when it is told to: without a replacement.
     with pytest.raises(TypeError, match="mutually exclusive"):
         await s.retire_workers(workers=[b.address], names=["b"])
+
+
+@gen_cluster(client=True, nthreads=[("127.0.0.1", 1)] * 3)
+async def test_replicas_do_not_move_to_workers_that_leave_too(c, s, *workers):
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    holding = [replica.worker for replica in replicas(await serve.running())]
+    (empty,) = s.workers.keys() - set(holding)
+    assert set(await c.retire_workers([holding[0], empty])) == {holding[0], empty}
+    assert [replica.worker for replica in replicas(await serve.running())] == [holding[1]] * 2
+    assert s.workers[holding[1]].status == Status.running
+
+
+@gen_cluster(client=True, nthreads=TWO)
+async def test_a_cluster_object_closes_workers_itself(c, s, a, b):
+    """It asks by alias, as when it scales down or is closed: data moves where it can, and no worker is sent away."""
+    serve = await service(c)
+    await serve.deploy(spec(num_replicas=2))
+    await serve.running()
+    kept = await c.scatter(1, workers=[a.address])
+    assert list(await c.scheduler.retire_workers(workers=[a.name])) == [a.address]
+    assert b.address in {worker.address for worker in s.tasks[kept.key].who_has}
+    assert s.workers[a.address].status == Status.closing_gracefully
+    assert {replica.worker for replica in replicas(await serve.status())} == {b.address}
+    # The last ones: nobody is left who could take anything, so Dask would only complain.
+    assert await c.scheduler.retire_workers(workers=[a.name, b.name]) == {}
+    assert s.workers[b.address].status == Status.running
+    assert replicas(await serve.status()) == []
+    assert len(s.workers) == 2
 
 
 @gen_cluster(client=True, nthreads=ONE)

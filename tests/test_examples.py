@@ -19,7 +19,7 @@ pytest.importorskip("pandas")
 pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).parent.parent
-ALONE = ["data_by_reference", "feature_store", "train_then_serve", "computing_endpoint", "walltime"]
+ALONE = ["batch_scoring", "data_by_reference", "feature_store", "train_then_serve", "computing_endpoint", "walltime"]
 NEEDING = {"train_xgboost": "xgboost", "train_torch": "torch"}
 
 

@@ -99,6 +99,32 @@ def test_only_a_window_of_calls_is_made(handle, ordered):
 
 
 @pytest.mark.parametrize("ordered", [True, False])
+def test_an_iterable_that_takes_its_time(handle, ordered):
+    """Refs are handed out while it goes on, not when the window is full."""
+    handed_out = threading.Event()
+
+    def live():
+        yield 1
+        time.sleep(0.15)
+        yield 2
+        assert handed_out.wait(10)
+        yield 3
+
+    found = []
+    for ref in handle.double.map(live(), ordered=ordered):
+        handed_out.set()
+        found.append(ref.result())
+    assert sorted(found) == [2, 4, 6]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_map_over_a_map(handle, ordered):
+    """Refs are arguments as others, so two deployments are one line."""
+    refs = handle.double.map(handle.double.map(range(100), ordered=ordered), window=10)
+    assert sorted(ref.result() for ref in refs) == [4 * x for x in range(100)]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
 def test_what_fails_is_told_by_its_ref(handle, ordered):
     refs = list(handle.fail.map(range(10), ordered=ordered))
     failed = [ref for ref in refs if ref.exception() is not None]

@@ -81,6 +81,25 @@ class Model:
         with serve_client() as client:
             return client.submit(lambda x: x * 2, np.asarray(rows)[:, 0], pure=False).result()
 
+    def shapes(self, rows: Any, *args: Any, **named: Any) -> list[Any]:
+        found = [one.shape[0] if np.ndim(one) else one for one in (*args, *named.values())]
+        return [" ".join(map(str, [rows.shape[0], *found]))] * rows.shape[0]
+
+    def label(self, rows: Any) -> Any:
+        return pd.Series(pd.Categorical([str(x) for x in rows["x"]]), index=rows.index)
+
+    def renamed(self, rows: Any) -> Any:
+        return rows.rename(columns={"x": "other"})
+
+    def twice(self, rows: Any) -> Any:
+        return np.stack([rows, rows], axis=-1)
+
+    def product(self, rows: Any) -> Any:
+        return rows * 2
+
+    def row_sums(self, rows: Any) -> Any:
+        return np.asarray(rows.sum(axis=1)).ravel()
+
     def seen(self) -> tuple[list[int], set[bool], int]:
         seen = self.sizes, self.background, os.getpid()
         self.sizes, self.background = [], set()
@@ -165,6 +184,35 @@ def test_more_arguments(client, handle):
     assert list(client.compute(scored).result(30)) == list(expected.x + expected.y + 3)
 
 
+def test_more_arguments_by_name(client, handle):
+    """What is partitioned as the frame is cut with it, also by name; the rest arrives as a value."""
+    ddf = frame(40, 2)
+    scored = handle.add.map_partitions(ddf, more=ddf.y, meta=("s", "int64"), batch_size=7)
+    expected = ddf.compute()
+    assert list(client.compute(scored).result(30)) == list(expected.x + expected.y)
+    options = {"meta": ("s", object), "batch_size": 20}
+    scored = handle.shapes.map_partitions(ddf, client.submit(len, "ab"), total=ddf.y.sum(), more=ddf.y, **options)
+    assert set(client.compute(scored).result(30)) == {f"20 2 {expected.y.sum()} 20"}
+
+
+def test_a_table_beside_a_frame_of_one_partition(client, handle):
+    """Its rows are others, so it is not cut, and need not have as many."""
+    table = dd.from_pandas(pd.DataFrame({"z": range(5)}), npartitions=1)
+    whole = handle.shapes.map_partitions(frame(20, 1), table, meta=("s", object), batch_size=None)
+    assert set(client.compute(whole).result(30)) == {"20 5"}
+    pieces = handle.shapes.map_partitions(frame(20, 1), table, meta=("s", object), batch_size=10)
+    assert set(client.compute(pieces).result(30)) == {"10 5"}
+    same = handle.shapes.map_partitions(frame(20, 1), frame(20, 1).y, meta=("s", object), batch_size=10)
+    assert set(client.compute(same).result(30)) == {"10 10"}
+
+
+def test_categories_of_pieces_are_put_together(client, handle):
+    meta = pd.Series([], dtype="category", name="label")
+    scored = client.compute(handle.label.map_partitions(frame(20, 2), meta=meta, batch_size=3)).result(30)
+    assert scored.dtype == "category"
+    assert list(scored) == [str(x) for x in range(20)]
+
+
 def test_fusion_and_projection(client, handle):
     ddf = frame()
     scored = handle.double.map_partitions(ddf[ddf.y < 5].assign(z=1), meta=ddf.assign(z=1))
@@ -196,6 +244,60 @@ def test_an_array(client, handle):
         da.ones((6, 2), chunks=(3, 2)), dtype=float, batch_size=None, chunks=((1, 1),), drop_axis=1, enforce_ndim=False
     )
     assert total.ndim == 1
+
+
+def test_arrays_that_have_the_same_rows(client, handle):
+    """By position or by name, with other columns, of unknown length: what Dask brings with a block is cut with it."""
+    array, column = da.ones((20, 3), chunks=(10, 3)), da.arange(20, chunks=10)[:, None]
+    options = {"dtype": object, "drop_axis": 1, "batch_size": 4}
+    for more in ({"args": (column,)}, {"column": column}):
+        scored = handle.shapes.map_blocks(array, *more.pop("args", ()), **more, **options)
+        assert set(client.compute(scored).result(30)) == {"4 4", "2 2"}
+    unknown = dd.from_dask_array(array).to_dask_array()
+    scored = handle.shapes.map_blocks(unknown, unknown + 1, unknown.sum(), **options)
+    assert set(client.compute(scored).result(30)) == {"4 4 60.0", "2 2 60.0"}
+
+
+def test_masked_blocks(client, handle):
+    """What is masked stays masked, however many pieces there are."""
+    array = da.ma.masked_greater(da.arange(24, chunks=12), 20)
+    scored = client.compute(handle.double.map_blocks(array, dtype=int, batch_size=5)).result(30)
+    assert scored.mask.sum() == 3
+    assert scored.sum() == 2 * sum(range(21))
+
+
+def test_sparse_blocks(client, handle):
+    sparse = pytest.importorskip("scipy.sparse")
+    array = da.ones((20, 3), chunks=(5, 3)).map_blocks(sparse.csr_matrix, dtype=float, meta=sparse.csr_matrix((0, 0)))
+    sums = handle.row_sums.map_blocks(array, dtype=float, drop_axis=1, batch_size=2)
+    assert isinstance(sums._meta, np.ndarray)
+    assert list(client.compute(sums).result(30)) == [3.0] * 20
+    doubled = handle.product.map_blocks(array, meta=sparse.csr_matrix((0, 0), dtype=float), batch_size=2)
+    found = client.compute(doubled).result(30)
+    assert sparse.issparse(found)
+    assert found.toarray().tolist() == [[2.0] * 3] * 20
+
+
+def test_empty_blocks_have_the_axes_that_come_out(client, handle):
+    array = da.arange(24, chunks=6)
+    array = array[array > 10]
+    scored = handle.twice.map_blocks(array, dtype=int, new_axis=1, chunks=(array.chunks[0], (2,)), batch_size=2)
+    assert client.compute(scored).result(30).tolist() == [[x, x] for x in range(11, 24)]
+
+
+def test_empty_blocks_whose_rows_are_not_kept(client, handle):
+    """They are sent, as Dask does: what comes of no rows only the method knows."""
+    array = da.ones((6, 3), chunks=(3, 3))
+    array = array[array[:, 0] > 1]
+    sums = handle.total.map_blocks(array, dtype=float, drop_axis=(0, 1), enforce_ndim=False)
+    assert client.gather([client.compute(part) for part in sums.to_delayed().ravel()]) == [0.0]
+
+
+def test_what_is_said_to_be_partitioned_as_the_frame_and_is_not(client, handle):
+    ddf = frame(40, 2)
+    other = frame(40, 4).repartition(divisions=[0, 10, 39])
+    with pytest.raises(serve.ScoringError, match=r"argument 'more' has \d+ rows and the partition 20"):
+        client.compute(handle.add.map_partitions(ddf, more=other.y, meta=("s", "int64"))).result(30)
 
 
 def test_a_bag(client, handle):
@@ -249,6 +351,31 @@ def test_errors_name_the_partition(client, handle):
         client.compute(blocks).result(30)
     with pytest.raises(serve.ScoringError, match=r"partition 1 of .*item 0 could not.*minus one"):
         client.compute(handle.one.map_bag(db.from_sequence([1, -1], npartitions=2))).result(30)
+
+
+def test_a_method_that_returns_other_columns(client, handle):
+    with pytest.raises(serve.ScoringError, match=r"(?s)partition [0-3] of .*do not match.*other"):
+        client.compute(handle.renamed.map_partitions(frame(40, 4), meta=frame())).result(30)
+    with pytest.raises(serve.ScoringError, match=r"returned a DataFrame, and meta is a Series"):
+        client.compute(handle.renamed.map_partitions(frame(10, 1), meta=("s", float))).result(30)
+    free = handle.renamed.map_partitions(frame(10, 1), meta=frame(), enforce_metadata=False)
+    assert list(client.compute(free).result(30).columns) == ["other", "y"]
+
+
+def test_arguments_that_cannot_be_cut_name_the_partition(client, handle):
+    rows = da.ones((6, 2), chunks=(3, 2)).map_blocks(lambda block: Uncut(block), dtype=float)
+    with pytest.raises(serve.ScoringError, match=r"block \(0, 0\) of .*rows 0 to 1 .*no cutting"):
+        client.compute(handle.double.map_blocks(rows, dtype=float, batch_size=1)).result(30)
+
+
+class Uncut:
+    """Rows that refuse to be cut, as sparse matrices of some formats do."""
+
+    def __init__(self, block: Any) -> None:
+        self.shape, self.ndim, self.dtype = block.shape, block.ndim, block.dtype
+
+    def __getitem__(self, _: Any) -> Any:
+        raise TypeError("no cutting")
 
 
 def test_a_method_that_returns_other_rows(client, handle):

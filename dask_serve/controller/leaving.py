@@ -84,10 +84,17 @@ class Leaving:
         self._check_names(workers, names)
         hosting = {worker for worker in found if self._registry.on_worker(worker)}
         if hosting:
-            await self.empty(hosting, of_itself=str(stimulus_id).startswith(OF_ITSELF))
+            # All of them, or replicas would move to the others that leave.
+            await self.empty(found, of_itself=str(stimulus_id).startswith(OF_ITSELF))
+        if self._is_from_cluster(workers):
+            if len(found) == len(self._scheduler.workers):
+                # The cluster is being closed: nobody is left who could take what these workers have.
+                return {}
+            # It closes them itself. One that is removed would close itself too, at the same time, and complain.
+            how["remove"] = False
         answer = dict(await self._retire(found, **how))
-        stay = {worker for worker in hosting if worker in self._scheduler.workers and worker not in answer}
-        if stay:
+        stay = {worker for worker in found if worker in self._scheduler.workers and worker not in answer}
+        if stay and hosting:
             logger.warning("Dask did not retire %s; replicas may be placed there again", ", ".join(sorted(stay)))
             self.stay(stay)
         return answer
@@ -102,6 +109,10 @@ class Leaving:
         # A cluster object names its workers by alias, also those that have gone meanwhile.
         aliases = self._scheduler.aliases
         return [address for worker in workers if (address := aliases.get(worker, worker)) in known]
+
+    def _is_from_cluster(self, workers: list[str] | None) -> bool:
+        """Tell whether a cluster object asks: by alias, which Dask itself makes nothing of, and closes them then."""
+        return workers is not None and not any(worker in self._scheduler.workers for worker in workers)
 
     def _check_names(self, workers: list[str] | None, names: list[Any] | None) -> None:
         """Complain of names that nobody has, if they may mean workers with replicas all the same.

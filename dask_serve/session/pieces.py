@@ -93,9 +93,8 @@ class Work(NamedTuple):
     """The rows of one partition."""
 
     rows: int
-    #: Returns the arguments for some of them.
-    arguments: Callable[[int, int], list[Any]]
-    kwargs: dict[str, Any]
+    #: Returns the arguments for some of them, by position and by name.
+    arguments: Callable[[int, int], tuple[list[Any], dict[str, Any]]]
     #: Makes of a result and its piece what is kept.
     keep: Callable[[Any, Any], Any]
     #: As many rows have to come out.
@@ -155,7 +154,8 @@ class Lane:
             while start < work.rows and len(self._pending) < self._ahead:
                 size = self._rows if self._learned is None else self._learned.rows
                 piece = _Piece(start, min(start + size, work.rows))
-                self._send(piece, work)
+                with self._where.within(place.format(piece.start, piece.stop)):
+                    self._send(piece, work)
                 self._pending.append(piece)
                 start = piece.stop
             piece = self._pending[0]
@@ -168,9 +168,9 @@ class Lane:
         return kept
 
     def _send(self, piece: _Piece, work: Work) -> None:
-        args = work.arguments(piece.start, piece.stop)
+        args, kwargs = work.arguments(piece.start, piece.stop)
         piece.piece = args[0]
-        piece.ref = self._call.remote(*args, **work.kwargs)
+        piece.ref = self._call.remote(*args, **kwargs)
 
     def _take(self, piece: _Piece, work: Work) -> Any:
         while True:
