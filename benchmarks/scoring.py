@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
+import json
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,13 +17,19 @@ from distributed import Client
 
 import dask_serve as serve
 
+from . import online_clients
+from .online_clients import COLUMNS
 from .processes import DEADLINE, Clock, Cluster, cluster
 from .table import Row, Sample, interleave
+from .under_load import Running
 
 #: The frame, and the model that scores it.
-ROWS, COLUMNS, PARTITIONS, TREES = 1_000_000, 8, 40, 10
+ROWS, PARTITIONS, TREES = 1_000_000, 40, 10
 #: Clients that call one after the other, with a pause.
 CLIENTS, PAUSE = 20, 0.1
+#: A pass over the frame, with its rows a second.
+Score = Callable[[], Sample]
+
 #: Items of the map, and the seconds that its method waits.
 ITEMS, WAIT = 100_000, 0.0001
 
@@ -142,9 +150,11 @@ def frames(running: Cluster, client: Client, pairs: int, seconds: float) -> Iter
     yield Row(
         "Map over 1,000,000 rows, 2 replicas, against the model in tasks", "rows/s", mine, plainly, 0.8, note=note
     )
-    yield from beside(handle, ours, theirs, max(2 * seconds, 4.0))
+    yield from beside(running.address, handle, ours, theirs, max(2 * seconds, 4.0))
+    # Two of them have no place on a worker.
+    serve.delete("scoring", client=client)
     handle = serve.run(Forest.options(threads=2).bind(model), name="scoring", route_prefix=None, client=client)
-    yield from beside(handle, ours, theirs, max(2 * seconds, 4.0), ", replicas with 2 threads")
+    yield from beside(running.address, handle, ours, theirs, max(2 * seconds, 4.0), ", replicas with 2 threads")
 
 
 def plain(rows: Any, model: Counted) -> Any:
@@ -154,21 +164,23 @@ def plain(rows: Any, model: Counted) -> Any:
     return pd.Series(model.predict(rows), index=rows.index, name="label")
 
 
-def beside(
-    handle: serve.DeploymentHandle,
-    ours: Callable[[], Sample],
-    theirs: Callable[[], Sample],
-    seconds: float,
-    how: str = "",
+def beside(  # noqa: PLR0917
+    scheduler: str, handle: serve.DeploymentHandle, ours: Score, theirs: Score, seconds: float, how: str = ""
 ) -> Iterator[Row]:
     """Let clients call meanwhile: beside nothing, the map, and the model in tasks, which shows what the machine can."""
     free = [ours().value for _ in range(2)]
-    alone, together, plainly = Callers(handle.ask), Callers(handle.ask), Callers(handle.ask)
+    row = np.full((1, COLUMNS), 0.4)
+    taken = []
+    for _ in range(20):
+        begun = time.perf_counter()
+        handle.ask.remote(row).result()
+        taken.append(time.perf_counter() - begun)
+    service = float(np.median(taken))
+    alone, together, plainly = Callers(scheduler), Callers(scheduler), Callers(scheduler)
     with alone:
         time.sleep(seconds)
     with together:
-        # The first pass begins before all clients do.
-        done = [ours().value for _ in range(4)][1:]
+        done = [ours().value for _ in range(4)]
     with plainly:
         for _ in range(4):
             theirs()
@@ -180,49 +192,44 @@ def beside(
     )
     what = f"{CLIENTS} clients call beside it{how}"
     yield Row(f"{what}: their 99th percentile", "x", [Sample(ratio)], most=1.5, note=note)
-    ideal = 1.0 - min(alone.busy / 2, 1.0)
+    ideal = 1.0 - min(alone.per_second * service / 2, 1.0)
     share = float(np.median(done)) / float(np.median(free)) / ideal
     note = f" (they keep {100 * (1 - ideal):.0f} % of the replicas busy)"
     yield Row(f"{what}: the map does, of what they leave", "x", [Sample(share)], least=0.85, note=note)
 
 
-class Callers:
-    """Clients in threads, each of which calls, waits for the answer, and pauses."""
+class Callers(Running):
+    """Clients in a process of their own, each of which calls, waits for the answer, and pauses.
 
-    def __init__(self, call: Any) -> None:
-        self._call = call
-        self.seconds: list[float] = []
-        #: Replicas that were busy on average.
-        self.busy = 0.0
-        self._stop = threading.Event()
+    Attributes
+    ----------
+    seconds : list of float
+        What the calls took that were made while the block ran.
+    per_second : float
+        How many they were.
+    """
+
+    ends_by = signal.SIGTERM
+
+    def __init__(self, scheduler: str) -> None:
+        module = online_clients.__name__
+        self.command = [sys.executable, "-m", module, scheduler, str(CLIENTS), str(PAUSE)]
 
     def __enter__(self) -> Callers:
-        row = np.full((1, COLUMNS), 0.4)
-        taken = []
-        for _ in range(20):
-            begun = time.perf_counter()
-            self._call.remote(row).result()
-            taken.append(time.perf_counter() - begun)
-        self._service = float(np.median(taken))
-        self._begun = time.perf_counter()
-
-        def one(number: int) -> None:
-            random = np.random.default_rng(number)
-            while not self._stop.wait(random.exponential(PAUSE)):
-                begun = time.perf_counter()
-                self._call.remote(row).result()
-                self.seconds.append(time.perf_counter() - begun)
-
-        self._threads = [threading.Thread(target=one, args=(number,)) for number in range(CLIENTS)]
-        for thread in self._threads:
-            thread.start()
+        super().__enter__()
+        self._begun = time.monotonic()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        self.busy = len(self.seconds) * self._service / (time.perf_counter() - self._begun)
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._ended = time.monotonic()
+        super().__exit__(kind, *rest)
+
+    def take(self, out: str) -> None:
+        """Keep what was called meanwhile."""
+        calls = online_clients.Calls(**json.loads(out))
+        both = zip(calls.begun, calls.seconds, strict=True)
+        self.seconds = [seconds for begun, seconds in both if self._begun <= begun <= self._ended]
+        self.per_second = len(self.seconds) / (self._ended - self._begun)
 
     def quantile(self, share: float) -> float:
         """Return what that share of the calls does not exceed."""

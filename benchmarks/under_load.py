@@ -15,13 +15,13 @@ from .open_loop import WARM_UP, command
 LONGEST, PATIENCE, MARGIN = 120.0, 25.0, 1.0
 
 
-class _Running:
-    """A generator that runs while the block does."""
+class Running:
+    """A generator that runs while the block does, a process of its own."""
 
     command: list[str]
     ends_by: signal.Signals
 
-    def __enter__(self) -> _Running:
+    def __enter__(self) -> Running:
         # Nobody reads while the block runs: a file holds what a pipe would not.
         self.said = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(self.command, stdout=self.said, env=environment())
@@ -47,7 +47,7 @@ class _Running:
         raise NotImplementedError
 
 
-class Full(_Running):
+class Full(Running):
     """Some connections, each of which asks again as soon as it is answered; a request that hangs has failed.
 
     wrk would not tell of those: it counts a time-out when the answer comes.
@@ -73,7 +73,7 @@ class Full(_Running):
         self.load = Load(**json.loads(out))
 
 
-class Open(_Running):
+class Open(Running):
     """Requests come at a rate, with ``timeout`` seconds to their deadlines (0: any number).
 
     Attributes
