@@ -316,12 +316,12 @@ class ReplicaCore:
         if self.is_awaited or self.admission.granted:
             return False
         running = self.admission.running - unbooked
+        quiet = self.admission.leftover.quiet
         outgoing: dict[Any, tuple[list[Execution], list[Buffer], int]] = {}
         for execution, answer in answers:
             if answer.kind != Kind.RESULT:
                 return False
             running = running - 1 if running > 1 else 0
-            quiet = self.admission.leftover.quiet
             header = encode(Reply(running, 0, 0, answer.stored, answer.nbytes, answer.status, answer.headers, quiet))
             executions, frames, size = outgoing.get(execution.connection) or ([], [], 0)
             size += encode_frame(Kind.RESULT, execution.request, header, answer.parts, frames)
